@@ -1,0 +1,39 @@
+# make demo    pretrain the demo recipe            make lint    ruff and mypy
+# make test    run the tests                       make clean   remove .venv
+#
+# Each is complete on a machine with Python >= 3.10 and make; PYTHON=/path/to/python chooses another interpreter.
+# Everything is installed into .venv, in the versions of constraints.txt; an active environment is left alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Neither an active environment nor a PYTHONPATH may leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+
+.PHONY: demo test lint install clean
+
+demo: $(STAMP)
+	$(BIN)/vjepa-fast train
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy vjepa_fast
+
+install: $(STAMP)
+
+clean:
+	rm -rf $(VENV)
+
+# torch comes first and alone: an index that offers a CPU build then decides the build, before anything asks for CUDA.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; install Python >= 3.10 or run make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$("$(PYTHON)" --version) is too old; Python >= 3.10 is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv "$(VENV)" || { echo "error: cannot make $(VENV); on Debian and Ubuntu install python3-venv first" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)

@@ -1,0 +1,42 @@
+"""What only a process of its own shows: cost of import, module entry, a closed pipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from vjepa_fast import __version__
+
+
+def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_import_is_free() -> None:
+    result = run("-c", "import sys, time; start = time.perf_counter(); import vjepa_fast; "
+                       "print(time.perf_counter() - start, 'torch' in sys.modules, 'pydantic' in sys.modules)")
+    seconds, torch, pydantic = result.stdout.split()
+    assert float(seconds) < 1
+    assert (torch, pydantic) == ("False", "False")
+
+
+def test_config_and_command_do_not_wait_for_torch() -> None:
+    result = run("-c", "import sys, vjepa_fast.cli.main as m; "
+                       "m.app(['train', '--print-config'], standalone_mode=False); sys.exit('torch' in sys.modules)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_module_entry() -> None:
+    result = run("-m", "vjepa_fast", "--version")
+    assert (result.returncode, result.stdout) == (0, f"vjepa-fast {__version__}\n")
+
+
+def test_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "vjepa_fast", "train", "--print-config"], stdout=writer, stderr=subprocess.PIPE,
+        text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    os.close(writer)
+    assert result.stderr == ""

@@ -1,0 +1,26 @@
+"""What every test gets: few threads, a fixed hypothesis profile, `gpu` tests skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Read by torch and numpy when they are imported, which this file must not do: some tests time imports.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# The examples are the same in every run, and a slow machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

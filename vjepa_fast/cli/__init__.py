@@ -1,0 +1,1 @@
+"""The command `vjepa-fast`: one file a verb."""

@@ -1,0 +1,41 @@
+"""Entry point of `vjepa-fast` and `python -m vjepa_fast`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vjepa_fast import __version__
+from vjepa_fast.cli import train
+
+app = typer.Typer(
+    name="vjepa-fast",
+    help="Pretrain with V-JEPA, fast: the reference's configs, checkpoints and loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback is for whoever mends the program: plain, and without the values of local variables.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EPILOG)(train.train)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vjepa-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop."),
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    app(prog_name="vjepa-fast")

@@ -1,0 +1,98 @@
+"""`vjepa-fast train`: pretrain from a recipe or a config file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.config import Config, dump, load_config, load_recipe, recipe_names
+from vjepa_fast.errors import ConfigError
+
+EPILOG = """
+Examples:
+
+  vjepa-fast train  (the demo: about two minutes on two CPU cores)
+
+  vjepa-fast train --recipe vitl16-256 data.datasets=videos.csv --nproc 8
+
+  vjepa-fast train --config vitl16.yaml mask.masks.0.num_blocks=4 --out runs/b4
+
+  vjepa-fast train --config vitl16.yaml --print-config > resolved.yaml
+
+  vjepa-fast train --resume  (continues the run in runs/demo)
+
+Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted, 143 preempted after a checkpoint was written.
+"""
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", show_default=False,
+                       help="Dotted keys on top of the config, values in YAML: optimization.lr=1e-4. The reference's "
+                            "names (meta.seed=1) are accepted too. --print-config shows every key."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"A packaged recipe: {', '.join(recipe_names())}. Default: demo."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML file: ours, or Meta's V-JEPA 2 pretraining YAML unchanged."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; the same as train.out=DIR.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Training processes on this machine, one a GPU.")] = 1,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Stop after N steps; the schedules keep their length."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole resolved config as YAML, and stop."),
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Record where the time of a few steps goes.")] = False,
+) -> None:
+    """Pretrain from a recipe or a config file. With nothing else: the demo, on videos that it makes itself."""
+    with exit_codes():
+        changes = list(overrides or ())
+        if out is not None:
+            changes.append(f"train.out={json.dumps(str(out))}")
+        if max_steps is not None:
+            changes.append(f"train.max_steps={max_steps}")
+        cfg = _load(recipe, config, changes)
+        if print_config:
+            sys.stdout.write(dump(cfg))
+            # Here a closed pipe is met by the command line; left to the end of the process it would be reported.
+            sys.stdout.flush()
+            return
+        cfg.check_trainable()
+        # Imported here: torch takes seconds, which --help and --print-config need not wait for.
+        from vjepa_fast.train import trainer
+
+        code = trainer.run(cfg, nproc=nproc, resume=resume, profile=profile)
+    raise typer.Exit(code)
+
+
+def _load(recipe: str | None, config: Path | None, overrides: list[str]) -> Config:
+    if recipe is not None and config is not None:
+        raise ConfigError("--recipe and --config are both given; give one. A config file can start from a recipe with "
+                          f"`base: {recipe}`")
+    for text in overrides:
+        if "=" not in text:
+            hint = "expected section.key=value"
+            if text in recipe_names():
+                hint = f"did you mean --recipe {text}?"
+            elif Path(text).suffix in (".yaml", ".yml"):
+                hint = f"did you mean --config {text}?"
+            raise ConfigError(f"unexpected argument {text!r}; {hint}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cfg = load_config(config, overrides) if config is not None else load_recipe(recipe or "demo", overrides)
+    for warning in caught:
+        say("warning", str(warning.message))
+    return cfg

@@ -1,0 +1,378 @@
+"""What a run is made of: typed, validated, the single source of every default.
+
+The keys are the reference's own (facebookresearch/vjepa2, app/vjepa/train.py) wherever it has one, so that somebody
+who knows its YAML files knows ours. Where sizes appear in two sections (the model needs the crop size, so does the
+loader), `data` is the place to write them and the model's copy is filled in.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from vjepa_fast.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Range = tuple[float, float]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+MODEL_NAMES = (
+    "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_giant_xformers", "vit_gigantic",
+    "vit_gigantic_xformers",
+)
+"""Each may end in `_rope`."""
+
+
+def _as_pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(arg is True or _takes_bool(arg) for arg in get_args(annotation))
+
+
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_as_pair)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and so are infinities, not-a-number and true or false where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_bool(cls, value: Any) -> Any:
+        """YAML turns a bare `on` or `yes` into true, which would then pass for the number 1."""
+        if isinstance(value, dict):
+            for name, given in value.items():
+                field = cls.model_fields.get(name)
+                if isinstance(given, bool) and field is not None and not _takes_bool(field.annotation):
+                    raise ValueError(f"{name} is {str(given).lower()}; it does not take true or false")
+        return value
+
+
+class ModelConfig(Section):
+    """Encoder, predictor and target encoder."""
+
+    model_name: str = "vit_large"
+    """One of MODEL_NAMES; the suffix `_rope` sets use_rope."""
+    embed_dim: PositiveInt | None = None
+    """Overrides the width of `model_name`; likewise depth, num_heads and mlp_ratio."""
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_ratio: float | None = None
+    crop_size: Size | None = None
+    """Pixels, height and width; taken from data.crop_size."""
+    num_frames: PositiveInt | None = None
+    """Longest clip in frames; taken from max(data.dataset_fpcs). 1 makes an image model (2-D patch embedding)."""
+    patch_size: PositiveInt | None = None
+    tubelet_size: PositiveInt | None = None
+    use_rope: bool = True
+    rope_style: Literal["tiled", "interleaved"] = "tiled"
+    """How an angle is spread over a pair of elements: `tiled` is V-JEPA 2, `interleaved` is V-JEPA 2.1."""
+    uniform_power: bool = False
+    use_silu: bool = False
+    use_pred_silu: bool = False
+    wide_silu: bool = True
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pred_depth: PositiveInt = 12
+    pred_embed_dim: PositiveInt = 384
+    pred_num_heads: PositiveInt | None = None
+    """None: as many as the encoder."""
+    use_mask_tokens: Literal[True] = True
+    num_mask_tokens: PositiveInt | None = None
+    """None: number of masks times number of datasets, as the reference counts."""
+    zero_init_mask_tokens: bool = True
+    use_activation_checkpointing: bool = False
+    compile_model: bool = False
+    dtype: Dtype = "float32"
+    """Compute dtype; the parameters are fp32. Taken from train.dtype."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        known = [*MODEL_NAMES, *(f"{name}_rope" for name in MODEL_NAMES)]
+        if self.model_name not in known:
+            nearest = get_close_matches(self.model_name, known, n=1, cutoff=0)[0]
+            raise ValueError(f"model_name is {self.model_name!r}; did you mean {nearest}? "
+                             f"Known: {', '.join(MODEL_NAMES)}, each also with _rope at the end")
+        return self
+
+
+class MaskSpec(Section):
+    """One multi-block mask (reference: src/masks/multiseq_multiblock3d.py)."""
+
+    spatial_scale: Range = (0.2, 0.8)
+    """Area of one block as a fraction of the frame: drawn uniformly between the two."""
+    temporal_scale: Range = (1.0, 1.0)
+    aspect_ratio: Range = (0.3, 3.0)
+    """Height over width of a block."""
+    num_blocks: Annotated[int, Field(gt=0, le=1024)] = 1
+    max_temporal_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The context comes from the first fraction of the clip only."""
+    max_keep: PositiveInt | None = None
+    """Longest context in tokens."""
+    full_complement: bool = False
+    pred_full_complement: bool = False
+    inv_block: bool = False
+    """Swap the roles: the blocks are the context."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskSpec:
+        for name, top in (("spatial_scale", 1.0), ("temporal_scale", 1.0), ("aspect_ratio", 255.0)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} is [{low}, {high}]; expected 0 < low <= high <= {top:g}")
+        if self.full_complement and self.pred_full_complement:
+            raise ValueError("full_complement and pred_full_complement exclude each other; set one of them to false")
+        return self
+
+
+class MaskConfig(Section):
+    """All masks of a clip. A bare list of masks is accepted for `masks`."""
+
+    masks: Annotated[list[MaskSpec], Field(min_length=1, max_length=64)] = [
+        MaskSpec(spatial_scale=(0.15, 0.15), aspect_ratio=(0.75, 1.5), num_blocks=8),
+        MaskSpec(spatial_scale=(0.7, 0.7), aspect_ratio=(0.75, 1.5), num_blocks=2),
+    ]
+    source: Literal["counter", "reference"] = "counter"
+    """`counter`: pure function of (seed, step, sample). `reference`: the reference's own random streams."""
+    truncate: Literal["batch_min", "none"] = "batch_min"
+    """`batch_min`: every clip of a truncation group keeps as many ids as the shortest, the reference's rule."""
+    group_size: PositiveInt | None = None
+    """Clips per truncation group; None: the configured batch size."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"masks": value} if isinstance(value, list) else value
+
+
+class AugmentationConfig(Section):
+    """Random resized crop and horizontal flip (reference: app/vjepa/transforms.py)."""
+
+    random_resize_scale: Range = (0.3, 1.0)
+    random_resize_aspect_ratio: Range = (0.75, 1.35)
+    horizontal_flip: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentationConfig:
+        for name, top in (("random_resize_scale", 1.0), ("random_resize_aspect_ratio", 100.0)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} is [{low}, {high}]; expected 0 < low <= high <= {top:g}")
+        return self
+
+
+class DataConfig(Section):
+    """Which clips, and how they are read."""
+
+    datasets: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """One or several of: CSV, .npy, folder, glob, or `synthetic:` for the clips that the demo makes itself."""
+    datasets_weights: list[float] | None = None
+    dataset_fpcs: Annotated[list[PositiveInt], Field(min_length=1)] = [16]
+    """Frames per clip, one entry a dataset; one entry serves all."""
+    batch_size: PositiveInt | None = None
+    """Clips per process and step. Set this or global_batch_size."""
+    global_batch_size: PositiveInt | None = None
+    """Clips per step over all processes: the run is then the same at any number of processes."""
+    fps: float | None = None
+    """Frames per second of a clip. At most one of fps, duration (seconds) and frame_step; none means fps 4."""
+    duration: float | None = None
+    frame_step: PositiveInt | None = None
+    crop_size: Size = (256, 256)
+    patch_size: PositiveInt = 16
+    tubelet_size: PositiveInt = 2
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Decoding processes per training process; None: by the cores there are."""
+    prefetch: PositiveInt = 2
+    """Batches each worker reads ahead."""
+    pin_mem: bool = True
+    filter_short_videos: bool = False
+    max_broken: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Stop when more than this fraction of the videos tried could not be read."""
+    shuffle: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Taken from train.seed."""
+    cache_dir: Path | None = None
+    """Where keyframe indices are kept; None: $XDG_CACHE_HOME/vjepa_fast."""
+    aug: AugmentationConfig = AugmentationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        given = [name for name in ("fps", "duration", "frame_step") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set; keep one and set the other to null")
+        for name in given:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not given:
+            self.fps = 4
+        if self.batch_size is not None and self.global_batch_size is not None:
+            raise ValueError("batch_size (per process) and global_batch_size (all processes) are both set; "
+                             "keep one and set the other to null")
+        if self.batch_size is None and self.global_batch_size is None:
+            self.batch_size = 24
+        count = len(self.datasets)
+        if count and len(self.dataset_fpcs) not in (1, count):
+            raise ValueError(
+                f"dataset_fpcs has {len(self.dataset_fpcs)} entries for {count} datasets; expected one for "
+                "all or one a dataset")
+        if count and len(self.dataset_fpcs) == 1:
+            self.dataset_fpcs = self.dataset_fpcs * count
+        if self.datasets_weights is not None:
+            if len(self.datasets_weights) != count:
+                raise ValueError(
+                    f"datasets_weights has {len(self.datasets_weights)} entries for {count} datasets; expected one a "
+                    "dataset, or null")
+            if min(self.datasets_weights) < 0 or sum(self.datasets_weights) <= 0:
+                raise ValueError(f"datasets_weights is {self.datasets_weights}; expected weights >= 0 with a sum > 0")
+        for fpc in self.dataset_fpcs:
+            if fpc != 1 and fpc % self.tubelet_size:
+                raise ValueError(f"dataset_fpcs holds {fpc}, which tubelet_size {self.tubelet_size} does not divide")
+        for side in self.crop_size:
+            if side % self.patch_size:
+                raise ValueError(f"crop_size {side} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    def per_process(self, world_size: int) -> int:
+        """Clips per process and step."""
+        if self.batch_size is not None:
+            return self.batch_size
+        assert self.global_batch_size is not None
+        if self.global_batch_size % world_size:
+            raise ValueError(
+                f"data.global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
+        return self.global_batch_size // world_size
+
+
+class LossConfig(Section):
+    loss_exp: Annotated[float, Field(gt=0)] = 1.0
+    """p of mean |prediction - target|^p / p."""
+
+
+class OptimizationConfig(Section):
+    """AdamW and its schedules. Epochs are units of `ipe` steps."""
+
+    epochs: PositiveInt = 10
+    ipe: PositiveInt | None = 300
+    """Steps per epoch; None: as many as the data gives (the reference's default)."""
+    ipe_scale: Annotated[float, Field(gt=0)] = 1.25
+    """The schedules run over ipe_scale * epochs * ipe steps and are cut at the end of training."""
+    schedule: Literal["warmup_cosine", "linear", "wsd"] = "warmup_cosine"
+    warmup: NonNegative = 40
+    """Epochs."""
+    anneal: NonNegative = 0
+    """Epochs of linear decay at the end of a `wsd` schedule."""
+    start_lr: NonNegative = 1e-4
+    lr: NonNegative = 5.25e-4
+    final_lr: NonNegative = 5.25e-4
+    weight_decay: NonNegative = 0.04
+    final_weight_decay: NonNegative = 0.04
+    ema: Range = (0.99925, 0.99925)
+    """Momentum of the target encoder at the first and at the last step."""
+    betas: Range = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    anneal_ckpt: Path | None = None
+    """Start from these weights and this optimizer state at step 0 (cooldown)."""
+    grad_accumulation: PositiveInt = 1
+    """Micro-batches per step; the batch size is that of the whole step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizationConfig:
+        for value in self.ema:
+            if not 0 <= value <= 1:
+                raise ValueError(f"ema is {list(self.ema)}; expected two momenta in [0, 1]")
+        for value in self.betas:
+            if not 0 <= value < 1:
+                raise ValueError(f"betas is {list(self.betas)}; expected two numbers in [0, 1)")
+        if self.schedule == "wsd" and self.warmup + self.anneal > self.ipe_scale * self.epochs:
+            raise ValueError(f"warmup {self.warmup:g} + anneal {self.anneal:g} epochs do not fit the "
+                             f"{self.ipe_scale * self.epochs:g} epochs (ipe_scale * epochs) of the wsd schedule")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        assert self.ipe is not None, "the trainer sets ipe from the length of the data"
+        return self.epochs * self.ipe
+
+
+class TrainConfig(Section):
+    """The run itself."""
+
+    out: Path | None = None
+    """Run folder; None: runs/<name>."""
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 239
+    dtype: Dtype = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_steps: Annotated[int, Field(ge=0)] | None = None
+    """Stop after this many steps; the schedules keep their length."""
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt | None = None
+    """Steps between writes of latest.pt; None: every epoch."""
+    save_every_freq: int = -1
+    """Epochs between the checkpoints that are kept for good as e<epoch>.pt; -1: none."""
+    auto_resume: bool = False
+    """Continue from latest.pt when the run folder has one, as the reference does with load_checkpoint."""
+    read_checkpoint: Path | None = None
+    """Continue from this checkpoint of ours or of the reference."""
+    tensorboard: bool = False
+    probe: bool = False
+    """At the end, fit linear probes on the labels of the synthetic clips (the demo)."""
+
+
+class Config(Section):
+    """A whole run: `vjepa_fast.load_config`, `vjepa_fast.load_recipe`."""
+
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _fill(self) -> Config:
+        derived = {
+            "crop_size": self.data.crop_size,
+            "patch_size": self.data.patch_size,
+            "tubelet_size": self.data.tubelet_size,
+            "num_frames": max(self.data.dataset_fpcs),
+        }
+        for name, value in derived.items():
+            own = getattr(self.model, name)
+            if own is None:
+                setattr(self.model, name, value)
+            elif own != value:
+                raise ValueError(f"model.{name} is {own} but the data section says {value}; set it in data only")
+        if self.model.num_mask_tokens is None:
+            self.model.num_mask_tokens = len(self.mask.masks) * len(self.data.dataset_fpcs)
+        if self.model.model_name.endswith("_rope"):
+            self.model.use_rope = True
+        for section, name, value in ((self.model, "dtype", self.train.dtype), (self.data, "seed", self.train.seed)):
+            own = getattr(section, name)
+            if name in section.model_fields_set and own != value:
+                where = "model" if section is self.model else "data"
+                raise ValueError(f"{where}.{name} is {own} but train.{name} is {value}; set it in train only")
+            setattr(section, name, value)
+        if self.mask.group_size is None:
+            self.mask.group_size = self.data.batch_size or self.data.global_batch_size
+        return self
+
+    def check_trainable(self) -> None:
+        """What only training needs.
+
+        Raises:
+            ConfigError: data.datasets is empty.
+        """
+        if not self.data.datasets:
+            raise ConfigError("data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
+                              "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]")

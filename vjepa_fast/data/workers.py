@@ -1,0 +1,83 @@
+"""Decoding processes: how many, how they start, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# From about here on one GPU is fed: 134 clips/s of ViT-L at a quarter of a core-second per raw clip.
+_MAX_AUTO_WORKERS = 32
+_POLL_SECONDS = 1.0
+
+
+def available_cores() -> int:
+    """CPU cores this process may use: affinity mask and container quota taken into account."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup/cpu")
+        limit = int((folder / "cpu.cfs_quota_us").read_text())
+        if limit > 0:
+            cores = min(cores, math.ceil(limit / int((folder / "cpu.cfs_period_us").read_text())))
+    return max(1, cores)
+
+
+def auto_num_workers(device: torch.device) -> int:
+    """Workers per training process when none are configured: the cores of its share, less one for itself.
+
+    With a single core a worker only helps where the training process waits for a GPU.
+    """
+    share = available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(_MAX_AUTO_WORKERS, max(share - 1, 1 if device.type == "cuda" else 0))
+
+
+def start_context() -> Any:
+    """The multiprocessing context of the workers.
+
+    fork where the platform has it, by measurement and because of what users write: a forked worker is ready in
+    30 ms, a spawned one in the 2 to 4 s that importing torch takes, and spawn or forkserver would run a script
+    without `if __name__ == "__main__"` again in every worker. What makes fork risky is avoided: a worker uses one
+    thread, never touches CUDA, and opens every file itself.
+    """
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+class WorkerInit:
+    """Runs first in every worker.
+
+    Ctrl-C and a preempting SIGTERM reach the whole process group, but the training process still needs its workers
+    to finish the step and write a checkpoint: they ignore both until `closing` is set. A parent that was killed takes
+    them along within a second.
+    """
+
+    def __init__(self, closing: Any) -> None:
+        self.parent = os.getpid()
+        self.closing = closing
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _on_terminate(self, *_: Any) -> None:
+        if self.closing.is_set():
+            os._exit(0)
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(_POLL_SECONDS)
+        os._exit(1)

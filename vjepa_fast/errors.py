@@ -1,0 +1,15 @@
+"""Errors that a user can cause: their message is shown alone, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong (a file, a disk, a checkpoint). Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A flag, a key or a value is wrong. Exit code 2."""
+
+    exit_code = 2

@@ -1,0 +1,152 @@
+"""Checkpoints in the layout of facebookresearch/vjepa2 (app/vjepa/train.py:331-345), both ways.
+
+Keys: encoder, predictor, target_encoder (state dicts with the prefix `module.backbone.`), opt, scaler, epoch, loss,
+batch_size, world_size, lr. Ours add one key, `vjepa_fast`, which the reference ignores.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vjepa_fast.errors import UserError
+from vjepa_fast.models.jepa import VJEPA
+
+PREFIX = "module.backbone."
+STRIPPED = ("_orig_mod.", "module.", "backbone.")
+NETWORKS = ("encoder", "predictor", "target_encoder")
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that data parallelism, wrappers and compilation add."""
+    stripped = {}
+    for key, value in state.items():
+        while key.startswith(STRIPPED):
+            key = key[key.index(".") + 1 :]
+        stripped[key] = value
+    return stripped
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, on the CPU.
+
+    Raises:
+        UserError: no such file, not a checkpoint, truncated, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} " + ("is not a file" if path.exists() else "does not exist"))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path} holds objects other than tensors and plain values, or is no checkpoint at "
+                        f"all; it was not loaded ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"checkpoint {path} cannot be read, it is probably truncated: "
+                        f"{str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}; expected a dictionary")
+    return checkpoint
+
+
+def load_network(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Strict load of one network from a state dict with or without prefixes.
+
+    Raises:
+        UserError: names what is missing, unexpected or of another shape.
+    """
+    state = strip_prefixes(state)
+    own = module.state_dict()
+    if "pos_embed" in state and "pos_embed" not in own:
+        # Released rope checkpoints carry a position table that nothing reads.
+        state.pop("pos_embed")
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
+        for key in own if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"the {what} in the checkpoint does not fit the configured model: {shown}")
+    module.load_state_dict(state)
+
+
+def load_checkpoint(
+    path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint of the reference or of ours into a model.
+
+    Args:
+        path: file.
+        model: filled strictly: encoder, predictor and target encoder.
+        optimizer: filled from `opt` if given; keeps its own choice of implementation (fused or not).
+        scaler: filled if given and if the checkpoint has a scaler state.
+
+    Returns:
+        The other entries: epoch, loss, batch_size, world_size, lr, and `vjepa_fast` where there is one.
+
+    Raises:
+        UserError: the file cannot be read or does not fit.
+    """
+    checkpoint = read(path)
+    missing = [key for key in NETWORKS if key not in checkpoint]
+    if missing:
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {', '.join(map(str, checkpoint))}")
+    for key in NETWORKS:
+        load_network(getattr(model, key), checkpoint.pop(key), key)
+    state = checkpoint.pop("opt", None)
+    if optimizer is not None:
+        if state is None:
+            raise UserError(f"checkpoint {path} has no optimizer state (`opt`)")
+        own = [{key: group.get(key) for key in ("fused", "foreach", "capturable")} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise UserError(f"the optimizer state of {path} does not fit the configured model: {error}") from error
+        for group, choice in zip(optimizer.param_groups, own, strict=True):
+            group.update(choice)
+    state = checkpoint.pop("scaler", None)
+    if scaler is not None and state:
+        scaler.load_state_dict(state)
+    return checkpoint
+
+
+def to_checkpoint(
+    model: VJEPA, optimizer: torch.optim.Optimizer, *, epoch: int, loss: float, batch_size: int, world_size: int,
+    lr: float, scaler: torch.amp.GradScaler | None = None, extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A dictionary in the reference's layout; `extra` goes under the key `vjepa_fast`.
+
+    Args:
+        epoch: finished epochs.
+        batch_size: clips per process.
+    """
+    opt = optimizer.state_dict()
+    opt["param_groups"] = [{**group, "fused": None, "foreach": None} for group in opt["param_groups"]]
+    if scaler is not None:
+        scaler_state: dict[str, Any] | None = scaler.state_dict()
+    elif model.cfg.dtype == "bfloat16":
+        # The reference keeps a scaler with bf16 as well and wants its state back; these are its starting values.
+        scaler_state = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                        "_growth_tracker": 0}
+    else:
+        scaler_state = None
+    networks = {
+        key: {PREFIX + name: value for name, value in getattr(model, key).state_dict().items()} for key in NETWORKS}
+    return {
+        **networks, "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss, "batch_size": batch_size,
+        "world_size": world_size, "lr": lr, **({"vjepa_fast": extra} if extra is not None else {}),
+    }
+
+
+def save_checkpoint(path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer, **entries: Any) -> None:
+    """Write a checkpoint that appears whole or not at all; `entries` as to_checkpoint."""
+    from vjepa_fast.train.checkpoint import write_atomically
+
+    write_atomically(Path(path), to_checkpoint(model, optimizer, **entries))

@@ -1,0 +1,254 @@
+"""Masks for training: counter-based, the same for a global sample number wherever it lands.
+
+`MaskSampler` makes the masks of one frames-per-clip group. `StepMasks` makes those of a whole batch, with the loss
+weights that make the loss of a step independent of how the step is spread over processes and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vjepa_fast.config.schema import MaskConfig
+from vjepa_fast.errors import ConfigError
+from vjepa_fast.masking.batch import Grid, MaskBatch
+from vjepa_fast.masking.reference import ReferenceMaskGenerators
+from vjepa_fast.ops.mask_sample import BlockSpec, mask_sample_ref
+
+
+def _first(mask: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The first keep[s] true entries of each row."""
+    return mask & (np.cumsum(mask, axis=1) <= keep[:, None])
+
+
+class MaskSampler:
+    """Multi-block masks as a pure function of (seed, step, global sample numbers).
+
+    Args:
+        cfg: the masks, the truncation rule and the size of a truncation group.
+        grid: (T, H, W) in tokens.
+        seed: of the run.
+        group: which frames-per-clip group this is; groups draw independent masks.
+    """
+
+    def __init__(self, cfg: MaskConfig, grid: Grid, seed: int, group: int = 0) -> None:
+        self.cfg = cfg
+        self.grid = grid
+        self.seed = seed
+        self.group = group
+        self.specs = [BlockSpec.from_config(spec, grid) for spec in cfg.masks]
+
+    def _members(self, sample_ids: np.ndarray) -> np.ndarray:
+        size = self.cfg.group_size
+        if self.cfg.truncate == "none" or size is None:
+            return sample_ids
+        groups = np.unique(sample_ids // size)
+        return (groups[:, None] * size + np.arange(size)).reshape(-1)
+
+    def dense(self, step: int, sample_ids: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:
+        """Masks as booleans.
+
+        Args:
+            step: of the run.
+            sample_ids: [B] global sample numbers.
+            members: every global sample number of this group in the truncation groups of `sample_ids`; None: all
+                consecutive numbers (right when there is one group).
+
+        Returns:
+            bool [2, M, B, T * H * W]: context, target.
+        """
+        sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        members = self._members(sample_ids) if members is None else np.asarray(members, dtype=np.int64)
+        rows = np.searchsorted(members, sample_ids)
+        if len(sample_ids) and (rows.max() >= len(members) or (members[rows] != sample_ids).any()):
+            raise ValueError("sample_ids are not among the members of their truncation groups")
+        out = []
+        for index, (spec, config) in enumerate(zip(self.specs, self.cfg.masks, strict=True)):
+            context = mask_sample_ref(
+                spec, self.grid, members, seed=self.seed, step=step, group=self.group, mask=index)
+            target = ~context
+            num_context, num_target = self._kept(context, members), self._kept(target, members)
+            if config.max_keep is not None:
+                num_context = np.minimum(num_context, config.max_keep)
+            context, target = _first(context[rows], num_context[rows]), _first(target[rows], num_target[rows])
+            if config.full_complement:
+                target = ~context
+            elif config.pred_full_complement:
+                context = ~target
+            out.append((target, context) if config.inv_block else (context, target))
+        return np.stack([np.stack(pair) for pair in zip(*out, strict=True)])
+
+    def _kept(self, mask: np.ndarray, members: np.ndarray) -> np.ndarray:
+        counts = mask.sum(axis=1)
+        size = self.cfg.group_size
+        if self.cfg.truncate == "none" or not len(members):
+            return counts
+        if size is None:
+            return np.full_like(counts, counts.min())
+        _, inverse = np.unique(members // size, return_inverse=True)
+        shortest = np.full(inverse.max() + 1, np.iinfo(np.int64).max)
+        np.minimum.at(shortest, inverse, counts)
+        return shortest[inverse]
+
+    def __call__(
+        self,
+        step: int,
+        sample_ids: Sequence[int] | np.ndarray | Tensor,
+        device: torch.device | str = "cpu",
+        members: np.ndarray | None = None,
+    ) -> MaskBatch:
+        """Packed masks of the given samples on `device`; see `dense` for the arguments.
+
+        With `group_size` unset, the truncation group is the given batch.
+        """
+        context, target = (torch.from_numpy(x) for x in self.dense(step, np.asarray(sample_ids), members))
+        return MaskBatch.from_bool(context, target, self.grid).to(device)
+
+
+class StepMasks:
+    """Masks of a whole batch: one MaskBatch for each frames-per-clip group present.
+
+    The loss of a step is the mean the reference takes on each of its processes (over tokens and features of a (group,
+    mask) pair, then over the pairs present), averaged over truncation groups; with `truncate: none` the mean over all
+    tokens of a pair in the step, then over the pairs. Each target token therefore has a weight that depends on the
+    step only, and the weights of all processes and micro-batches of a step add up to 1.
+
+    Args:
+        cfg: masks.
+        fpcs: frames per clip of each group, in the order of the configuration.
+        crop_size: pixels, (height, width).
+        patch_size, tubelet_size: pixels and frames of a token.
+        seed: of the run.
+        global_batch: clips of a step over all processes.
+        group_of: maps global sample numbers to group indices, for samples of any process.
+        rank, world_size: this process.
+        sum_over_processes: adds an int64 tensor up over all processes, in place.
+
+    Raises:
+        ConfigError: truncation groups that do not fit into a step.
+    """
+
+    def __init__(
+        self,
+        cfg: MaskConfig,
+        *,
+        fpcs: list[int],
+        crop_size: tuple[int, int],
+        patch_size: int,
+        tubelet_size: int,
+        seed: int,
+        global_batch: int,
+        group_of: Callable[[np.ndarray], np.ndarray],
+        rank: int = 0,
+        world_size: int = 1,
+        sum_over_processes: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.fpcs = fpcs
+        self.global_batch = global_batch
+        self.group_of = group_of
+        self.world_size = world_size
+        self.sum_over_processes = sum_over_processes
+        height, width = (side // patch_size for side in crop_size)
+        self.grids: list[Grid] = [(max(1, fpc // tubelet_size), height, width) for fpc in fpcs]
+        self.reference: ReferenceMaskGenerators | None = None
+        self.positions = torch.Generator().manual_seed(seed + rank)
+        if cfg.source == "reference":
+            self.reference = ReferenceMaskGenerators(cfg, fpcs, crop_size, patch_size, tubelet_size)
+            return
+        self.group_size = cfg.group_size or global_batch
+        if cfg.truncate == "batch_min" and global_batch % self.group_size:
+            raise ConfigError(f"mask.group_size={self.group_size} does not divide the {global_batch} clips of a step; "
+                              "set mask.group_size to a divisor")
+        cfg = cfg.model_copy(update={"group_size": self.group_size})
+        self.samplers = [MaskSampler(cfg, grid, seed, group) for group, grid in enumerate(self.grids)]
+
+    def __call__(self, step: int, sample_ids: Sequence[Tensor], group_ids: Sequence[int]) -> list[MaskBatch]:
+        """Args: step: of the run. sample_ids: for each group present, int64 [B_g]. group_ids: which these are."""
+        if self.reference is not None:
+            return self._from_reference(sample_ids, group_ids)
+        members = self._members(step, sample_ids)
+        groups = self.group_of(members)
+        batches = []
+        for ids, group in zip(sample_ids, group_ids, strict=True):
+            batch = self.samplers[group](step, ids, members=members[groups == group])
+            batches.append(replace(batch, mask_token=group))
+        return self._weigh(step, batches, sample_ids, group_ids, members, groups)
+
+    def _members(self, step: int, sample_ids: Sequence[Tensor]) -> np.ndarray:
+        own = np.sort(np.concatenate([ids.numpy() for ids in sample_ids]))
+        if self.cfg.truncate == "none":
+            return own
+        return (np.unique(own // self.group_size)[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+
+    def _weigh(
+        self, step: int, batches: list[MaskBatch], sample_ids: Sequence[Tensor], group_ids: Sequence[int],
+        members: np.ndarray, groups: np.ndarray,
+    ) -> list[MaskBatch]:
+        if self.cfg.truncate == "none":
+            return self._weigh_all_tokens(step, batches, group_ids)
+        num_parts = self.global_batch // self.group_size
+        parts = members // self.group_size
+        present = {part: len(np.unique(groups[parts == part])) for part in np.unique(parts)}
+        weighed = []
+        for batch, ids, group in zip(batches, sample_ids, group_ids, strict=True):
+            num_clips = {part: int(((parts == part) & (groups == group)).sum()) for part in present}
+            own_parts = np.tile(ids.numpy() // self.group_size, batch.num_masks)
+            # Every clip of a truncation group keeps the same number of tokens, so its length is the group's.
+            weights = tuple(
+                1.0 / (num_parts * present[part] * batch.num_masks * num_clips[part] * max(1, length))
+                for part, length in zip(own_parts, batch.target_lengths, strict=True)
+            )
+            weighed.append(replace(batch, loss_weights=weights))
+        return weighed
+
+    def _weigh_all_tokens(self, step: int, batches: list[MaskBatch], group_ids: Sequence[int]) -> list[MaskBatch]:
+        num_masks = len(self.cfg.masks)
+        counts = torch.zeros(len(self.fpcs), num_masks, dtype=torch.int64)
+        for batch, group in zip(batches, group_ids, strict=True):
+            counts[group] = torch.tensor(batch.target_lengths).view(num_masks, -1).sum(1)
+        if self.world_size > 1:
+            assert self.sum_over_processes is not None
+            self.sum_over_processes(counts)
+        num_pairs = int((counts > 0).sum())
+        return [
+            replace(batch, loss_weights=tuple(
+                1.0 / (num_pairs * max(1, int(counts[group, s // batch.batch_size])))
+                for s in range(num_masks * batch.batch_size)))
+            for batch, group in zip(batches, group_ids, strict=True)
+        ]
+
+    def _from_reference(self, sample_ids: Sequence[Tensor], group_ids: Sequence[int]) -> list[MaskBatch]:
+        assert self.reference is not None
+        sizes = {self.fpcs[group]: len(ids) for group, ids in zip(group_ids, sample_ids, strict=True)}
+        drawn = self.reference(sizes, self.positions)
+        scale = 1.0 / (len(group_ids) * self.world_size)
+        batches = []
+        for place, group in enumerate(group_ids):
+            batch = MaskBatch.from_meta(*drawn[self.fpcs[group]], grid=self.grids[group])
+            tokens = [scale / (batch.num_masks * length) for length in batch.target_lengths]
+            weights = tuple(weight / batch.batch_size for weight in tokens)
+            batches.append(replace(batch, loss_weights=weights, mask_token=place))
+        return batches
+
+    def state_dict(self) -> dict[str, object]:
+        """Only the reference's stream has a state."""
+        if self.reference is None:
+            return {}
+        calls = {fpc: own[0].num_calls for fpc, own in self.reference.generators.items()}
+        return {"num_calls": calls, "positions": self.positions.get_state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Args: state: of state_dict; empty where a checkpoint has none."""
+        if self.reference is None or not state:
+            return
+        calls, positions = state["num_calls"], state["positions"]
+        assert isinstance(calls, dict) and isinstance(positions, Tensor)
+        for fpc, generators in self.reference.generators.items():
+            for generator in generators:
+                generator.num_calls = calls[fpc]
+        self.positions.set_state(positions)

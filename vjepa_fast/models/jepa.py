@@ -1,0 +1,114 @@
+"""V-JEPA: context encoder, predictor and EMA target encoder with the training loss.
+
+Legend: B clips, T frames, K predicted tokens, D encoder width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.predictor import Predictor
+from vjepa_fast.models.vit import VisionTransformer
+from vjepa_fast.ops.latent_loss import latent_loss
+from vjepa_fast.ops.layer_norm import target_norm
+
+
+@dataclass
+class JEPAOutput:
+    """Result of a forward pass in training."""
+
+    loss: Tensor
+    """Scalar."""
+    packed_predictions: Tensor
+    """[sum of target lengths, D], group by group, mask by mask, clip by clip."""
+    packed_targets: Tensor
+    """The same shape: layer-normed features of the target encoder."""
+    masks: list[MaskBatch]
+
+    @property
+    def predictions(self) -> list[list[Tensor]]:
+        """For each group and mask [B, K, D]; needs masks of one length (`truncate: batch_min`)."""
+        return self._unpack(self.packed_predictions)
+
+    @property
+    def targets(self) -> list[list[Tensor]]:
+        """As `predictions`."""
+        return self._unpack(self.packed_targets)
+
+    def _unpack(self, packed: Tensor) -> list[list[Tensor]]:
+        groups = packed.split([sum(m.target_lengths) for m in self.masks])
+        return [
+            [ids_of_mask.view(m.batch_size, -1, packed.shape[-1]) for ids_of_mask in group.split(_mask_totals(m))]
+            for group, m in zip(groups, self.masks, strict=True)
+        ]
+
+
+def _mask_totals(masks: MaskBatch) -> list[int]:
+    b = masks.batch_size
+    return [sum(masks.target_lengths[i * b : (i + 1) * b]) for i in range(masks.num_masks)]
+
+
+class VJEPA(nn.Module):
+    """The three networks of V-JEPA pretraining.
+
+    Attributes:
+        encoder: VisionTransformer, trained.
+        predictor: Predictor, trained.
+        target_encoder: a copy of the encoder that no gradient reaches; an optimizer or an EMA moves it.
+
+    Args:
+        cfg: crop_size, num_frames, patch_size and tubelet_size must be set (a loaded config has them).
+        loss_exp: p of the L_p loss.
+    """
+
+    def __init__(self, cfg: ModelConfig, loss_exp: float = 1.0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.loss_exp = loss_exp
+        self.encoder = VisionTransformer(cfg)
+        self.predictor = Predictor(cfg)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]) -> JEPAOutput:
+        """One packed pass of context encoder and predictor for all masks, and the loss.
+
+        Args:
+            clips: uint8 [B, T, H, W, 3], or a list with one entry a frames-per-clip group; see
+                VisionTransformer.to_clips for the other layouts.
+            masks: for each group, on the device of the clips.
+
+        Raises:
+            ValueError: clips and masks that do not belong together.
+        """
+        groups = [clips] if isinstance(clips, Tensor) else list(clips)
+        batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
+        if len(groups) != len(batches) or not groups:
+            raise ValueError(f"{len(groups)} groups of clips but {len(batches)} of masks; expected one each")
+        groups = [self.encoder.to_clips(group) for group in groups]
+        for group, batch in zip(groups, batches, strict=True):
+            if len(group) != batch.batch_size or self.encoder.grid_of(group) != tuple(batch.grid):
+                raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
+                                 f"{batch.batch_size} clips of {tuple(batch.grid)}")
+        targets = self.encode_targets(groups, batches)
+        context, _ = self.encoder.forward_packed(groups, batches)
+        predictions = self.predictor.forward_packed(context, batches)
+        weights = torch.cat([batch.token_weights(len(batches)) for batch in batches])
+        loss = latent_loss(predictions, targets, weights, self.loss_exp)
+        return JEPAOutput(loss, predictions, targets, batches)
+
+    @torch.no_grad()
+    def encode_targets(self, clips: Sequence[Tensor], masks: Sequence[MaskBatch]) -> Tensor:
+        """Layer-normed features of the tokens to predict, [sum of target lengths, D], fp32 or fp64."""
+        features, _ = self.target_encoder.forward_packed(clips)
+        rows, offset = [], 0
+        for batch in masks:
+            rows.append(batch.target_rows + offset)
+            offset += batch.batch_size * batch.num_tokens
+        return target_norm(features.index_select(0, torch.cat(rows)))

@@ -1,0 +1,130 @@
+"""Transformer blocks over packed tokens; parameter names are Meta's.
+
+Legend: L tokens of all sequences, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjepa_fast.ops.attention import attention
+from vjepa_fast.ops.layer_norm import LayerNorm
+from vjepa_fast.ops.linear import Linear
+from vjepa_fast.ops.packing import Packing
+from vjepa_fast.ops.rope3d import Rope
+
+INIT_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sequence."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
+        qkv = self.qkv(x)
+        if rope is not None:
+            qkv = rope(qkv, self.num_heads)
+        return self.proj(attention(qkv, packing, self.num_heads))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (erf) between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """fc3(silu(fc1(x)) * fc2(x)); `wide` shrinks the hidden width to two thirds, rounded up to a multiple of 8."""
+
+    def __init__(self, dim: int, hidden: int, wide: bool) -> None:
+        super().__init__()
+        if wide:
+            hidden = (int(2 * hidden / 3) + 7) // 8 * 8
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(dim, hidden)
+        self.fc3 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+
+
+def drop_path(x: Tensor, packing: Packing, rate: float) -> Tensor:
+    """Zeroes whole sequences with probability `rate` and scales the others by 1 / (1 - rate)."""
+    keep = torch.empty(len(packing.lengths), device=x.device).bernoulli_(1 - rate) / (1 - rate)
+    lengths = torch.tensor(packing.lengths, device=x.device)
+    return x * keep.repeat_interleave(lengths, output_size=packing.total)[:, None].to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
+        hidden = int(dim * mlp_ratio)
+        self.mlp: nn.Module = SwiGLU(dim, hidden, wide_swiglu) if swiglu else MLP(dim, hidden)
+
+    def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
+        """x: [L, D]."""
+        x = x + self._drop(self.attn(self.norm1(x), packing, rope), packing)
+        return x + self._drop(self.mlp(self.norm2(x)), packing)
+
+    def _drop(self, x: Tensor, packing: Packing) -> Tensor:
+        return drop_path(x, packing, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else x
+
+
+def make_blocks(
+    depth: int, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool
+) -> nn.ModuleList:
+    """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`."""
+    rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu) for rate in rates)
+
+
+def init_weights(module: nn.Module, blocks: nn.ModuleList) -> None:
+    """The reference's initialisation, in its order of random draws.
+
+    Weights of linear and convolution layers: normal with std 0.02, cut at +-2; biases 0; layer norms 1 and 0. Then the
+    output projections of block i (counted from 1) are divided by sqrt(2 i). In SwiGLU blocks that scales fc2, which is
+    an input projection there, as in the reference (facebookresearch/vjepa2, src/models/vision_transformer.py:147-153).
+    """
+    for child in _post_order(module):
+        if isinstance(child, nn.Linear | nn.Conv2d | nn.Conv3d):
+            nn.init.trunc_normal_(child.weight, std=INIT_STD)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
+    with torch.no_grad():
+        for number, block in enumerate(blocks, start=1):
+            assert isinstance(block, Block)
+            block.attn.proj.weight.div_(math.sqrt(2.0 * number))
+            block.mlp.get_parameter("fc2.weight").div_(math.sqrt(2.0 * number))
+
+
+def _post_order(module: nn.Module) -> list[nn.Module]:
+    """All submodules, children before parents: the order in which nn.Module.apply visits them."""
+    found: list[nn.Module] = []
+    module.apply(found.append)
+    return found

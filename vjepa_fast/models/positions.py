@@ -1,0 +1,75 @@
+"""Fixed sine-cosine position tables and their interpolation to other grids.
+
+Formulas: facebookresearch/vjepa2, src/models/utils/pos_embs.py and src/models/vision_transformer.py:215-272.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _sincos(dim: int, positions: np.ndarray) -> np.ndarray:
+    """[M, dim]: sines, then cosines, of positions * 10000 ** (-2 i / dim)."""
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+    angles = positions.reshape(-1)[:, None] * omega
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_table(dim: int, grid: tuple[int, int, int], uniform_power: bool, video: bool = True) -> Tensor:
+    """Position table of a grid.
+
+    Args:
+        dim: width of a token, a multiple of 4.
+        grid: (T, H, W) in tokens.
+        uniform_power: give the three axes equal widths; else time gets half, height and width a quarter each.
+        video: false makes the 2-D table of an image model.
+
+    Returns:
+        fp32 [T * H * W, dim].
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that 4 divides; got {dim}")
+    t, h, w = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid), indexing="ij")
+    if not video:
+        parts = [_sincos(dim // 2, h), _sincos(dim // 2, w)]
+    elif uniform_power:
+        width = math.ceil(dim / 6) * 2
+        parts = [_sincos(width, axis) for axis in (t, h, w)]
+    else:
+        parts = [_sincos(dim // 2, t), _sincos(dim // 4, h), _sincos(dim // 4, w)]
+    return torch.from_numpy(np.concatenate(parts, axis=1)[:, :dim]).float()
+
+
+def interpolate_table(
+    table: Tensor, trained: tuple[int, int, int], wanted: tuple[int, int, int], video: bool = True
+) -> Tensor:
+    """The table of another grid.
+
+    Fewer frames of the trained height and width take the first rows; anything else is interpolated, trilinearly for
+    video and bicubically for images.
+
+    Args:
+        table: [T * H * W, D] of the trained grid.
+        trained, wanted: (T, H, W) in tokens.
+
+    Returns:
+        [T' * H' * W', D] of the wanted grid.
+    """
+    if wanted == trained:
+        return table
+    if video and wanted[1:] == trained[1:] and wanted[0] < trained[0]:
+        return table[: wanted[0] * wanted[1] * wanted[2]]
+    dim = table.shape[-1]
+    if video:
+        scale = tuple(n / m for n, m in zip(wanted, trained, strict=True))
+        volume = table.view(1, *trained, dim).permute(0, 4, 1, 2, 3)
+        out = F.interpolate(volume, scale_factor=scale, mode="trilinear")
+        return out.permute(0, 2, 3, 4, 1).reshape(-1, dim)
+    image = table.view(1, trained[1], trained[2], dim).permute(0, 3, 1, 2)
+    scale_2d = (wanted[1] / trained[1], wanted[2] / trained[2])
+    return F.interpolate(image, scale_factor=scale_2d, mode="bicubic").permute(0, 2, 3, 1).reshape(-1, dim)

@@ -1,0 +1,159 @@
+"""The predictor: a narrow transformer that fills in the features of masked tokens.
+
+Context features are projected to the predictor's width, a learned mask token stands for each token to predict, both
+know their positions; after the blocks the mask tokens are projected back to the encoder's width.
+
+Legend: S sequences (mask, clip), K context tokens, K' target tokens of a sequence, L all tokens, D encoder width, P
+predictor width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.errors import ConfigError
+from vjepa_fast.masking.batch import Grid, MaskBatch
+from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks
+from vjepa_fast.models.positions import sincos_table
+from vjepa_fast.models.vit import compute_dtype, size_of
+from vjepa_fast.ops.layer_norm import LayerNorm
+from vjepa_fast.ops.linear import Linear
+from vjepa_fast.ops.packing import Packing, permute_rows
+from vjepa_fast.ops.rope3d import Rope, token_positions
+
+
+class Predictor(nn.Module):
+    """V-JEPA's predictor. state_dict keys are those of the reference's VisionTransformerPredictor.
+
+    Unlike the reference, RoPE uses the true height and width of the grid, so that non-square clips work.
+
+    Args:
+        cfg: crop_size, num_frames, patch_size and tubelet_size must be set.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        if cfg.crop_size is None or cfg.num_frames is None or cfg.patch_size is None or cfg.tubelet_size is None:
+            raise ConfigError("model.crop_size, num_frames, patch_size and tubelet_size must be set")
+        encoder = size_of(cfg)
+        width = cfg.pred_embed_dim
+        self.cfg = cfg
+        self.num_heads = cfg.pred_num_heads or encoder.num_heads
+        if width % self.num_heads:
+            raise ConfigError(f"model.pred_embed_dim={width} is not a multiple of the predictor's {self.num_heads} "
+                              "heads; set model.pred_num_heads")
+        is_video = cfg.num_frames > 1
+        self.grid: Grid = (
+            cfg.num_frames // cfg.tubelet_size if is_video else 1,
+            cfg.crop_size[0] // cfg.patch_size, cfg.crop_size[1] // cfg.patch_size)
+        self.predictor_embed = Linear(encoder.embed_dim, width)
+        self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(cfg.num_mask_tokens or 1))
+        self.predictor_pos_embed: nn.Parameter | None = None
+        if not cfg.use_rope:
+            table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
+            self.predictor_pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.predictor_blocks = make_blocks(
+            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu)
+        self.predictor_norm = LayerNorm(width, eps=1e-6)
+        self.predictor_proj = Linear(width, encoder.embed_dim)
+        if not cfg.zero_init_mask_tokens:
+            for token in self.mask_tokens:
+                nn.init.trunc_normal_(token, std=INIT_STD)
+        init_weights(self, self.predictor_blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return compute_dtype(self.cfg, self.predictor_norm.weight)
+
+    def forward(
+        self, x: Tensor, masks_x: Tensor | list[Tensor], masks_y: Tensor | list[Tensor], mask_index: int = 1
+    ) -> Tensor:
+        """Predicted features of target tokens, with dense index lists as in the reference.
+
+        Args:
+            x: [B, K, D] context features, or [M * B, K, D] for lists of M masks.
+            masks_x: int64 [B, K] ids of the context tokens, or a list of M.
+            masks_y: int64 [B, K'] ids of the tokens to predict, or a list of M.
+            mask_index: which mask token, modulo their number.
+
+        Returns:
+            [B, K', D] or [M * B, K', D].
+        """
+        lists = [[m] if isinstance(m, Tensor) else list(m) for m in (masks_x, masks_y)]
+        masks = MaskBatch.from_meta(lists[0], lists[1], self.grid)
+        if x.shape[:2] != (masks.num_masks * masks.batch_size, lists[0][0].shape[1]):
+            raise ValueError(f"context features have shape {list(x.shape)}; the masks keep {list(lists[0][0].shape)}")
+        out = self.forward_packed(x.flatten(0, 1), [masks], [mask_index])
+        return out.view(len(x), -1, out.shape[-1])
+
+    def forward_packed(
+        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None
+    ) -> Tensor:
+        """All masks of all clips of all groups in one pass.
+
+        Args:
+            context: [sum of context lengths, D] encoder features, packed group by group as the encoder returns them.
+            masks: for each group.
+            mask_tokens: which mask token each group uses; None: its `mask_token`, else its place in the list.
+
+        Returns:
+            [sum of target lengths, D], packed group by group.
+        """
+        if mask_tokens is None:
+            mask_tokens = [place if m.mask_token is None else m.mask_token for place, m in enumerate(masks)]
+        dtype = self.dtype
+        tokens = self.predictor_embed(context.to(dtype))
+        queries = torch.cat([
+            self.mask_tokens[index % len(self.mask_tokens)][0].to(dtype).expand(len(m.target_ids), -1)
+            for index, m in zip(mask_tokens, masks, strict=True)
+        ])
+        context_ids = torch.cat([m.context_ids for m in masks])
+        target_ids = torch.cat([m.target_ids for m in masks])
+        if self.predictor_pos_embed is not None:
+            table = self.predictor_pos_embed[0].to(dtype)
+            tokens, queries = tokens + table[context_ids.long()], queries + table[target_ids.long()]
+        layout = _Interleave(masks, context.device)
+        x = permute_rows(torch.cat([tokens, queries]), layout.order, layout.inverse)
+        rope = None
+        if self.cfg.use_rope:
+            ids = torch.cat([context_ids, target_ids])[layout.order]
+            wide = torch.promote_types(dtype, torch.float32)
+            positions = token_positions(ids, *masks[0].grid[1:])
+            rope = Rope(positions, self.cfg.pred_embed_dim // self.num_heads, self.cfg.rope_style, wide)
+        for block in self.predictor_blocks:
+            if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout.packing, rope, use_reentrant=False)
+            else:
+                x = block(x, layout.packing, rope)
+        targets = x.index_select(0, layout.inverse[len(tokens) :])
+        return self.predictor_proj(self.predictor_norm(targets))
+
+
+class _Interleave:
+    """Order that puts each sequence's context and target tokens side by side.
+
+    order: rows of [all contexts; all targets] in packed order; inverse: the other way.
+    """
+
+    def __init__(self, masks: Sequence[MaskBatch], device: torch.device) -> None:
+        context_lengths = [n for m in masks for n in m.context_lengths]
+        target_lengths = [n for m in masks for n in m.target_lengths]
+        lengths = torch.tensor([context_lengths, target_lengths])
+        totals = lengths.sum(0)
+        starts = totals.cumsum(0) - totals
+        # Where each token of [all contexts; all targets] goes: the start of its part plus its number within the part.
+        part_starts = torch.cat([starts, starts + lengths[0]])
+        flat = lengths.flatten()
+        within = torch.arange(int(flat.sum())) - (flat.cumsum(0) - flat).repeat_interleave(flat)
+        inverse = part_starts.repeat_interleave(flat) + within
+        order = torch.empty_like(inverse)
+        order[inverse] = torch.arange(len(inverse))
+        self.order, self.inverse = order.to(device), inverse.to(device)
+        cu_seqlens = torch.cat([totals.new_zeros(1), totals.cumsum(0)]).to(device, torch.int32)
+        self.packing = Packing(tuple(totals.tolist()), cu_seqlens)

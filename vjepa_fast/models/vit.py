@@ -1,0 +1,238 @@
+"""The encoder: a vision transformer over tubelets, run on packed sequences of kept tokens.
+
+Legend: B clips, T frames, H W pixels, N tokens of a clip, K kept tokens, L tokens of all sequences, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.errors import ConfigError
+from vjepa_fast.masking.batch import Grid, MaskBatch
+from vjepa_fast.models.layers import init_weights, make_blocks
+from vjepa_fast.models.positions import interpolate_table, sincos_table
+from vjepa_fast.ops.layer_norm import LayerNorm
+from vjepa_fast.ops.packing import Packing, concatenate
+from vjepa_fast.ops.patch_embed import patch_embed
+from vjepa_fast.ops.rope3d import Rope, token_positions
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth, heads and MLP ratio of an encoder."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+
+
+SIZES = {
+    "vit_tiny": Size(192, 12, 3),
+    "vit_small": Size(384, 12, 6),
+    "vit_base": Size(768, 12, 12),
+    "vit_large": Size(1024, 24, 16),
+    "vit_huge": Size(1280, 32, 16),
+    "vit_giant": Size(1408, 40, 16, 48 / 11),
+    "vit_giant_xformers": Size(1408, 40, 22, 48 / 11),
+    # The reference passes the 64 / 13 of the gigantic models under a misspelt name, so they are built with 4.
+    "vit_gigantic": Size(1664, 48, 16),
+    "vit_gigantic_xformers": Size(1664, 48, 26),
+}
+
+
+def size_of(cfg: ModelConfig) -> Size:
+    """The size of a configured encoder.
+
+    Raises:
+        ConfigError: unknown model_name, or a width the heads do not divide.
+    """
+    name = cfg.model_name.removesuffix("_rope")
+    if name not in SIZES:
+        raise ConfigError(f"model.model_name is {cfg.model_name!r}; expected one of {', '.join(SIZES)}")
+    base = SIZES[name]
+    size = Size(
+        cfg.embed_dim or base.embed_dim, cfg.depth or base.depth, cfg.num_heads or base.num_heads,
+        cfg.mlp_ratio or base.mlp_ratio,
+    )
+    if size.embed_dim % size.num_heads:
+        raise ConfigError(f"model.embed_dim={size.embed_dim} is not a multiple of model.num_heads={size.num_heads}")
+    return size
+
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(cfg: ModelConfig, parameter: Tensor) -> torch.dtype:
+    """Half precision if configured, else whatever the parameters are (fp32, or fp64 after .double())."""
+    wanted = COMPUTE_DTYPES[cfg.dtype]
+    return parameter.dtype if wanted == torch.float32 else wanted
+
+
+class PatchEmbed(nn.Module):
+    """Holds the convolution whose kernel patch_embed multiplies with."""
+
+    def __init__(self, patch_size: int, tubelet_size: int | None, dim: int) -> None:
+        super().__init__()
+        self.proj: nn.Conv2d | nn.Conv3d
+        if tubelet_size is None:
+            self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        else:
+            kernel = (tubelet_size, patch_size, patch_size)
+            self.proj = nn.Conv3d(3, dim, kernel_size=kernel, stride=kernel)
+
+    def forward(self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Args and result as vjepa_fast.ops.patch_embed."""
+        weight = self.proj.weight
+        if weight.ndim == 4:
+            weight = weight[:, :, None]
+        assert self.proj.bias is not None
+        return patch_embed(clips, weight, self.proj.bias, rows, dtype)
+
+
+class VisionTransformer(nn.Module):
+    """V-JEPA's encoder. state_dict keys are those of the reference's VisionTransformer.
+
+    Args:
+        cfg: crop_size, num_frames, patch_size and tubelet_size must be set.
+        out_layers: block numbers; `forward` then returns the normed outputs of these blocks instead of the last.
+    """
+
+    def __init__(self, cfg: ModelConfig, out_layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if cfg.crop_size is None or cfg.num_frames is None or cfg.patch_size is None or cfg.tubelet_size is None:
+            raise ConfigError("model.crop_size, num_frames, patch_size and tubelet_size must be set")
+        size = size_of(cfg)
+        self.cfg = cfg
+        self.embed_dim, self.num_heads = size.embed_dim, size.num_heads
+        self.patch_size = cfg.patch_size
+        self.is_video = cfg.num_frames > 1
+        self.tubelet_size = cfg.tubelet_size if self.is_video else 1
+        self.out_layers = None if out_layers is None else list(out_layers)
+        height, width = (side // self.patch_size for side in cfg.crop_size)
+        self.grid: Grid = (cfg.num_frames // self.tubelet_size, height, width)
+        self.patch_embed = PatchEmbed(self.patch_size, self.tubelet_size if self.is_video else None, self.embed_dim)
+        self.pos_embed: nn.Parameter | None = None
+        if not cfg.use_rope:
+            table = sincos_table(self.embed_dim, self.grid, cfg.uniform_power, self.is_video)
+            self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.blocks = make_blocks(
+            size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu)
+        self.norm = LayerNorm(self.embed_dim, eps=1e-6)
+        init_weights(self, self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return compute_dtype(self.cfg, self.norm.weight)
+
+    def to_clips(self, x: Tensor) -> Tensor:
+        """Any accepted input as [B, T, H, W, 3].
+
+        Accepts [B, T, H, W, 3] and [B, 3, T, H, W] clips, [B, H, W, 3] and [B, 3, H, W] images (a video model repeats
+        an image over one tubelet). uint8 is raw, float is normalised.
+
+        Raises:
+            ValueError: another shape, or sides that the patch or tubelet size does not divide.
+        """
+        if x.ndim in (4, 5) and x.shape[-1] != 3 and x.shape[1] == 3:
+            x = x.movedim(1, -1)
+        if x.ndim == 4:
+            x = x[:, None].expand(-1, self.tubelet_size, -1, -1, -1)
+        if x.ndim != 5 or x.shape[-1] != 3:
+            raise ValueError(f"clips have shape {list(x.shape)}; expected [B, T, H, W, 3] or [B, 3, T, H, W]")
+        for name, value, unit in (
+            ("frames", x.shape[1], self.tubelet_size), ("height", x.shape[2], self.patch_size),
+            ("width", x.shape[3], self.patch_size),
+        ):
+            if value == 0 or value % unit:
+                raise ValueError(f"clips have {name} {value}; expected a positive multiple of {unit}")
+        return x
+
+    def grid_of(self, clips: Tensor) -> Grid:
+        """(T, H, W) in tokens of [B, T, H, W, 3] clips."""
+        _, num_frames, height, width, _ = clips.shape
+        return num_frames // self.tubelet_size, height // self.patch_size, width // self.patch_size
+
+    def forward(self, x: Tensor, masks: Tensor | list[Tensor] | None = None) -> Tensor | list[Tensor]:
+        """Features of whole clips, or of kept tokens.
+
+        Args:
+            x: see to_clips.
+            masks: int64 [B, K] token ids, or a list of M such tensors.
+
+        Returns:
+            [B, N, D], with masks [M * B, K, D] mask by mask; a list of these with `out_layers`.
+        """
+        clips = self.to_clips(x)
+        grid = self.grid_of(clips)
+        batch_size, num_tokens = len(clips), grid[0] * grid[1] * grid[2]
+        if masks is None:
+            rows, ids = None, torch.arange(num_tokens, device=clips.device).repeat(batch_size)
+            shape = (batch_size, num_tokens)
+        else:
+            joined = torch.cat([masks] if isinstance(masks, Tensor) else list(masks))
+            clip_of_row = torch.arange(len(joined), device=joined.device) % batch_size
+            rows, ids = (clip_of_row[:, None] * num_tokens + joined).flatten(), joined.flatten()
+            shape = (len(joined), joined.shape[1])
+        tokens = self._embed(clips, rows, ids, grid)
+        packing = Packing.uniform(*shape, clips.device)
+        outputs = self._run(tokens, token_positions(ids, *grid[1:]), packing)
+        outputs = [out.view(*shape, -1) for out in outputs]
+        return outputs if self.out_layers is not None else outputs[0]
+
+    def forward_packed(
+        self, clips: Sequence[Tensor], masks: Sequence[MaskBatch] | None = None
+    ) -> tuple[Tensor, Packing]:
+        """All masks of all clips of all frames-per-clip groups in one pass.
+
+        Args:
+            clips: for each group, [B_g, T_g, H, W, 3].
+            masks: for each group; the context tokens are encoded. None: all tokens of all clips.
+
+        Returns:
+            [L, D] normed features and how they are packed: group by group, mask by mask, clip by clip.
+        """
+        tokens, positions, packings = [], [], []
+        for index, group in enumerate(clips):
+            grid = self.grid_of(group)
+            if masks is None:
+                num_tokens = grid[0] * grid[1] * grid[2]
+                rows, ids = None, torch.arange(num_tokens, device=group.device).repeat(len(group))
+                packings.append(Packing.uniform(len(group), num_tokens, group.device))
+            else:
+                batch = masks[index]
+                rows, ids = batch.context_rows, batch.context_ids
+                packings.append(Packing(batch.context_lengths, batch.cu_seqlens_context))
+            tokens.append(self._embed(group, rows, ids, grid))
+            positions.append(token_positions(ids, *grid[1:]))
+        packing = concatenate(packings)
+        return self._run(torch.cat(tokens), torch.cat(positions), packing)[-1], packing
+
+    def _embed(self, clips: Tensor, rows: Tensor | None, ids: Tensor, grid: Grid) -> Tensor:
+        tokens = self.patch_embed(clips, rows, self.dtype)
+        if self.pos_embed is None:
+            return tokens
+        table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
+        return tokens + table.to(tokens.dtype)[ids.long()]
+
+    def _run(self, x: Tensor, positions: Tensor, packing: Packing) -> list[Tensor]:
+        rope = None
+        if self.cfg.use_rope:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            rope = Rope(positions, self.embed_dim // self.num_heads, self.cfg.rope_style, wide)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, packing, rope, use_reentrant=False)
+            else:
+                x = block(x, packing, rope)
+            if self.out_layers is not None and index in self.out_layers:
+                outputs.append(self.norm(x))
+        return outputs if self.out_layers is not None else [self.norm(x)]

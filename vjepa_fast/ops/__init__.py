@@ -1,0 +1,1 @@
+"""Numeric building blocks, one operation a file; importing them needs torch only."""

@@ -1,0 +1,81 @@
+"""Linear layers that compute in half precision behind fp32 parameters.
+
+The parameters are the masters: fp32, ordinary nn.Parameters, the autograd leaves. The product is taken with a shadow, a
+copy of the master in the compute dtype, and the weight gradient goes to the master. So any optimizer, DDP and gradient
+clipping see nothing unusual, and no autocast is needed.
+
+A shadow is made when a layer runs. An optimizer that has just written master and shadow together may vouch for the
+shadow instead; it then counts only while the master's version counter and storage are those it was made from. Writes
+through `.data` leave no trace in the version counter, so vouching is for an optimizer's own parameters; call `forget`
+after writing to a vouched parameter through `.data`.
+
+Legend: L tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def vouch(master: nn.Parameter, shadow: Tensor) -> None:
+    """Declare `shadow` equal to `master` rounded to its dtype, until the master changes."""
+    master._vf_shadow = (master._version, master.data_ptr(), shadow)  # type: ignore[attr-defined]
+
+
+def forget(master: nn.Parameter) -> None:
+    """Drop a vouched shadow."""
+    if hasattr(master, "_vf_shadow"):
+        del master._vf_shadow
+
+
+def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """The master in the compute dtype: the vouched shadow if it is valid, else a fresh copy."""
+    version, address, shadow = getattr(master, "_vf_shadow", (None, None, None))
+    if shadow is not None and shadow.dtype == dtype and version == master._version and address == master.data_ptr():
+        return shadow
+    return master.detach().to(dtype)
+
+
+class _ShadowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        low = shadow_of(weight, x.dtype)
+        ctx.save_for_backward(x, low)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, low, None if bias is None else shadow_of(bias, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
+        x, low = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = grad @ low if ctx.needs_input_grad[0] else None
+        grad_weight = (flat_grad.t() @ flat_x).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = None
+        if bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = flat_grad.sum(0, dtype=bias_dtype)
+        return grad_x, grad_weight, grad_bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in the dtype of x.
+
+    Args:
+        x: [..., I].
+        weight: [O, I], of x's dtype or wider; its gradient has its own dtype.
+        bias: [O] or None.
+    """
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    return _ShadowLinear.apply(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that follows the dtype of its input, see the module docstring."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)

@@ -1,0 +1,81 @@
+"""How sequences of different lengths lie in one token buffer.
+
+Legend: L total tokens of all sequences, S sequences, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences packed back to back, with their lengths known to the host."""
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    """int32 [S + 1] on the device of the tokens."""
+
+    @classmethod
+    def uniform(cls, num_sequences: int, length: int, device: torch.device) -> Packing:
+        """All sequences of one length: the same layout as a dense [S, length, D] tensor."""
+        cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
+        return cls((length,) * num_sequences, cu_seqlens)
+
+    @property
+    def total(self) -> int:
+        """Tokens in the buffer."""
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest sequence, a python int so that nothing waits for the device."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Maximal runs of neighbours of one length: (number of sequences, length)."""
+        return tuple((len(list(run)), length) for length, run in groupby(self.lengths))
+
+
+def concatenate(parts: Sequence[Packing]) -> Packing:
+    """The packing of several buffers put one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    offsets = [0]
+    for part in parts[:-1]:
+        offsets.append(offsets[-1] + part.total)
+    starts = [part.cu_seqlens[:-1] + offset for part, offset in zip(parts, offsets, strict=True)]
+    end = parts[-1].cu_seqlens[-1:] + offsets[-1]
+    return Packing(tuple(n for part in parts for n in part.lengths), torch.cat([*starts, end]))
+
+
+class _PermuteRows(torch.autograd.Function):
+    """x[order] where order is a permutation: the backward is a gather too, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of x in another order.
+
+    Args:
+        x: [L, D].
+        order: int64 [L], a permutation: row i of the result is row order[i] of x.
+        inverse: int64 [L], the inverse permutation.
+    """
+    return _PermuteRows.apply(x, order, inverse)

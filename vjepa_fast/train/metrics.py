@@ -1,0 +1,136 @@
+"""What a run writes down: CSV with the reference's columns first, JSON lines, TensorBoard, a loss curve."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vjepa_fast.errors import ConfigError
+
+COLUMNS = (
+    "epoch", "itr", "loss", "iter-time(ms)", "gpu-time(ms)", "dataload-time(ms)",
+    "step", "lr", "weight_decay", "momentum", "grad_norm", "skipped", "clips_per_s",
+)
+"""The first six are the reference's; gpu-time is the wall time of the training step on a CPU."""
+
+
+class MetricsLog:
+    """Files of one process in the run folder.
+
+    Args:
+        folder: run folder.
+        rank: of this process; only the first writes JSON lines and TensorBoard.
+        start_step: rows of this step and later, left by a run that went on after its last checkpoint, are dropped.
+        tensorboard: also write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, rank: int, start_step: int, tensorboard: bool = False) -> None:
+        self.csv_path = folder / f"log_r{rank}.csv"
+        self.jsonl_path = folder / "metrics.jsonl"
+        self.is_first = rank == 0
+        self._rewind_csv(start_step)
+        if self.is_first:
+            self._rewind_jsonl(start_step)
+        self._tensorboard: Any = None
+        if tensorboard and self.is_first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError("train.tensorboard is set, but the package tensorboard is not installed; "
+                                  "pip install 'vjepa-fast[tensorboard]'") from error
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def _rewind_csv(self, start_step: int) -> None:
+        rows = read_csv(self.csv_path) if start_step > 0 else []
+        with self.csv_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) < start_step)
+
+    def _rewind_jsonl(self, start_step: int) -> None:
+        lines = []
+        if start_step > 0 and self.jsonl_path.exists():
+            for line in self.jsonl_path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < start_step:
+                        lines.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    # The last line of a killed run may be cut short.
+                    continue
+        self.jsonl_path.write_text("".join(lines))
+
+    def write(self, rows: Iterable[dict[str, Any]], extra: dict[str, Any] | None = None) -> None:
+        """Append rows (keys: COLUMNS) and, for the last of them, further values of any name."""
+        rows = list(rows)
+        if not rows:
+            return
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, COLUMNS).writerows(
+            {**row, "loss": f"{row['loss']:.9g}", "grad_norm": f"{row['grad_norm']:.6g}",
+             "lr": f"{row['lr']:.6g}", "momentum": f"{row['momentum']:.8g}",
+             **{key: f"{row[key]:.1f}" for key in COLUMNS[3:6] + ("clips_per_s",)}} for row in rows)
+        with self.csv_path.open("a", newline="") as file:
+            file.write(buffer.getvalue())
+        if not self.is_first:
+            return
+        last = {**rows[-1], **(extra or {})}
+        with self.jsonl_path.open("a") as file:
+            file.write(json.dumps(last) + "\n")
+        if self._tensorboard is not None:
+            for key, value in last.items():
+                if key not in ("epoch", "itr", "step") and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, last["step"])
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Whole rows of a log; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("clips_per_s") not in (None, "")]
+
+
+def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
+    """Loss curve and feature health as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_csv(csv_path)
+    if not rows:
+        return
+    steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["loss"]) for row in rows]
+    health = [json.loads(line) for line in jsonl_path.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="each step")
+    width = max(1, len(losses) // 30)
+    windows = [losses[max(0, end - width) : end] for end in range(1, len(losses) + 1)]
+    smooth = [sum(window) / len(window) for window in windows]
+    left.plot(steps, smooth, color="tab:blue", label=f"mean of {width}")
+    left.set(xlabel="step", ylabel="loss", title="Prediction loss")
+    left.legend()
+    left.grid(alpha=0.3)
+    for key, colour in (("target_std", "tab:green"), ("prediction_std", "tab:orange")):
+        points = [(h["step"] + 1, h[key]) for h in health if key in h]
+        label = key.replace("_", " ")
+        right.plot([s for s, _ in points], [v for _, v in points], color=colour, marker=".", label=label)
+    rank = right.twinx()
+    points = [(h["step"] + 1, h["target_rank"]) for h in health if "target_rank" in h]
+    rank.plot([s for s, _ in points], [v for _, v in points], color="tab:grey", linestyle="--", label="target rank")
+    rank.set(ylabel="effective rank", ylim=(0, None))
+    right.set(xlabel="step", ylabel="std over tokens", ylim=(0, None), title="Feature health (0 means collapse)")
+    lines = right.get_legend_handles_labels(), rank.get_legend_handles_labels()
+    right.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1])
+    right.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

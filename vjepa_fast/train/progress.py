@@ -1,0 +1,63 @@
+"""Progress for a person at a terminal, or one line every N steps for a log file."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class ProgressReport:
+    """Shows loss, lr, clips/s, data-wait share and time left.
+
+    Args:
+        total: steps of the run.
+        start: step it begins at.
+        console: where to.
+        enabled: false shows nothing (all processes but the first).
+    """
+
+    def __init__(self, total: int, start: int, console: Console, enabled: bool = True) -> None:
+        self.total = total
+        self.start = start
+        self.console = console
+        self.enabled = enabled
+        self.began = time.perf_counter()
+        self.bar: Progress | None = None
+        if enabled and console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                TextColumn("{task.description}"), console=console, refresh_per_second=4,
+            )
+            self.task = self.bar.add_task("starting", total=total, completed=start)
+            self.bar.start()
+
+    def advance(self, done: int) -> None:
+        """Move the bar to `done` finished steps."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done)
+
+    def report(self, done: int, *, loss: float, lr: float, clips_per_s: float, data_wait: float) -> None:
+        """Show the figures of the last steps.
+
+        Args:
+            done: finished steps.
+            data_wait: share of the time spent waiting for clips, 0 to 1.
+        """
+        if not self.enabled:
+            return
+        pace = (time.perf_counter() - self.began) / max(1, done - self.start)
+        left = timedelta(seconds=round(pace * (self.total - done)))
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  eta {left}"
+        if self.bar is not None:
+            self.bar.update(self.task, description=text, completed=done)
+        else:
+            self.console.print(f"step {done}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

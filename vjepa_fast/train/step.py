@@ -1,0 +1,129 @@
+"""One training step: forward, backward, AdamW, EMA, with the schedules in the reference's order.
+
+Schedules first, then forward and backward, then the optimizer, then the target encoder (facebookresearch/vjepa2,
+app/vjepa/train.py:424-487). A step whose gradients are not finite leaves the weights as they are, but the target
+encoder still moves, as with the reference's GradScaler; there is a scaler only for fp16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vjepa_fast.config.schema import Config
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.jepa import VJEPA, JEPAOutput
+from vjepa_fast.train.optim import AdamWEMA
+from vjepa_fast.train.schedules import Schedules
+
+
+@dataclass
+class StepResult:
+    """What a step did. Tensors stay on the device; reading one waits for it."""
+
+    loss: Tensor
+    """Scalar: this process's share of the loss times the number of processes; their mean is the loss of the step."""
+    grad_norm: Tensor
+    """Scalar: norm of all gradients together."""
+    skipped: Tensor
+    """Scalar: 1 where the gradients were not finite."""
+    lr: float
+    weight_decay: float
+    momentum: float
+    output: JEPAOutput
+    """Of the last micro-batch, detached."""
+
+
+class TrainStep:
+    """Callable that trains a model one step at a time.
+
+    Args:
+        model: to be trained, on its device.
+        cfg: optimization, loss; the model's own dtype.
+        data_parallel: `model` wrapped for several processes.
+        num_processes: how many there are.
+    """
+
+    def __init__(
+        self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1
+    ) -> None:
+        self.model = model
+        model.loss_exp = cfg.loss.loss_exp
+        self.forward = data_parallel or model
+        self.num_processes = num_processes
+        self.num_micro = cfg.optimization.grad_accumulation
+        self.schedules = Schedules(cfg.optimization)
+        opt = cfg.optimization
+        self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type) if cfg.model.dtype == "float16" else None
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(
+        self, step: int, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]
+    ) -> StepResult:
+        """Train on one batch.
+
+        Args:
+            step: counts from 0; places the schedules.
+            clips, masks: as VJEPA.forward.
+        """
+        groups = [clips] if isinstance(clips, Tensor) else list(clips)
+        batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
+        lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            if not group.get("WD_exclude"):
+                group["weight_decay"] = weight_decay
+        self.optimizer.momentum = self.schedules.momentum(step)
+
+        loss, output = self._backward(groups, batches)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        skipped = (~torch.isfinite(grad_norm)).float()
+        self.optimizer.found_inf = skipped
+        self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, skipped, lr, weight_decay, self.optimizer.momentum, output)
+
+    def _backward(self, groups: list[Tensor], batches: list[MaskBatch]) -> tuple[Tensor, JEPAOutput]:
+        total: Tensor | None = None
+        micro_batches = self._split(groups, batches)
+        for index, (some_clips, some_masks) in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            sync = contextlib.nullcontext()
+            if isinstance(self.forward, DistributedDataParallel) and not last:
+                sync = self.forward.no_sync()  # type: ignore[assignment]
+            with sync:
+                output = self.forward(some_clips, some_masks)
+                # Data parallelism averages gradients; the loss weights already add up to 1 over all processes.
+                loss = output.loss * self.num_processes
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total, replace(
+            output, loss=output.loss.detach(), packed_predictions=output.packed_predictions.detach())
+
+    def _split(self, groups: list[Tensor], batches: list[MaskBatch]) -> list[tuple[list[Tensor], list[MaskBatch]]]:
+        if self.num_micro == 1:
+            return [(groups, batches)]
+        weighed = [batch.with_weights(len(batches)) for batch in batches]
+        parts = []
+        for index in range(self.num_micro):
+            chosen = []
+            for group, batch in zip(groups, weighed, strict=True):
+                start, stop = (len(group) * i // self.num_micro for i in (index, index + 1))
+                if stop > start:
+                    chosen.append((group[start:stop], batch.narrow(start, stop)))
+            if chosen:
+                parts.append(([group for group, _ in chosen], [batch for _, batch in chosen]))
+        return parts
