@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "h264-audio": {"name": "a.mp4", "g": "12", "audio": True},
     "hevc": {"name": "a.mp4", "codec": "libx265", "x265-params": f"{X265}:open-gop=0"},
     "hevc-open-gop": {"name": "a.mkv", "codec": "libx265", "x265-params": f"{X265}:open-gop=1"},
+    "hevc-leading": {"name": "a.mkv", "codec": "libx265", "x265-params": f"{X265}:open-gop=0:radl=2"},
     "vp9": {"name": "a.webm", "codec": "libvpx-vp9", "g": "12", "deadline": "realtime", "cpu-used": "8"},
     "vp9-alt-ref": {"name": "a.webm", "codec": "libvpx-vp9", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "16",
                     "cpu-used": "5"},
@@ -44,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mjpeg": {"name": "a.avi", "codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "mpeg4-avi": {"name": "a.avi", "codec": "mpeg4", "g": "12", "bf": "2"},
 }
+# No usable timestamps: these are decoded from the beginning.
+COUNTED = {"h264-no-pts-avi", "h264-raw", "vp8"}
 
 
 def decode_all(path: Path) -> np.ndarray:
@@ -52,13 +55,16 @@ def decode_all(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_any_frames_equal_those_of_a_whole_decode(case: str, tmp_path: Path, write_video: Callable[..., Path]) -> None:
+def test_any_frames_equal_those_of_a_whole_decode(case: str, tmp_path: Path, write_video: Callable[..., Path],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict(CASES[case])
     path = write_video(tmp_path / options.pop("name"), **options)
     whole = decode_all(path)
     index = build_index(str(path))
     assert index.num_frames == len(whole) == 40
-    assert index.avg_fps > 0
+    assert index.avg_fps > 0 and index.seekable == (case not in COUNTED)
+    if index.seekable and case != "h264-intra-refresh":
+        monkeypatch.setattr("vjepa_fast.data.decode.pyav._decode_all", lambda *_: pytest.fail("decoded from the start"))
     rng = np.random.default_rng(0)
     wanted = [np.sort(rng.integers(0, 40, size=6)) for _ in range(4)]
     wanted += [np.array([number]) for number in rng.permutation(40)[:12]]
@@ -148,6 +154,9 @@ def test_unusable_files_say_why(tmp_path: Path, write_video: Callable[..., Path]
     assert "FFmpeg cannot read it" in reason("text.mp4", b"this is not a video\n" * 50)
     assert "FFmpeg cannot read it" in reason("no_moov.mp4", plain[:len(plain) // 2])
     assert "truncated" in reason("cut.mp4", mp4[:len(mp4) * 2 // 3])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        end_of_a_frame = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[20]
+    assert "truncated" in reason("cut_between.mp4", mp4[:end_of_a_frame])
     assert "truncated" in reason("cut.mkv", mkv[:len(mkv) // 2])
     head = len(mp4) - len(mp4) // 2
     assert reason("garbled.mp4", mp4[:head] + bytes(len(mp4) - head))

@@ -45,20 +45,24 @@ def _unused_drop_path(*_: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _import_environment(root: Path) -> Iterator[None]:
-    """Put the checkout on sys.path and undo what its modules do to the root logger when they are imported."""
-    if importlib.util.find_spec("timm") is None:
-        layers = types.ModuleType("timm.models.layers")
-        layers.drop_path = _unused_drop_path  # type: ignore[attr-defined]
-        sys.modules.setdefault("timm", types.ModuleType("timm"))
-        sys.modules.setdefault("timm.models", types.ModuleType("timm.models"))
-        sys.modules.setdefault("timm.models.layers", layers)
+    """Put the checkout and a stand-in for timm in place, and undo that and what its modules do to the root logger."""
+    layers = types.ModuleType("timm.models.layers")
+    layers.drop_path = _unused_drop_path  # type: ignore[attr-defined]
+    stand_ins = {name: types.ModuleType(name) for name in ("timm", "timm.models")} | {layers.__name__: layers}
+    before = {name: sys.modules.get(name) for name in stand_ins}
     root_logger = logging.getLogger()
     handlers, level = root_logger.handlers[:], root_logger.level
     sys.path.insert(0, str(root))
+    sys.modules.update(stand_ins)
     try:
         yield
     finally:
         sys.path.remove(str(root))
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
         root_logger.handlers[:], root_logger.level = handlers, level
 
 
@@ -104,14 +108,14 @@ class Triple:
         return {
             f"{part}.{key}": value.clone()
             for part, module in self.parts()
-            for key, value in module.backbone.state_dict().items()  # type: ignore[union-attr, operator]
+            for key, value in module.backbone.state_dict().items()  # type: ignore[union-attr]
         }
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Load a state as returned by `weights`; position tables may be missing."""
         for part, module in self.parts():
             own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
-            missing, unexpected = module.backbone.load_state_dict(own, strict=False)  # type: ignore[union-attr, operator]
+            missing, unexpected = module.backbone.load_state_dict(own, strict=False)  # type: ignore[union-attr]
             assert not unexpected and all(key.endswith("pos_embed") for key in missing), (missing, unexpected)
 
 
@@ -224,14 +228,15 @@ class Training:
         gradients = {
             f"{part}.{key}": None if value.grad is None else value.grad.clone()
             for part, module in list(self.triple.parts())[:2]
-            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr, operator]
+            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr]
             if value.requires_grad
         }
         self.optimizer.step()
         self.optimizer.zero_grad()
         momentum = next(self.momenta)
         with torch.no_grad():
-            old, new = list(self.triple.target_encoder.parameters()), list(self.triple.encoder.parameters())
+            old: list[torch.Tensor] = list(self.triple.target_encoder.parameters())
+            new: list[torch.Tensor] = list(self.triple.encoder.parameters())
             torch._foreach_mul_(old, momentum)
             torch._foreach_add_(old, new, alpha=1 - momentum)
         return Step(loss.item(), gradients, lr, weight_decay, momentum, margin)

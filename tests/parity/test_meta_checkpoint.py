@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ pytestmark = [meta_reference.needs_reference, meta_reference.ignore_sdp_warning]
 # An epoch of these runs has two steps; a mask token that no batch uses has no optimizer state.
 BEFORE = OPTIMIZATION["ipe"]
 SOME_CASES = pytest.mark.parametrize("name", ["mixed_frames", "sincos", "swiglu"])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class DataParallelNames(nn.Module):
@@ -71,7 +62,7 @@ def our_names(model: Any) -> dict[torch.Tensor, str]:
 
 def their_names(triple: meta_reference.Triple) -> dict[torch.Tensor, str]:
     return {value: f"{part}.{key}" for part, module in triple.parts()
-            for key, value in module.backbone.named_parameters()}  # type: ignore[union-attr, operator]
+            for key, value in module.backbone.named_parameters()}  # type: ignore[union-attr]
 
 
 def assert_same_state(

@@ -52,11 +52,15 @@ def our_training(checkpoint: Path) -> tuple[Any, TrainStep, dict[str, Any]]:
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """fp32 weights after several steps of Adam, which enlarges rounding noise in gradients that are nearly zero."""
+    """fp32 weights after several steps of Adam, which enlarges rounding noise in gradients that are nearly zero.
+
+    Biases consist of nothing but these steps; moments that are lost or belong to another parameter change them by
+    several percent.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if value.any():
-            assert relative_difference(found[name], value) <= 1e-5, name
+            assert relative_difference(found[name], value) <= 1e-3, name
         else:
             assert not found[name].any(), name
 

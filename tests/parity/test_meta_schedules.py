@@ -22,22 +22,25 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+EPOCHS, IPE = 9, 7
+
+
 def config(schedule: str, options: dict[str, Any]) -> OptimizationConfig:
-    return OptimizationConfig(**{"schedule": schedule, "epochs": 9, "ipe": 7, "start_lr": 2e-4, "ema": (0.99, 1.0),
-                                 "anneal": 2, **options})
+    shared = {"epochs": EPOCHS, "ipe": IPE, "start_lr": 2e-4, "ema": (0.99, 1.0), "anneal": 2}
+    return OptimizationConfig(**{"schedule": schedule, **shared, **options})
 
 
 def learning_rates(cfg: OptimizationConfig) -> tuple[Any, torch.optim.Optimizer]:
     """The reference's learning rate schedule and the optimizer that it writes to."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     schedulers = meta_reference.modules().schedulers
-    total = int(cfg.ipe_scale * cfg.epochs * cfg.ipe)
+    total = int(cfg.ipe_scale * EPOCHS * IPE)
     if cfg.schedule == "linear":
         return schedulers.LinearDecaySchedule(optimizer, ref_lr=cfg.lr, final_lr=cfg.final_lr, T_max=total), optimizer
-    shared = {"warmup_steps": int(cfg.warmup * cfg.ipe), "start_lr": cfg.start_lr, "ref_lr": cfg.lr,
+    shared = {"warmup_steps": int(cfg.warmup * IPE), "start_lr": cfg.start_lr, "ref_lr": cfg.lr,
               "final_lr": cfg.final_lr, "T_max": total}
     if cfg.schedule == "wsd":
-        return schedulers.WSDSchedule(optimizer, anneal_steps=int(cfg.anneal * cfg.ipe), **shared), optimizer
+        return schedulers.WSDSchedule(optimizer, anneal_steps=int(cfg.anneal * IPE), **shared), optimizer
     return schedulers.WarmupCosineSchedule(optimizer, **shared), optimizer
 
 
@@ -48,9 +51,9 @@ def test_every_step(schedule: str, name: str) -> None:
     lr_schedule, optimizer = learning_rates(cfg)
     wd_schedule = meta_reference.modules().schedulers.CosineWDSchedule(
         optimizer, ref_wd=cfg.weight_decay, final_wd=cfg.final_weight_decay,
-        T_max=int(cfg.ipe_scale * cfg.epochs * cfg.ipe))
+        T_max=int(cfg.ipe_scale * EPOCHS * IPE))
     ours = Schedules(cfg)
-    for step in range(cfg.epochs * cfg.ipe):
+    for step in range(EPOCHS * IPE):
         lr_schedule.step()
         wd_schedule.step()
         group = optimizer.param_groups[0]

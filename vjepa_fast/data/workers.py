@@ -49,7 +49,7 @@ def start_context() -> Any:
     """The multiprocessing context of the workers.
 
     fork where the platform has it, by measurement and because of what users write: a forked worker is ready in
-    30 ms, a spawned one in the 2 to 4 s that importing torch takes, and spawn or forkserver would run a script
+    10 ms, a spawned one in the 2 s that importing torch takes, and spawn or forkserver would run a script
     without `if __name__ == "__main__"` again in every worker. What makes fork risky is avoided: a worker uses one
     thread, never touches CUDA, and opens every file itself.
     """

@@ -1,7 +1,7 @@
 """Where the frames of a video are: timestamps and keyframes, read from the container without decoding.
 
-An index costs one pass over the file's packets (4 ms for ten seconds of 360p) and is kept in a cache folder under a
-name made of the file's absolute path, size and modification time, so a changed file gets a new one. A cache entry that
+An index costs one pass over the file's packets (5 to 9 ms for ten seconds of 360p) and is kept in a cache folder under
+a name made of the file's absolute path, size and modification time, so a changed file gets a new one. An entry that
 is damaged or of another version is built again; a cache that cannot be written is done without.
 
 A stream in which a displayed frame has no timestamp, or shares it with another, cannot be sought exactly. Its frames

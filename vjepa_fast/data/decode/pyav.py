@@ -71,15 +71,17 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _To
         can_skip = codec.name == "h264"
         packets = container.demux(stream)
         next_gop = 0
+        passed: set[int] = set()
         for gop in np.unique(gops):
             start_pts = int(index.pts[index.keyframes[gop]])
-            if not next_gop <= gop <= next_gop + _MAX_GOPS_READ:
+            # In an open GOP the last pictures of one are stored behind the keyframe of the next, which is then read.
+            if start_pts in passed or not next_gop <= gop <= next_gop + _MAX_GOPS_READ:
                 container.seek(int(index.keyframe_dts[gop]), stream=stream, backward=True)
                 packets = container.demux(stream)
             next_gop = int(gop) + 1
             due = {int(index.pts[number]) for number in wanted[gops == gop]}
             is_clean = gop == 0
-            for frame in _decode_gop(codec, packets, start_pts, due, can_skip):
+            for frame in _decode_gop(codec, packets, start_pts, due, passed, can_skip):
                 # Some streams refresh their pictures bit by bit and call the beginning of that a keyframe.
                 if frame.pts is None or frame.pts < start_pts:
                     # Displayed before the keyframe but stored behind it: it belongs to the GOP before.
@@ -92,9 +94,12 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _To
             codec.flush_buffers()
 
 
-def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], can_skip: bool) -> Iterator[Any]:
+def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], passed: set[int], can_skip: bool,
+                ) -> Iterator[Any]:
     started = False
     for packet in packets:
+        if packet.is_keyframe:
+            passed.add(packet.pts)
         started = started or (packet.is_keyframe and packet.pts == start_pts)
         if not started or not packet.size:
             continue
