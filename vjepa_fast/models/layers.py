@@ -102,11 +102,12 @@ def make_blocks(
 
 
 def init_weights(module: nn.Module, blocks: nn.ModuleList) -> None:
-    """The reference's initialisation, in its order of random draws.
+    """The reference's initialisation.
 
     Weights of linear and convolution layers: normal with std 0.02, cut at +-2; biases 0; layer norms 1 and 0. Then the
     output projections of block i (counted from 1) are divided by sqrt(2 i). In SwiGLU blocks that scales fc2, which is
     an input projection there, as in the reference (facebookresearch/vjepa2, src/models/vision_transformer.py:147-153).
+    The reference's own sampler turns about one draw in 2^24 into -2; torch's does not, so a seed gives other numbers.
     """
     for child in _post_order(module):
         if isinstance(child, nn.Linear | nn.Conv2d | nn.Conv3d):

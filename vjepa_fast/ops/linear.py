@@ -5,9 +5,9 @@ copy of the master in the compute dtype, and the weight gradient goes to the mas
 clipping see nothing unusual, and no autocast is needed.
 
 A shadow is made when a layer runs. An optimizer that has just written master and shadow together may vouch for the
-shadow instead; it then counts only while the master's version counter and storage are those it was made from. Writes
-through `.data` leave no trace in the version counter, so vouching is for an optimizer's own parameters; call `forget`
-after writing to a vouched parameter through `.data`.
+shadow instead; it then counts until any torch optimizer steps, and only while the master's version counter and storage
+are those it was made from. (The version counter alone is not enough: torch's fused optimizers and writes through `.data`
+leave it as it was.) Call `forget` after writing to a vouched parameter through `.data`.
 
 Legend: L tokens, I input features, O output features.
 """
@@ -18,11 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_num_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _num_optimizer_steps
+    _num_optimizer_steps += 1
+
+
+register_optimizer_step_pre_hook(_count_step)
+
+
+def _state(master: Tensor) -> tuple[int, int, int]:
+    return _num_optimizer_steps, master._version, master.data_ptr()
 
 
 def vouch(master: nn.Parameter, shadow: Tensor) -> None:
     """Declare `shadow` equal to `master` rounded to its dtype, until the master changes."""
-    master._vf_shadow = (master._version, master.data_ptr(), shadow)  # type: ignore[attr-defined]
+    master._vf_shadow = (_state(master), shadow)  # type: ignore[attr-defined]
 
 
 def forget(master: nn.Parameter) -> None:
@@ -33,8 +48,8 @@ def forget(master: nn.Parameter) -> None:
 
 def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
     """The master in the compute dtype: the vouched shadow if it is valid, else a fresh copy."""
-    version, address, shadow = getattr(master, "_vf_shadow", (None, None, None))
-    if shadow is not None and shadow.dtype == dtype and version == master._version and address == master.data_ptr():
+    state, shadow = getattr(master, "_vf_shadow", (None, None))
+    if shadow is not None and shadow.dtype == dtype and state == _state(master):
         return shadow
     return master.detach().to(dtype)
 
