@@ -7,8 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
-# Read by torch and numpy when they are imported, which this file must not do: some tests time imports. The models of the
-# tests are so small that a second thread costs more than it gains, most of all on a busy machine.
+# Read by torch and numpy when they are imported, which this file must not do: some tests time imports. The models of
+# the tests are so small that a second thread costs more than it gains, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The examples are the same in every run, and a slow machine is no failure.

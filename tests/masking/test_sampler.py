@@ -34,7 +34,8 @@ def rows(batch: MaskBatch):
     """(mask, clip) -> (context ids, target ids)."""
     context = batch.context_ids.split(list(batch.context_lengths))
     target = batch.target_ids.split(list(batch.target_lengths))
-    return {divmod(s, batch.batch_size): (c.tolist(), t.tolist()) for s, (c, t) in enumerate(zip(context, target))}
+    pairs = enumerate(zip(context, target, strict=True))
+    return {divmod(s, batch.batch_size): (c.tolist(), t.tolist()) for s, (c, t) in pairs}
 
 
 def test_masks_do_not_depend_on_how_a_step_is_split():

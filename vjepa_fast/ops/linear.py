@@ -5,9 +5,9 @@ copy of the master in the compute dtype, and the weight gradient goes to the mas
 clipping see nothing unusual, and no autocast is needed.
 
 A shadow is made when a layer runs. An optimizer that has just written master and shadow together may vouch for the
-shadow instead; it then counts until any torch optimizer steps, and only while the master's version counter and storage
-are those it was made from. (The version counter alone is not enough: torch's fused optimizers and writes through `.data`
-leave it as it was.) Call `forget` after writing to a vouched parameter through `.data`.
+shadow instead; it then counts until any torch optimizer steps, and only while the master's version counter and its
+storage are those it was made from. (The version counter alone is not enough: torch's fused optimizers and writes
+through `.data` leave it as it was.) Call `forget` after writing to a vouched parameter through `.data`.
 
 Legend: L tokens, I input features, O output features.
 """
