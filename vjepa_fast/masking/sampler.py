@@ -171,26 +171,26 @@ class StepMasks:
         """Args: step: of the run. sample_ids: for each group present, int64 [B_g]. group_ids: which these are."""
         if self.reference is not None:
             return self._from_reference(sample_ids, group_ids)
-        members = self._members(step, sample_ids)
+        members = self._members(sample_ids)
         groups = self.group_of(members)
         batches = []
         for ids, group in zip(sample_ids, group_ids, strict=True):
             batch = self.samplers[group](step, ids, members=members[groups == group])
             batches.append(replace(batch, mask_token=group))
-        return self._weigh(step, batches, sample_ids, group_ids, members, groups)
+        if self.cfg.truncate == "none":
+            return self._weigh_all_tokens(batches, group_ids)
+        return self._weigh_by_group(batches, sample_ids, group_ids, members, groups)
 
-    def _members(self, step: int, sample_ids: Sequence[Tensor]) -> np.ndarray:
+    def _members(self, sample_ids: Sequence[Tensor]) -> np.ndarray:
         own = np.sort(np.concatenate([ids.numpy() for ids in sample_ids]))
         if self.cfg.truncate == "none":
             return own
         return (np.unique(own // self.group_size)[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
 
-    def _weigh(
-        self, step: int, batches: list[MaskBatch], sample_ids: Sequence[Tensor], group_ids: Sequence[int],
-        members: np.ndarray, groups: np.ndarray,
+    def _weigh_by_group(
+        self, batches: list[MaskBatch], sample_ids: Sequence[Tensor], group_ids: Sequence[int], members: np.ndarray,
+        groups: np.ndarray,
     ) -> list[MaskBatch]:
-        if self.cfg.truncate == "none":
-            return self._weigh_all_tokens(step, batches, group_ids)
         num_parts = self.global_batch // self.group_size
         parts = members // self.group_size
         present = {part: len(np.unique(groups[parts == part])) for part in np.unique(parts)}
@@ -206,7 +206,7 @@ class StepMasks:
             weighed.append(replace(batch, loss_weights=weights))
         return weighed
 
-    def _weigh_all_tokens(self, step: int, batches: list[MaskBatch], group_ids: Sequence[int]) -> list[MaskBatch]:
+    def _weigh_all_tokens(self, batches: list[MaskBatch], group_ids: Sequence[int]) -> list[MaskBatch]:
         num_masks = len(self.cfg.masks)
         counts = torch.zeros(len(self.fpcs), num_masks, dtype=torch.int64)
         for batch, group in zip(batches, group_ids, strict=True):

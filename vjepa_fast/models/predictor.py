@@ -24,7 +24,7 @@ from vjepa_fast.models.vit import compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing, permute_rows
-from vjepa_fast.ops.rope3d import Rope, token_positions
+from vjepa_fast.ops.rope3d import Rope, rope_tables, token_positions
 
 
 class Predictor(nn.Module):
@@ -125,7 +125,8 @@ class Predictor(nn.Module):
             ids = torch.cat([context_ids, target_ids])[layout.order]
             wide = torch.promote_types(dtype, torch.float32)
             positions = token_positions(ids, *masks[0].grid[1:])
-            rope = Rope(positions, self.cfg.pred_embed_dim // self.num_heads, self.cfg.rope_style, wide)
+            head_dim = self.cfg.pred_embed_dim // self.num_heads
+            rope = Rope(*rope_tables(positions, head_dim, self.cfg.rope_style, wide))
         for block in self.predictor_blocks:
             if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout.packing, rope, use_reentrant=False)

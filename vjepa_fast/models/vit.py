@@ -20,7 +20,7 @@ from vjepa_fast.models.positions import interpolate_table, sincos_table
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.packing import Packing, concatenate
 from vjepa_fast.ops.patch_embed import patch_embed
-from vjepa_fast.ops.rope3d import Rope, token_positions
+from vjepa_fast.ops.rope3d import Rope, rope_tables, token_positions
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class VisionTransformer(nn.Module):
         rope = None
         if self.cfg.use_rope:
             wide = torch.promote_types(self.dtype, torch.float32)
-            rope = Rope(positions, self.embed_dim // self.num_heads, self.cfg.rope_style, wide)
+            rope = Rope(*rope_tables(positions, self.embed_dim // self.num_heads, self.cfg.rope_style, wide))
         outputs = []
         for index, block in enumerate(self.blocks):
             if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():

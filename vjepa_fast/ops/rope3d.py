@@ -71,56 +71,73 @@ class _Rope3d(torch.autograd.Function):
     """In place; linear in its input, so that only the tables are kept for the backward."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, qkv: Tensor, cos: Tensor, sin: Tensor, sin_back: Tensor, num_heads: int
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin_back)
         ctx.num_heads = num_heads
         ctx.mark_dirty(qkv)
-        a, b = _pairs(qkv, num_heads, cos.shape[-1])
-        cos_a, cos_b, sin_a, sin_b = (x[:, None, None] for t in (cos, sin) for x in (t[:, 0::2], t[:, 1::2]))
-        new_a = a * cos_a - b * sin_a
-        b.copy_(b * cos_b + a * sin_b)
-        a.copy_(new_a)
+        _turn(qkv, cos, sin, num_heads)
         return qkv
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin_back = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        a, b = _pairs(grad, ctx.num_heads, cos.shape[-1])
-        cos_a, cos_b, sin_a, sin_b = (x[:, None, None] for t in (cos, sin) for x in (t[:, 0::2], t[:, 1::2]))
-        new_a = a * cos_a + b * sin_b
-        b.copy_(b * cos_b - a * sin_a)
-        a.copy_(new_a)
-        return grad, None, None, None
+        _turn(grad, cos, sin_back, ctx.num_heads)
+        return grad, None, None, None, None
 
 
-def _pairs(qkv: Tensor, num_heads: int, rotated: int) -> tuple[Tensor, Tensor]:
-    """Views of the even and odd rotated elements of queries and keys, [L, 2, H, R / 2]."""
-    qk = qkv.view(qkv.shape[0], 3, num_heads, -1)[:, :2, :, :rotated]
-    return qk[..., 0::2], qk[..., 1::2]
+def _swap(x: Tensor) -> Tensor:
+    """Elements 2j and 2j + 1 of the last dimension exchanged."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def rope3d(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Rotates queries and keys in place and returns the buffer.
+def _alternate(x: Tensor, even: float, odd: float) -> Tensor:
+    """Even and odd elements of the last dimension times a factor each."""
+    return x * torch.tensor([even, odd], dtype=x.dtype, device=x.device).repeat(x.shape[-1] // 2)
 
-    Args:
-        qkv: [L, 3 * H * head_dim], contiguous, not a view of a tensor that anything else still needs.
-        cos, sin: [L, R] of rope_tables, fp32 or fp64; the arithmetic is done in their precision.
-        num_heads: H.
-    """
-    return _Rope3d.apply(qkv, cos, sin, num_heads)
+
+def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
+    """x = x * cos + swap(x) * sin for the rotated elements x of queries and keys, in place."""
+    x = qkv.view(qkv.shape[0], 3, num_heads, -1)[:, :2, :, : cos.shape[-1]]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    swapped = _swap(x)
+    if x.dtype == cos.dtype:
+        x.mul_(cos).addcmul_(swapped, sin)
+    else:
+        # Half precision is rounded once, at the end.
+        x.copy_(x * cos + swapped * sin)
 
 
 class Rope:
-    """Tables of one buffer of tokens, made once and shared by all layers."""
+    """Rotation of one buffer of tokens, its tables made once and shared by all layers.
 
-    def __init__(self, positions: Tensor, head_dim: int, style: Style, dtype: torch.dtype) -> None:
-        """Args as rope_tables."""
-        self.cos, self.sin = rope_tables(positions, head_dim, style, dtype)
+    Args:
+        cos, sin: [L, R] of rope_tables; the arithmetic is done in their precision.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        # (a, b) becomes (a, b) * cos + (b, a) * (-sin_a, sin_b). The transpose, for the gradient, gives each element
+        # its partner's gradient times the partner's sine: (g_a, g_b) * cos + (g_b, g_a) * (sin_b, -sin_a).
+        self.sin = _alternate(sin, -1.0, 1.0)
+        self.sin_back = _alternate(_swap(sin), 1.0, -1.0)
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
-        return rope3d(qkv, self.cos, self.sin, num_heads)
+        """Rotates queries and keys in place and returns the buffer.
+
+        Args:
+            qkv: [L, 3 * H * head_dim], contiguous, not a view of a tensor that anything else still needs.
+            num_heads: H.
+        """
+        return _Rope3d.apply(qkv, self.cos, self.sin, self.sin_back, num_heads)
+
+
+def rope3d(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """One rotation with tables of its own; arguments as Rope."""
+    return Rope(cos, sin)(qkv, num_heads)
 
 
 __all__ = ["Rope", "Style", "axis_width", "rope3d", "rope_tables", "token_positions"]
