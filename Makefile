@@ -1,5 +1,6 @@
 # make demo    pretrain the demo recipe            make lint    ruff and mypy
 # make test    run the tests                       make clean   remove .venv
+# make bench   time operations, step and loader
 #
 # Each is complete on a machine with Python >= 3.10 and make; PYTHON=/path/to/python chooses another interpreter.
 # Everything is installed into .venv, in the versions of constraints.txt; an active environment is left alone.
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Neither an active environment nor a PYTHONPATH may leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 
 demo: $(STAMP)
 	$(BIN)/vjepa-fast train
@@ -23,6 +24,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy vjepa_fast
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
 
 install: $(STAMP)
 

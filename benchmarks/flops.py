@@ -1,0 +1,87 @@
+"""How many floating-point operations a step has to do, from the configuration and the lengths of the masks.
+
+Only matrix products and attention count, a multiply-add as two. A backward pass costs twice its forward; attention
+that recomputes its scores does more, which is not credited. The patch embedding's input needs no gradient, so its
+backward costs as much as its forward. Recomputed activations are not credited either: the same step with activation
+checkpointing has the same count.
+
+Legend: L tokens of all sequences, S sequences, D width, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.vit import size_of
+
+
+def linear(tokens: int, inputs: int, outputs: int) -> int:
+    """One product [tokens, inputs] x [inputs, outputs]."""
+    return 2 * tokens * inputs * outputs
+
+
+def attention(lengths: Sequence[int], width: int) -> int:
+    """Scores and weighted sums of all sequences: 4 * sum(length^2) * D."""
+    return 4 * sum(length * length for length in lengths) * width
+
+
+def transformer(
+    lengths: Sequence[int], width: int, depth: int, mlp_ratio: float, swiglu: bool = False, wide_swiglu: bool = True
+) -> int:
+    """Forward of all blocks over packed sequences."""
+    tokens, hidden = sum(lengths), int(width * mlp_ratio)
+    if swiglu and wide_swiglu:
+        hidden = (int(2 * hidden / 3) + 7) // 8 * 8
+    products = linear(tokens, width, 4 * width) + (3 if swiglu else 2) * linear(tokens, width, hidden)
+    return depth * (products + attention(lengths, width))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one training step, by part."""
+
+    target_encoder: int
+    """Forward only."""
+    context_encoder: int
+    """Forward and backward."""
+    predictor: int
+    """Forward and backward."""
+
+    @property
+    def total(self) -> int:
+        return self.target_encoder + self.context_encoder + self.predictor
+
+
+def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch]) -> StepFlops:
+    """Operations of a step.
+
+    Args:
+        cfg: of the model.
+        masks: of each frames-per-clip group.
+    """
+    batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
+    size = size_of(cfg)
+    whole = [batch.num_tokens for batch in batches for _ in range(batch.batch_size)]
+    context = [length for batch in batches for length in batch.context_lengths]
+    target = [length for batch in batches for length in batch.target_lengths]
+    both = [length for batch in batches for length in batch.total_lengths]
+    assert cfg.patch_size is not None and cfg.tubelet_size is not None and cfg.num_frames is not None
+    tubelet = cfg.tubelet_size if cfg.num_frames > 1 else 1
+    pixels = 3 * tubelet * cfg.patch_size**2
+
+    def encoder(lengths: list[int]) -> int:
+        return transformer(lengths, size.embed_dim, size.depth, size.mlp_ratio, cfg.use_silu, cfg.wide_silu)
+
+    predictor = (
+        linear(sum(context), size.embed_dim, cfg.pred_embed_dim)
+        + transformer(both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu)
+        + linear(sum(target), cfg.pred_embed_dim, size.embed_dim)
+    )
+    return StepFlops(
+        target_encoder=linear(sum(whole), pixels, size.embed_dim) + encoder(whole),
+        context_encoder=2 * linear(sum(context), pixels, size.embed_dim) + 3 * encoder(context),
+        predictor=3 * predictor,
+    )

@@ -1,0 +1,309 @@
+"""Everything that needs a GPU, in one call that ends within nine minutes.
+
+    python -m benchmarks.gpu_run [--reference DIR] [--out DIR]        on a GPU
+    python -m benchmarks.gpu_run --cpu --small                        tries the call itself out on a CPU
+
+Each part is a process of its own with a time limit, so that one that fails or hangs costs the others nothing. A short
+table comes last; the whole result is in gpu_run.json in the output folder ($OUT, else ./out), beside the logs of all
+parts in log.txt and the figures of single operations in benchmarks.json. DIR is a checkout of
+facebookresearch/vjepa2. Exit code 0 means that every part finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.flops import step_flops
+from benchmarks.steps import OurStep, ReferenceStep, Step, check_same_loss, interleave, profile_steps
+from benchmarks.timing import (
+    ROOT,
+    Limits,
+    Quantiles,
+    environment,
+    limits_as_dict,
+    measure_limits,
+    pick_device,
+    synchronize,
+)
+from benchmarks.workload import LARGE, TRIAL, Workload
+
+_NUM_BATCHES = 8
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a part gets to know."""
+
+    device: torch.device
+    small: bool
+    out: Path
+
+    @property
+    def workload(self) -> Workload:
+        return TRIAL if self.small else LARGE
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.small else 40
+
+    @property
+    def num_batches(self) -> int:
+        return 2 if self.small else _NUM_BATCHES
+
+    def limits(self) -> Limits:
+        """Of the part `floors`; measured again if that failed."""
+        with contextlib.suppress(OSError):
+            return Limits(**json.loads((self.out / "floors.json").read_text())["limits"])
+        return measure_limits(self.device, self.small)
+
+
+def run_environment(settings: Settings) -> dict[str, Any]:
+    """Hardware and versions."""
+    return environment(settings.device)
+
+
+def run_tests(settings: Settings) -> dict[str, Any]:
+    """The tests that need a GPU."""
+    code = subprocess.call([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], cwd=ROOT)
+    # 5: nothing collected.
+    if code not in (0, 5):
+        raise RuntimeError(f"pytest ended with exit code {code}; see log.txt")
+    return {"exit_code": code}
+
+
+def run_floors(settings: Settings) -> dict[str, Any]:
+    """Copy bandwidth and matrix product rate."""
+    return {"limits": limits_as_dict(measure_limits(settings.device, settings.small))}
+
+
+def run_operations(settings: Settings) -> dict[str, Any]:
+    """Every operation by itself, and the loader."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--deselect",
+        "benchmarks/test_step.py", "--device", settings.device.type, "--size", "trial" if settings.small else "large",
+        f"--benchmark-json={settings.out / 'benchmarks.json'}"]
+    code = subprocess.call(command, cwd=ROOT)
+    found = json.loads((settings.out / "benchmarks.json").read_text())
+    out = {bench["name"].removeprefix("test_"): bench["extra_info"] for bench in found["benchmarks"]}
+    if code != 0:
+        raise RuntimeError(f"pytest ended with exit code {code} after {len(out)} benchmarks; see log.txt")
+    return out
+
+
+def _figures(settings: Settings, workload: Workload, step: OurStep, seconds: list[float]) -> dict[str, Any]:
+    times = Quantiles.of(seconds)
+    flops = sum(step_flops(workload.config.model, masks).total for masks in step.masks) / len(step.masks)
+    return asdict(times) | {
+        "clips_per_s": workload.batch_size / times.p50, "model_tflop_per_s": flops / times.p50 / 1e12,
+        "share_of_matmul_rate": flops / times.p50 / settings.limits().flops_per_s}
+
+
+def run_step(settings: Settings) -> dict[str, Any]:
+    """Our whole step: one at a time, and many without waiting in between, as training runs it."""
+    workload, device = settings.workload, settings.device
+    began = time.perf_counter()
+    step = OurStep(workload, device, settings.num_batches)
+    first = float(step(0))
+    first_s = time.perf_counter() - began
+    out: dict[str, Any] = {"first_step_s": first_s, "first_loss": first}
+    for name, cudnn in (("ours", True), ("ours, cuDNN attention off", False)):
+        step.cudnn_attention = cudnn
+        unseen = interleave({name: step}, device, settings.num_batches, budget_s=15)[name]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = interleave({name: step}, device, settings.rounds, budget_s=10)[name]
+        began, count = time.perf_counter(), max(2, len(seconds) // 2)
+        for number in range(count):
+            step(number)
+        synchronize(device)
+        free = (time.perf_counter() - began) / count
+        out[name] = _figures(settings, workload, step, seconds) | {
+            "unseen_shapes": asdict(Quantiles.of(unseen)),
+            "free_running_clips_per_s": workload.batch_size / free,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
+    return out
+
+
+def _beside_reference(
+    settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float
+) -> dict[str, Any]:
+    workload, device = settings.workload, settings.device
+    ours = OurStep(workload, device, settings.num_batches)
+    steps: dict[str, Step] = {"ours": ours}
+    losses = {}
+    for name, options in variants.items():
+        steps[name] = reference = ReferenceStep(workload, ours, **options)
+        losses[name] = reference(0)
+    losses["ours"] = float(ours(0))
+    check_same_loss(losses, _TOLERANCE[workload.torch_dtype])
+    # Nearly every batch of a real run has token counts that were never seen before, so the first pass over the batches
+    # is reported beside the later ones: what plans or compiles by shape pays there.
+    unseen = interleave(steps, device, max(1, settings.num_batches - 1), first_step=1, budget_s=warmup_s)
+    gc.collect()
+    seconds = interleave(steps, device, settings.rounds, budget_s=budget_s)
+    out: dict[str, Any] = {"first_loss": losses}
+    for name, values in seconds.items():
+        ratios = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
+        out[name] = _figures(settings, workload, ours, values) | {
+            "over_ours": asdict(Quantiles.of(ratios)), "unseen_shapes": asdict(Quantiles.of(unseen[name])),
+            "all_seconds": values}
+    return out
+
+
+def run_reference(settings: Settings) -> dict[str, Any]:
+    """Beside the reference as configured, with its attention-plan stalls avoided, and without recomputing."""
+    return _beside_reference(settings, {
+        "reference as configured": {"checkpointing": True},
+        "reference, cuDNN attention off": {"checkpointing": True, "cudnn_attention": False},
+        "reference, and no checkpointing": {"checkpointing": False, "cudnn_attention": False},
+    }, warmup_s=35, budget_s=25)
+
+
+def run_reference_compiled(settings: Settings) -> dict[str, Any]:
+    """Beside the reference at its best: compiled, no recomputing, no attention-plan stalls."""
+    return _beside_reference(settings, {
+        "reference compiled": {"checkpointing": False, "cudnn_attention": False, "compiled": True},
+    }, warmup_s=60, budget_s=15)
+
+
+def run_profile(settings: Settings) -> dict[str, Any]:
+    """Where our step's time goes."""
+    step = OurStep(settings.workload, settings.device, 2)
+    for number in range(4):
+        step(number)
+    return profile_steps(step, range(2), settings.device)
+
+
+@dataclass(frozen=True)
+class Part:
+    run: Callable[[Settings], dict[str, Any]]
+    limit_s: int
+    needs_reference: bool = False
+
+
+PARTS = {
+    "environment": Part(run_environment, 20),
+    "floors": Part(run_floors, 25),
+    "step": Part(run_step, 70),
+    "reference": Part(run_reference, 120, needs_reference=True),
+    "operations": Part(run_operations, 90),
+    "tests": Part(run_tests, 50),
+    "profile": Part(run_profile, 35),
+    "reference_compiled": Part(run_reference_compiled, 110, needs_reference=True),
+}
+"""In the order of their worth: what is cut off at the end is missed least. Together less than nine minutes."""
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """The child and what it started; it leads a process group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def run_part(name: str, settings: Settings, log: Any) -> dict[str, Any]:
+    """One part in its own process: {"seconds", "error" (None where it went well), "result"}."""
+    result_file = settings.out / f"{name}.json"
+    result_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_run", "--part", name, "--out", str(settings.out)]
+    command += ["--cpu"] * (settings.device.type == "cpu") + ["--small"] * settings.small
+    began = time.monotonic()
+    child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    error = None
+    try:
+        code = child.wait(PARTS[name].limit_s)
+        error = None if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        error = f"stopped after {PARTS[name].limit_s} s"
+    finally:
+        _end(child)
+    result = json.loads(result_file.read_text()) if result_file.exists() else None
+    return {"seconds": time.monotonic() - began, "error": error, "result": result}
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """A few lines for the end of the output."""
+    lines = [f"{name:20s} {part['seconds']:6.1f} s  {part['error'] or 'ok'}" for name, part in report.items()]
+    results = {name: part["result"] or {} for name, part in report.items()}
+    about = results["environment"]
+    lines += ["", f"{about.get('device')}, torch {about.get('torch')}, triton {about.get('triton')}, libnvcuvid "
+                  f"{about.get('libnvcuvid')}, commit {about.get('commit')}"]
+    if "limits" in results["floors"]:
+        found = results["floors"]["limits"]
+        lines.append(f"copy {found['bytes_per_s'] / 1e12:.3f} TB/s, {found['dtype']} matrix product "
+                     f"{found['flops_per_s'] / 1e12:.1f} TFLOP/s")
+    for name, info in results["operations"].items():
+        cells = [f"{info[key]:9.4g} {unit}" for key, unit in (
+            ("ms_p50", "ms"), ("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s"), ("percent_of_limit", "% of limit"),
+            ("clips_per_s", "clips/s")) if key in info]
+        lines.append(f"{name:42s}" + "  ".join(cells))
+    for part in ("step", "reference", "reference_compiled"):
+        for name, info in results.get(part, {}).items():
+            if isinstance(info, dict) and "clips_per_s" in info:
+                ratio = info.get("over_ours", {}).get("p50")
+                free, unseen = info.get("free_running_clips_per_s"), info["unseen_shapes"]["p50"]
+                lines.append(
+                    f"{part}: {name:34s} {info['p50'] * 1e3:8.1f} ms (unseen shapes {unseen * 1e3:.1f})  "
+                    f"{info['clips_per_s']:7.1f} clips/s  {100 * info['share_of_matmul_rate']:5.1f} % of matmul"
+                    + (f"  {ratio:.2f} x our time" if ratio else "")
+                    + (f"  {free:.1f} clips/s running free" if free else ""))
+    if "ms_by_kind" in results["profile"]:
+        lines.append("profile, ms a step: " + ", ".join(
+            f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items()))
+        lines += [f"  {op['ms']:8.2f} ms {op['calls']:6d} x {op['name']}" for op in
+                  results["profile"]["operators"][:12]]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--reference", type=Path, default=os.environ.get("VJEPA2_REFERENCE"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for trying out")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.cpu and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; use --cpu --small to try the call out")
+    if arguments.reference:
+        os.environ["VJEPA2_REFERENCE"] = str(Path(arguments.reference).resolve())
+    settings = Settings(pick_device("cpu" if arguments.cpu else "cuda"), arguments.small, arguments.out.resolve())
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if arguments.part:
+        result = PARTS[arguments.part].run(settings)
+        (settings.out / f"{arguments.part}.json").write_text(json.dumps(result))
+        return 0
+    report: dict[str, Any] = {}
+    with open(settings.out / "log.txt", "wb", buffering=0) as log:
+        for name in PARTS:
+            if name not in arguments.parts or (PARTS[name].needs_reference and not arguments.reference):
+                continue
+            print(f"{name} ...", flush=True)
+            log.write(f"\n==== {name}\n".encode())
+            report[name] = run_part(name, settings, log)
+            (settings.out / "gpu_run.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name in report:
+        (settings.out / f"{name}.json").unlink(missing_ok=True)
+    missing: dict[str, Any] = {"seconds": 0.0, "error": "left out", "result": None}
+    print(as_table({**{name: missing for name in PARTS if name not in report}, **report}))
+    return 0 if all(part["error"] is None for part in report.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""A whole training step: forward, backward, AdamW, EMA. Masks are drawn beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.flops import step_flops
+from benchmarks.steps import OurStep
+from benchmarks.workload import Workload
+
+
+def test_step(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:
+    """Model FLOPs over the time, beside the measured rate of matrix products."""
+    step = OurStep(workload, device, num_batches=1)
+    flops = step_flops(workload.config.model, step.masks[0]).total
+    measure(lambda: step(0), flops=flops, clips=workload.batch_size, seconds=5.0, wall=True)
