@@ -1,11 +1,11 @@
-"""The demo's clips: real H.264 files with shapes that move, bounce, collide and pass behind one another.
+"""The demo's clips: real H.264 files with shapes that move, collide and pass behind one another.
 
-Every video has one main object, the largest by far, and two small ones, over a still, textured background. Labels of
-the main object are written beside the videos: its centre and velocity in every frame, and its shape.
+Every video has one main object, the largest by far, and two small ones, brighter than the still, textured background by
+an amount that differs from object to object. What leaves the picture on one side comes back on the other. Labels of the
+main object are written beside the videos: its centre and velocity in every frame, and its shape.
 
-What a probe can read without understanding motion is kept small: a colour channel of an object is darker or brighter
-than the background by a coin toss, so no linear function of the pixels follows the object, and a single frame says
-nothing about where it goes.
+The wrap-around is there for the probes. Without collisions, where an object is in any one frame says nothing about its
+velocity, so no weighted sum over the pixels of a clip can tell the velocity: it takes relations between frames.
 
 Everything drawn is a pure function of (seed, split, number of the video), so generating again gives the same clips.
 """
@@ -26,13 +26,17 @@ from vjepa_fast.errors import UserError
 from vjepa_fast.rng import Stream, pack_tag, random_words, unit
 
 SHAPES = ("disc", "square", "triangle", "cross")
-_VERSION = 1
+_VERSION = 3
 _MARKER = "complete.json"
 _NUM_OBJECTS = 3
 _TEXTURE_CELLS = 7
 _MAIN_RADIUS = (0.15, 0.19)
 _SMALL_RADIUS = (0.06, 0.08)
-_SPEED = (0.008, 0.03)
+_SPEED = (0.01, 0.05)
+_BACKGROUND = 0.2
+_CONTRAST = (80, 180)
+# An object over an edge is seen on the other side too.
+_COPIES = np.array([(x, y) for x in (-1.0, 0.0, 1.0) for y in (-1.0, 0.0, 1.0)])
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class VideoLabels:
     """The main object of one video, frame by frame.
 
     Attributes:
-        position: float64 [T, 2], centre (x to the right, y down) as fractions of width and height.
+        position: float64 [T, 2] in [0, 1), centre (x to the right, y down) as fractions of width and height.
         velocity: float64 [T, 2], fractions of width and height per frame.
         class_id: index into SHAPES.
     """
@@ -180,11 +184,11 @@ def render(seed: int, split: int, video: int, size: int, num_frames: int) -> tup
 
 
 def _simulate(draw: _Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and velocities, float64 [num_frames, objects, 2], of discs in the unit square."""
-    candidates = radius[:, None, None] + (1 - 2 * radius[:, None, None]) * draw.take(_NUM_OBJECTS, 8, 2)
+    """Positions and velocities, float64 [num_frames, objects, 2], of discs in the unit square with wrap-around."""
+    candidates = draw.take(_NUM_OBJECTS, 8, 2)
     place = candidates[:, 0].copy()
     for number in range(1, _NUM_OBJECTS):
-        gaps = np.linalg.norm(candidates[number][:, None] - place[None, :number], axis=-1).min(axis=1)
+        gaps = np.linalg.norm(_apart(candidates[number][:, None], place[None, :number]), axis=-1).min(axis=1)
         place[number] = candidates[number][np.argmax(gaps)]
     angle = 2 * math.pi * draw.take(_NUM_OBJECTS)
     speed = _SPEED[0] + (_SPEED[1] - _SPEED[0]) * draw.take(_NUM_OBJECTS)
@@ -195,10 +199,7 @@ def _simulate(draw: _Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.
     for _ in range(num_frames):
         positions.append(place.copy())
         velocities.append(motion.copy())
-        place += motion
-        low, high = radius[:, None], 1 - radius[:, None]
-        motion = np.where(place < low, np.abs(motion), np.where(place > high, -np.abs(motion), motion))
-        place = np.where(place < low, 2 * low - place, np.where(place > high, 2 * high - place, place))
+        place = (place + motion) % 1.0
         for a in range(_NUM_OBJECTS):
             for b in range(a + 1, _NUM_OBJECTS):
                 if solid[a, b]:
@@ -206,9 +207,14 @@ def _simulate(draw: _Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.
     return np.stack(positions), np.stack(velocities)
 
 
+def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The shortest way from b to a, which may lead over the edge."""
+    return (a - b + 0.5) % 1.0 - 0.5
+
+
 def _collide(place: np.ndarray, motion: np.ndarray, mass: np.ndarray, radius: np.ndarray, a: int, b: int) -> None:
     """Elastic collision of two discs that touch and approach each other."""
-    apart = place[a] - place[b]
+    apart = _apart(place[a], place[b])
     distance = float(np.linalg.norm(apart))
     closing = float((motion[a] - motion[b]) @ apart)
     if distance == 0 or distance > radius[a] + radius[b] or closing >= 0:
@@ -219,7 +225,7 @@ def _collide(place: np.ndarray, motion: np.ndarray, mass: np.ndarray, radius: np
 
 
 def _background(draw: _Uniforms, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] around mid grey: smooth noise and a grating."""
+    """uint8 [size, size, 3], dark: smooth noise and a grating."""
     cells = draw.take(_TEXTURE_CELLS, _TEXTURE_CELLS, 3) - 0.5
     at = (np.arange(size) + 0.5) / size * (_TEXTURE_CELLS - 1)
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(_TEXTURE_CELLS)))
@@ -227,28 +233,29 @@ def _background(draw: _Uniforms, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size
     angle, frequency = math.pi * draw.between(0, 1), 2 * math.pi * draw.between(3, 8)
     grating = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)) + 2 * math.pi * draw.between(0, 1))
-    return (255 * (0.5 + 0.35 * smooth + 0.06 * grating[..., None]) + 0.5).astype(np.uint8)
+    return (255 * (_BACKGROUND + 0.2 * smooth + 0.02 * grating[..., None]) + 0.5).astype(np.uint8)
 
 
 def _paint(frames: np.ndarray, draw: _Uniforms, centre: np.ndarray, radius: float, shape: int) -> None:
     """Draws one object into uint8 [T, size, size, 3], antialiased, with stripes that move along with it."""
     size = frames.shape[1]
-    bright = draw.take(3) < 0.5
-    colour = (np.where(bright, 217, 38) + 26 * (draw.take(3) - 0.5)).astype(np.float32)
+    colour = (255 * _BACKGROUND + draw.between(*_CONTRAST) + 20 * (2 * draw.take(3) - 1)).astype(np.float32)
     turn, stripes = draw.between(0, 2 * math.pi), math.pi * draw.between(1.5, 3)
     cos, sin = math.cos(turn), math.sin(turn)
     reach = radius * 1.5 + 1 / size
-    for frame, (x, y) in zip(frames, centre, strict=True):
-        top, bottom = max(0, int((y - reach) * size)), min(size, int((y + reach) * size) + 2)
-        left, right = max(0, int((x - reach) * size)), min(size, int((x + reach) * size) + 2)
-        down = (((np.arange(top, bottom) + 0.5) / size - y) / radius).astype(np.float32)[:, None]
-        across = (((np.arange(left, right) + 0.5) / size - x) / radius).astype(np.float32)
-        u, v = cos * across + sin * down, cos * down - sin * across
-        cover = np.clip(0.5 - _distance(shape, u, v) * radius * size, 0, 1)[..., None]
-        # At most 230 * 1.1 = 253: no channel overflows.
-        shade = 1 + 0.1 * np.sin(stripes * u)[..., None]
-        patch = frame[top:bottom, left:right]
-        patch[...] = patch + cover * (colour * shade - patch) + 0.5
+    for frame, place in zip(frames, centre, strict=True):
+        for x, y in place + _COPIES:
+            top, bottom = max(0, int((y - reach) * size)), min(size, int((y + reach) * size) + 2)
+            left, right = max(0, int((x - reach) * size)), min(size, int((x + reach) * size) + 2)
+            if top >= bottom or left >= right:
+                continue
+            down = (((np.arange(top, bottom) + 0.5) / size - y) / radius).astype(np.float32)[:, None]
+            across = (((np.arange(left, right) + 0.5) / size - x) / radius).astype(np.float32)
+            u, v = cos * across + sin * down, cos * down - sin * across
+            cover = np.clip(0.5 - _distance(shape, u, v) * radius * size, 0, 1)[..., None]
+            shade = 1 + 0.1 * np.sin(stripes * u)[..., None]
+            patch = frame[top:bottom, left:right]
+            patch[...] = patch + cover * ((colour * shade).clip(0, 254) - patch) + 0.5
 
 
 def _distance(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -1,7 +1,9 @@
 """What the demo's encoder has learned: position, velocity and shape of the main object, read out by linear probes.
 
-Train and test clips come from different files. A probe sees the mean of all tokens of a clip; beside it stand the same
-probe on the encoder as it was before training and a probe on the pixels themselves.
+Train and test clips come from different files. A probe sees the mean of all tokens of a clip. Beside it stand the same
+probe on the encoder as it was before training, on the mean of the raw tubelets (what the encoder is given, pooled as
+its tokens are), and, with no pooling at all, on every pixel of the shrunken clip: this last probe knows where in the
+frame and when something was bright, which pooling hides from the others.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,7 +42,7 @@ class LabelledClips:
     clips: Tensor
     """uint8 [N, T, H, W, 3]: whole frames around the middle of each video."""
     position: Tensor
-    """float64 [N, 2]: mean centre over the clip, fractions of the frame."""
+    """float64 [N, 4]: cosine and sine of 2 pi (x, y) of the centre in the middle frame; the picture wraps around."""
     velocity: Tensor
     """float64 [N, 2]: mean velocity over the clip, fractions of the frame a frame."""
     class_id: Tensor
@@ -58,8 +61,9 @@ def read_split(manifest: Path, cfg: DataConfig) -> LabelledClips:
         frames = np.minimum(first + step * np.arange(num_frames), index.num_frames - 1)
         clips.append(resize_clip(decode_frames(path, index, frames), cfg.crop_size))
         truth = labels[path]
-        positions.append(truth.position[frames].mean(0))
-        velocities.append((truth.position[frames[-1]] - truth.position[frames[0]]) / (frames[-1] - frames[0]))
+        angle = 2 * np.pi * truth.position[frames[num_frames // 2]]
+        positions.append(np.concatenate([np.cos(angle), np.sin(angle)]))
+        velocities.append(truth.velocity[frames[0] : frames[-1] + 1].mean(0))
         classes.append(truth.class_id)
     position, velocity = torch.tensor(np.array(positions)), torch.tensor(np.array(velocities))
     return LabelledClips(torch.stack(clips), position, velocity, torch.tensor(classes))
@@ -77,6 +81,17 @@ def pooled_features(encoder: VisionTransformer, clips: Tensor, batch_size: int =
         parts.append(out.float().mean(1).cpu())
     encoder.train()
     return torch.cat(parts)
+
+
+def pooled_pixels(clips: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
+    """Mean over the raw tubelets of each clip, fp32 [N, tubelet_size * patch_size^2 * 3].
+
+    Args:
+        clips: uint8 [N, T, H, W, 3], T a multiple of tubelet_size, H and W of patch_size.
+    """
+    tubelets = rearrange(
+        clips, "n (t a) (h b) (w c) rgb -> n (t h w) (a b c rgb)", a=tubelet_size, b=patch_size, c=patch_size)
+    return tubelets.float().mean(1)
 
 
 def pixel_features(clips: Tensor) -> Tensor:
@@ -106,14 +121,16 @@ def untrained_encoder(cfg: Config) -> VisionTransformer:
 
 
 def probe_scores(cfg: Config, model: VJEPA, clips: SyntheticSet) -> dict[str, dict[str, float]]:
-    """Scores of the trained encoder, the untrained one and raw pixels."""
+    """Scores of the trained encoder, the untrained one, and raw pixels with and without pooling."""
     train, test = read_split(clips.train_csv, cfg.data), read_split(clips.val_csv, cfg.data)
     encoders = {"trained encoder": copy.deepcopy(model.target_encoder), "untrained encoder": untrained_encoder(cfg)}
     scores = {
         name: probe(train, test, pooled_features(encoder, train.clips), pooled_features(encoder, test.clips))
         for name, encoder in encoders.items()
     }
-    scores["raw pixels"] = probe(train, test, pixel_features(train.clips), pixel_features(test.clips))
+    pooled = (pooled_pixels(split.clips, cfg.data.tubelet_size, cfg.data.patch_size) for split in (train, test))
+    scores["raw tubelets, pooled"] = probe(train, test, *pooled)
+    scores["raw pixels, unpooled"] = probe(train, test, pixel_features(train.clips), pixel_features(test.clips))
     return scores
 
 

@@ -27,7 +27,7 @@ class Ridge:
     def fit(cls, x: Tensor, y: Tensor) -> Ridge:
         """Fit in float64 with the penalty of the least leave-one-out error, one for all targets.
 
-        The leave-one-out residual is r_i / (1 - H_ii), with the hat matrix from one singular value decomposition
+        The leave-one-out residual is r_i / (1 - H_ii), with the hat matrix from one eigendecomposition
         (Golub, Heath and Wahba, Technometrics 1979).
 
         Args:
@@ -37,17 +37,26 @@ class Ridge:
         x, y = x.double(), y.double()
         mean, scale = x.mean(0), x.std(0).clamp_min(1e-8)
         bias = y.mean(0)
-        u, s, vt = torch.linalg.svd((x - mean) / scale, full_matrices=False)
-        uy = u.T @ (y - bias)
+        x, y = (x - mean) / scale, y - bias
+        # Eigenvectors of the smaller of the two Gram matrices: raw pixels have many more features than samples.
+        wide = x.shape[1] > len(x)
+        energy, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+        known = energy > 1e-12 * energy[-1]
+        energy = energy[known]
+        u = vectors[:, known] if wide else x @ vectors[:, known] / energy.sqrt()
+        uy = u.T @ y
+        outside = y - u @ uy
+        # The mean is fitted too: it takes 1 / N of every sample.
+        beyond = 1 - 1.0 / len(x) - u.square().sum(1)
         best: tuple[float, Tensor] | None = None
         for penalty in PENALTIES:
-            shrink = s**2 / (s**2 + penalty)
-            residual = (y - bias) - u @ (shrink[:, None] * uy)
-            # The mean is fitted too: it takes 1 / N of every sample.
-            leverage = (u**2 @ shrink + 1.0 / len(x)).clamp_max(1 - 1e-6)
-            error = float(((residual / (1 - leverage)[:, None]) ** 2).mean())
+            # Residual and 1 - leverage are summed from small terms: 1 - (nearly 1) would lose them where there are more
+            # features than samples and hardly any penalty.
+            kept = penalty / (energy + penalty)
+            free = beyond.clamp_min(0) + u.square() @ kept
+            error = float((((outside + u @ (kept[:, None] * uy)) / free[:, None]) ** 2).mean())
             if best is None or error < best[0]:
-                best = (error, vt.T @ ((s / (s**2 + penalty))[:, None] * uy))
+                best = (error, x.T @ (u @ ((kept / penalty)[:, None] * uy)))
         assert best is not None
         return cls(mean, scale, best[1], bias)
 

@@ -7,6 +7,8 @@ batch_size, world_size, lr. Ours add one key, `vjepa_fast`, which the reference 
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,14 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path} holds objects other than tensors and plain values, or is no checkpoint at "
-                        f"all; it was not loaded ({str(error).splitlines()[0]})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"checkpoint {path} cannot be read, it is probably truncated: "
-                        f"{str(error).splitlines()[0]}") from error
+        # torch's own text advises to load the file with code and all.
+        found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        what = f" (it asks for {found.group(1)})" if found else ""
+        raise UserError(f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values{what}; "
+                        "nothing in it was run") from error
+    except Exception as error:
+        # A damaged file makes the reader fail in any way; there is nothing else here that could.
+        raise UserError(f"checkpoint {path} cannot be read: it is truncated, damaged or no checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}; expected a dictionary")
     return checkpoint
@@ -95,26 +100,47 @@ def load_checkpoint(
         UserError: the file cannot be read or does not fit.
     """
     checkpoint = read(path)
-    missing = [key for key in NETWORKS if key not in checkpoint]
+    needed = (*NETWORKS, "epoch", *(("opt",) if optimizer is not None else ()))
+    missing = [key for key in needed if key not in checkpoint]
     if missing:
-        raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {', '.join(map(str, checkpoint))}")
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {_shorten(map(str, checkpoint))}")
+    odd = [key for key in NETWORKS if not isinstance(checkpoint[key], dict)]
+    if odd or not isinstance(checkpoint["epoch"], int):
+        raise UserError(f"checkpoint {path}: {(odd or ['epoch'])[0]} is not what the reference or vjepa-fast writes "
+                        "there")
     for key in NETWORKS:
         load_network(getattr(model, key), checkpoint.pop(key), key)
     state = checkpoint.pop("opt", None)
     if optimizer is not None:
-        if state is None:
-            raise UserError(f"checkpoint {path} has no optimizer state (`opt`)")
-        own = [{key: group.get(key) for key in ("fused", "foreach", "capturable")} for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(f"the optimizer state of {path} does not fit the configured model: {error}") from error
-        for group, choice in zip(optimizer.param_groups, own, strict=True):
-            group.update(choice)
+        _load_optimizer(optimizer, state, path)
     state = checkpoint.pop("scaler", None)
     if scaler is not None and state:
-        scaler.load_state_dict(state)
+        try:
+            scaler.load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"checkpoint {path}: the scaler state is damaged ({error})") from error
     return checkpoint
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Path) -> None:
+    own = [{key: group.get(key) for key in ("fused", "foreach", "capturable")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {path}: the optimizer state does not fit the configured model ({error})") from error
+    for group, choice in zip(optimizer.param_groups, own, strict=True):
+        group.update(choice)
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise UserError(f"checkpoint {path}: the optimizer state does not fit the configured model ({name} "
+                                    f"is {list(value.shape)} for a parameter of {list(parameter.shape)})")
+
+
+def _shorten(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def to_checkpoint(

@@ -1,21 +1,31 @@
-"""Processes: which one this is, how they start, how they agree."""
+"""Processes: which one this is, how they start, how they agree, how they end."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-import tempfile
+import time
+import traceback
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
+from multiprocessing import connection, resource_tracker
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.train.signals import STOP_SIGNALS, STOPPING
+
+_HOST = "127.0.0.1"
+_FAILURE = "failure"
+_GRACE_SECONDS = 5.0
+"""How long the other processes may take to end by themselves (finish a file, notice) when one has failed."""
 
 
 class Processes:
@@ -74,72 +84,128 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _entry(rank: int, world_size: int, rendezvous: str, threads: int, main: Callable[[int], int]) -> None:
+def _entry(rank: int, world_size: int, port: int, threads: int, main: Callable[[int], int]) -> None:
     place, size = str(rank), str(world_size)
     os.environ.update(RANK=place, LOCAL_RANK=place, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    if sys.platform == "linux":
+        # All processes are on this machine: its name need not resolve to an address that works.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(threads)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    store = dist.TCPStore(_HOST, port, is_master=False)
     try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         code = main(rank)
-    except BaseException:
-        # The others may be waiting in a collective; leaving at once lets the parent end them.
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    dist.destroy_process_group()
+        dist.destroy_process_group()
+    except BaseException as error:
+        # The others may be waiting in a collective; leaving at once, without clean-up, makes them notice.
+        os._exit(_report(store, rank, error))
     sys.exit(code)
+
+
+def _report(store: dist.TCPStore, rank: int, error: BaseException) -> int:
+    """Tell the parent what went wrong, unless another process already did: the first failure causes the others."""
+    user_error = isinstance(error, UserError)
+    text = str(error) if user_error else "".join(traceback.format_exception(error))
+    code = error.exit_code if isinstance(error, UserError) else 1
+    failure = {"rank": rank, "user_error": user_error, "code": code, "text": text}
+    # The parent, which holds the store, may be gone.
+    with suppress(RuntimeError):
+        store.compare_set(_FAILURE, "", json.dumps(failure))
+    with suppress(OSError):
+        sys.stdout.flush()
+    return code
 
 
 def launch(main: Callable[[int], int], num_processes: int) -> int:
     """Run `main(rank)` in `num_processes` processes on this machine and wait.
 
-    SIGTERM and SIGINT reach every process once. When one process fails, the others are ended.
+    SIGTERM and SIGINT are passed on; `main` has to take them over (`StopSignals.install`), until then they are held
+    back. A second SIGINT kills the processes. When one process fails, the others are ended.
 
     Returns:
-        0, or the first exit code that is not.
+        The largest of the exit codes that `main` returned.
+
+    Raises:
+        UserError: what the first process that failed raised, or which process was killed.
+        KeyboardInterrupt: a second SIGINT.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    with tempfile.TemporaryDirectory(prefix="vjepa-fast-") as folder:
-        arguments = (num_processes, str(Path(folder) / "rendezvous"), threads, main)
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    handlers = _Passing()
+    # torch's C++ side warns, once a process, where searching for unused parameters found none in the first step.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Starting it lifts the block below, so it has to run before.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        arguments = (num_processes, store.port, threads, main)
         context = mp.start_processes(_entry, arguments, nprocs=num_processes, join=False, start_method="spawn")
         assert context is not None
+        handlers.processes = context.processes
+        before = {number: signal.signal(number, handlers) for number in STOP_SIGNALS}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        killed = _wait(context.processes)
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+    if handlers.left:
+        raise KeyboardInterrupt
+    _raise_failure(context.processes, killed, store)
+    return max(process.exitcode or 0 for process in context.processes)
 
-        def forward(number: int, frame: FrameType | None) -> None:
-            for process in context.processes:
-                if process.is_alive() and process.pid is not None:
+
+class _Passing:
+    """Signal handler of the parent."""
+
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+        self.asked = self.left = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked:
+            self.left = True
+            number = signal.SIGKILL
+        elif number == signal.SIGINT:
+            os.write(2, STOPPING)
+        self.asked = self.asked or number == signal.SIGINT
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                if process.is_alive():
                     os.kill(process.pid, number)
 
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            # A terminal sends Ctrl-C to every process of the group; only a kill aimed at the parent must be passed on.
-            if not sys.stdin.isatty():
-                forward(number, frame)
 
-        handlers = {signal.SIGTERM: forward, signal.SIGINT: interrupt}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            for process in _until_first_failure(context.processes):
-                process.terminate()
-            for process in context.processes:
-                process.join(timeout=10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-        finally:
-            for number, earlier in before.items():
-                signal.signal(number, earlier)
-        codes = [process.exitcode or 0 for process in context.processes]
-    failed = [code for code in codes if code > 0]
-    return failed[0] if failed else (1 if any(codes) else 0)
+def _wait(processes: list[Any]) -> set[int]:
+    """Waits until all have ended; once one has failed the others get a little time. Returns the ranks killed here."""
+    deadline: float | None = None
+    killed: set[int] = set()
+    while alive := [rank for rank, process in enumerate(processes) if process.is_alive()]:
+        if deadline is None and any(process.exitcode not in (None, 0, 130, 143) for process in processes):
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            killed.update(alive)
+            for rank in alive:
+                processes[rank].kill()
+        connection.wait([processes[rank].sentinel for rank in alive], timeout=0.2)
+    return killed
 
 
-def _until_first_failure(processes: list[mp.Process]) -> list[mp.Process]:
-    """Waits until all have ended or one has ended badly; returns those still alive."""
-    while True:
-        alive = [process for process in processes if process.is_alive()]
-        failed = any(process.exitcode not in (None, 0, 130, 143) for process in processes)
-        if not alive or failed:
-            return alive
-        alive[0].join(timeout=0.2)
+def _raise_failure(processes: list[Any], killed: set[int], store: dist.TCPStore) -> None:
+    for rank, process in enumerate(processes):
+        if (process.exitcode or 0) < 0 and rank not in killed:
+            name = signal.Signals(-process.exitcode).name
+            hint = "; most often memory ran out" if name == "SIGKILL" else ""
+            raise UserError(f"training process {rank} of {len(processes)} was ended by {name}{hint}; the others were "
+                            "stopped. Continue with --resume")
+    if not store.check([_FAILURE]):
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (0, 130, 143)]
+        if failed:
+            raise UserError(f"training process {failed[0]} ended with code {processes[failed[0]].exitcode}")
+        return
+    failure = json.loads(store.get(_FAILURE))
+    if failure["user_error"]:
+        raise (ConfigError if failure["code"] == ConfigError.exit_code else UserError)(failure["text"])
+    sys.stderr.write(failure["text"])
+    raise UserError(f"training process {failure['rank']} of {len(processes)} failed as shown above")

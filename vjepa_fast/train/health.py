@@ -25,13 +25,20 @@ def effective_rank(x: Tensor) -> float:
     Vetterli, "The effective rank", EUSIPCO 2007.
     """
     x = x[:: max(1, len(x) // MAX_ROWS)].float()
+    if not torch.isfinite(x).all():
+        return float("nan")
     x = x - x.mean(dim=0)
     eigenvalues = torch.linalg.eigvalsh(x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T)
     singular = eigenvalues.clamp_min(0).sqrt()
     total = singular.sum()
-    if not torch.isfinite(total):
-        return float("nan")
     if total == 0:
         return 1.0
     p = singular / total
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+
+
+def health_figures(targets: Tensor, predictions: Tensor) -> dict[str, float]:
+    """target_std, target_rank, prediction_std and prediction_rank of [K, D] features."""
+    pairs = (("target", targets), ("prediction", predictions))
+    spread = {f"{name}_std": feature_std(x) for name, x in pairs}
+    return spread | {f"{name}_rank": effective_rank(x) for name, x in pairs}

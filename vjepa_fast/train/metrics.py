@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vjepa_fast.errors import ConfigError
+from vjepa_fast.train.files import atomic_path, disk_errors, write_text
 
 COLUMNS = (
     "epoch", "itr", "loss", "iter-time(ms)", "gpu-time(ms)", "dataload-time(ms)",
@@ -26,6 +30,10 @@ class MetricsLog:
         rank: of this process; only the first writes JSON lines and TensorBoard.
         start_step: rows of this step and later, left by a run that went on after its last checkpoint, are dropped.
         tensorboard: also write TensorBoard events.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+        UserError: here and while writing: the disk is full or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, rank: int, start_step: int, tensorboard: bool = False) -> None:
@@ -42,14 +50,16 @@ class MetricsLog:
             except ImportError as error:
                 raise ConfigError("train.tensorboard is set, but the package tensorboard is not installed; "
                                   "pip install 'vjepa-fast[tensorboard]'") from error
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+            with disk_errors(folder / "tensorboard"):
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def _rewind_csv(self, start_step: int) -> None:
         rows = read_csv(self.csv_path) if start_step > 0 else []
-        with self.csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) < start_step)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) < start_step)
+        write_text(self.csv_path, buffer.getvalue())
 
     def _rewind_jsonl(self, start_step: int) -> None:
         lines = []
@@ -61,7 +71,7 @@ class MetricsLog:
                 except (json.JSONDecodeError, KeyError):
                     # The last line of a killed run may be cut short.
                     continue
-        self.jsonl_path.write_text("".join(lines))
+        write_text(self.jsonl_path, "".join(lines))
 
     def write(self, rows: Iterable[dict[str, Any]], extra: dict[str, Any] | None = None) -> None:
         """Append rows (keys: COLUMNS) and, for the last of them, further values of any name."""
@@ -69,26 +79,30 @@ class MetricsLog:
         if not rows:
             return
         buffer = io.StringIO()
-        csv.DictWriter(buffer, COLUMNS).writerows(
+        csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerows(
             {**row, "loss": f"{row['loss']:.9g}", "grad_norm": f"{row['grad_norm']:.6g}",
              "lr": f"{row['lr']:.6g}", "momentum": f"{row['momentum']:.8g}",
              **{key: f"{row[key]:.1f}" for key in COLUMNS[3:6] + ("clips_per_s",)}} for row in rows)
-        with self.csv_path.open("a", newline="") as file:
+        with disk_errors(self.csv_path), self.csv_path.open("a", newline="") as file:
             file.write(buffer.getvalue())
         if not self.is_first:
             return
         last = {**rows[-1], **(extra or {})}
-        with self.jsonl_path.open("a") as file:
-            file.write(json.dumps(last) + "\n")
+        # JSON has no word for not-a-number or infinity.
+        plain = {key: value if math.isfinite(value) else None for key, value in last.items()}
+        with disk_errors(self.jsonl_path), self.jsonl_path.open("a") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self._tensorboard is not None:
-            for key, value in last.items():
-                if key not in ("epoch", "itr", "step") and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(key, value, last["step"])
+            with disk_errors(self.jsonl_path.parent / "tensorboard"):
+                for key, value in last.items():
+                    if key not in ("epoch", "itr", "step"):
+                        self._tensorboard.add_scalar(key, value, last["step"])
 
     def close(self) -> None:
         """Flush what is buffered."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with disk_errors(self.jsonl_path.parent / "tensorboard"):
+                self._tensorboard.close()
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -112,25 +126,36 @@ def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
     steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["loss"]) for row in rows]
     health = [json.loads(line) for line in jsonl_path.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="each step")
     width = max(1, len(losses) // 30)
-    windows = [losses[max(0, end - width) : end] for end in range(1, len(losses) + 1)]
-    smooth = [sum(window) / len(window) for window in windows]
-    left.plot(steps, smooth, color="tab:blue", label=f"mean of {width}")
+    left.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35 if width > 1 else 1, label="each step")
+    if width > 1:
+        left.plot(steps, _running_mean(losses, width), color="tab:blue", label=f"mean of {width}")
     left.set(xlabel="step", ylabel="loss", title="Prediction loss")
     left.legend()
     left.grid(alpha=0.3)
     for key, colour in (("target_std", "tab:green"), ("prediction_std", "tab:orange")):
-        points = [(h["step"] + 1, h[key]) for h in health if key in h]
+        points = [(h["step"] + 1, h[key]) for h in health if h.get(key) is not None]
         label = key.replace("_", " ")
         right.plot([s for s, _ in points], [v for _, v in points], color=colour, marker=".", label=label)
     rank = right.twinx()
-    points = [(h["step"] + 1, h["target_rank"]) for h in health if "target_rank" in h]
+    points = [(h["step"] + 1, h["target_rank"]) for h in health if h.get("target_rank") is not None]
     rank.plot([s for s, _ in points], [v for _, v in points], color="tab:grey", linestyle="--", label="target rank")
     rank.set(ylabel="effective rank", ylim=(0, None))
     right.set(xlabel="step", ylabel="std over tokens", ylim=(0, None), title="Feature health (0 means collapse)")
     lines = right.get_legend_handles_labels(), rank.get_legend_handles_labels()
     right.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1])
     right.grid(alpha=0.3)
-    figure.savefig(out, dpi=110)
+    with disk_errors(out), atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
+
+
+def _running_mean(values: list[float], width: int) -> np.ndarray:
+    """Mean of the last `width` finite values at every place, over fewer at the beginning."""
+    x = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(x)
+    sums = np.cumsum(np.where(finite, x, 0.0))
+    counts = np.cumsum(finite)
+    sums[width:] -= sums[:-width].copy()
+    counts[width:] -= counts[:-width].copy()
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from vjepa_fast.train.files import disk_errors
+
 NUM_STEPS = 3
 
 
@@ -32,11 +34,17 @@ class StepProfiler:
         if done == self.first:
             self.profile.start()
             self.recording = True
-        elif self.recording and done == self.first + NUM_STEPS:
-            self.profile.stop()
-            self.recording = False
+        elif done == self.first + NUM_STEPS:
+            self.close()
+
+    def close(self) -> None:
+        """End the recording, also before its time, and write what there is."""
+        if not self.recording:
+            return
+        self.recording = False
+        self.profile.stop()
+        with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             self.profile.export_chrome_trace(str(self.folder / "trace.json"))
             order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            table = self.profile.key_averages().table(sort_by=order, row_limit=40)
-            (self.folder / "operators.txt").write_text(table)
+            (self.folder / "operators.txt").write_text(self.profile.key_averages().table(sort_by=order, row_limit=40))

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Speed:
+    """Clips per second, leaving out the first steps, which warm up, if there are others."""
+
+    def __init__(self, warmup: int = 3) -> None:
+        self.skip = warmup
+        self.num_clips, self.seconds = 0, 0.0
+
+    def add(self, num_clips: int, seconds: float) -> None:
+        if self.skip == 0:
+            self.num_clips, self.seconds = 0, 0.0
+        self.skip -= 1
+        self.num_clips += num_clips
+        self.seconds += seconds
+
+    @property
+    def clips_per_s(self) -> float:
+        return self.num_clips / self.seconds if self.seconds else float("nan")
+
+
+class RunConsole(Console):
+    """A console that falls silent when its reader goes away (`| head`), where rich's own ends the program.
+
+    Attributes:
+        closed: the reader has gone.
+    """
+
+    closed = False
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.closed = self.quiet = True
+        # What Python's own buffer still holds goes nowhere, or the end of the program would complain about it.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 class ProgressReport:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vjepa_fast
@@ -30,17 +25,24 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.rng import Stream, pack_tag, random_words
-from vjepa_fast.train.checkpoint import remove_leftovers, write_atomically
+from vjepa_fast.train.broken_list import BrokenList
+from vjepa_fast.train.checkpoint import write_atomically
 from vjepa_fast.train.distributed import Processes, choose_device, launch
-from vjepa_fast.train.health import effective_rank, feature_std
+from vjepa_fast.train.files import remove_leftovers, write_text
+from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
 from vjepa_fast.train.profiling import StepProfiler
-from vjepa_fast.train.progress import ProgressReport
+from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
+from vjepa_fast.train.resume import changed_keys
 from vjepa_fast.train.run_folder import LATEST, choose_folder
+from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.step import StepResult, TrainStep
 
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
+
+_CLOSED = 1
+"""Exit code when nobody reads the output any more."""
 
 SYNTHETIC = "synthetic:"
 SYNTHETIC_SIZE = (400, 200)
@@ -56,9 +58,9 @@ class RunSummary:
     step: int
     """Steps done, over all restarts."""
     loss: float
-    """Mean of the last steps logged; nan if this process did none."""
+    """Mean of the last steps logged; that of the checkpoint if no step was left to do."""
     clips_per_s: float
-    """Over all processes, after the first steps."""
+    """Over all processes, after the first steps; nan if no step was left to do."""
     folder: Path
 
 
@@ -82,19 +84,22 @@ class Trainer:
         resume: continue the run in the run folder.
         profile: also write a profile of a few steps into the run folder.
         folder: run folder; None: chosen from the config.
+        stop: signal handlers that are installed already; None: `fit` installs its own.
 
     Raises:
         ConfigError, UserError: something is wrong with the configuration, the data or a checkpoint.
     """
 
-    def __init__(self, cfg: Config, *, resume: bool = False, profile: bool = False, folder: Path | None = None) -> None:
+    def __init__(self, cfg: Config, *, resume: bool = False, profile: bool = False, folder: Path | None = None,
+                 stop: StopSignals | None = None) -> None:
         self.cfg = cfg = cfg.model_copy(deep=True)
         cfg.check_trainable()
         self.device = choose_device(cfg.train.device, int(os.environ.get("LOCAL_RANK", "0")))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.processes = Processes(self.device)
-        self.console = Console(quiet=not self.processes.is_first)
+        self.console = RunConsole(quiet=not self.processes.is_first)
+        self.stop = stop or StopSignals(verbose=self.processes.is_first)
         self.folder = folder or choose_folder(cfg, resume)
         self.batch_size = cfg.data.per_process(self.processes.world_size)
         self.global_batch = self.batch_size * self.processes.world_size
@@ -112,51 +117,66 @@ class Trainer:
         )
         self.train_step = TrainStep(self.model, cfg, self._data_parallel(), self.processes.world_size)
         self.step = 0
+        self._saved_step: int | None = None
+        self._recent_loss = float("nan")
         self._start(resume or cfg.train.auto_resume)
         self.loader.load_state_dict({"step": self.step})
         self.total_steps = cfg.optimization.num_steps
         self.last_step = self.total_steps if cfg.train.max_steps is None else min(cfg.train.max_steps, self.total_steps)
         self.profiler = StepProfiler(self.folder, self.step + 5) if profile and self.processes.is_first else None
+        self.broken_list = BrokenList(self.folder, self.processes.rank, self.step > 0)
         self._stop_code = 0
-        self._recent_loss = float("nan")
         self._num_skipped = 0
 
     def fit(self) -> RunSummary:
         """Train to the end, or until SIGINT or SIGTERM; both write a checkpoint first.
 
         Raises:
-            UserError: too many broken videos, a full disk, or gradients that stay non-finite.
+            UserError: too many broken videos, a full disk, gradients that stay non-finite, or an output that nobody
+                reads any more.
         """
         cfg = self.cfg
         if self.processes.is_first:
-            (self.folder / "config.yaml").write_text(config_files.dump(cfg))
             remove_leftovers(self.folder)
+            write_text(self.folder / "config.yaml", config_files.dump(cfg))
+        # The others write files too, whose temporary names must not be taken for leftovers.
+        self.processes.wait()
+        self.stop.install()
         self._announce()
         log = MetricsLog(self.folder, self.processes.rank, self.step, cfg.train.tensorboard)
         progress = ProgressReport(self.last_step, self.step, self.console, self.processes.is_first)
-        speed = _Speed(self.step)
+        speed = Speed()
         try:
-            with self._signals():
-                self._loop(log, progress, speed)
+            self._loop(log, progress, speed)
         finally:
             progress.close()
-            log.close()
+            if self.profiler is not None:
+                self.profiler.close()
             self.loader.close()
-        self._write_broken()
+            self.broken_list.write(self.loader.broken())
+            log.close()
+            self.stop.restore()
         if self.processes.is_first:
             plot_loss(log.csv_path, log.jsonl_path, self.folder / "loss.png")
         summary = RunSummary(self._stop_code, self.step, self._recent_loss, speed.clips_per_s, self.folder)
         self._summarise(summary)
+        if self._stop_code == _CLOSED and self.processes.is_first:
+            raise UserError(f"nobody reads the output any more (a closed pipe): stopped at step {self.step}, after a "
+                            "checkpoint was written; continue with --resume")
         return summary
 
-    def _loop(self, log: MetricsLog, progress: ProgressReport, speed: _Speed) -> None:
+    def _loop(self, log: MetricsLog, progress: ProgressReport, speed: Speed) -> None:
         every = self.cfg.train.checkpoint_every or self.cfg.optimization.ipe
         assert every is not None
         pending: list[_Pending] = []
         batches = iter(self.loader)
-        while self.step < self.last_step and not self._stop_code:
+        while self.step < self.last_step:
             began = time.perf_counter()
-            batch = next(batches)
+            batch = self.stop.waiting(lambda: next(batches))
+            # Agreed on before the step, so that no process waits in a collective for one that has stopped.
+            if self._agree_to_stop():
+                break
+            assert batch is not None
             arrived = time.perf_counter()
             result = self.run_step(batch)
             ended = time.perf_counter()
@@ -167,14 +187,22 @@ class Trainer:
             progress.advance(self.step)
             if self.profiler is not None:
                 self.profiler.after_step(self.step)
-            self._stop_code = self.processes.largest(self._stop_code)
-            last = self.step == self.last_step or self._stop_code != 0
-            due = self.step % every == 0 or last
+            due = self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
             if due or self.step % self.cfg.train.log_every == 0:
                 self._flush(pending, log, progress)
                 pending.clear()
             if due:
                 self.save()
+        if pending:
+            self._flush(pending, log, progress)
+        if self._saved_step != self.step:
+            self.save()
+        self._agree_to_stop()
+
+    def _agree_to_stop(self) -> bool:
+        code = self.stop.code or (_CLOSED if self.console.closed else 0)
+        self._stop_code = self.processes.largest(code)
+        return self._stop_code != 0
 
     def run_step(self, batch: Batch) -> StepResult:
         """Train on one batch: masks, forward, backward, update."""
@@ -191,7 +219,7 @@ class Trainer:
         """Write latest.pt, and e<epoch>.pt where one is due; only the first process writes."""
         cfg, steps_per_epoch = self.cfg, self.cfg.optimization.ipe
         assert steps_per_epoch is not None
-        self._write_broken()
+        self.broken_list.write(self.loader.broken())
         if self.processes.is_first:
             # With masks from the reference's stream every process has a state; this one's is kept.
             contents = meta.to_checkpoint(
@@ -204,10 +232,19 @@ class Trainer:
                 },
             )
             write_atomically(self.folder / LATEST, contents)
-            epoch, offset = divmod(self.step, steps_per_epoch)
-            if cfg.train.save_every_freq > 0 and offset == 0 and (epoch - 1) % cfg.train.save_every_freq == 0:
-                write_atomically(self.folder / f"e{epoch - 1}.pt", contents)
+            kept = self._kept_for_good()
+            if kept is not None:
+                write_atomically(kept, contents)
+        self._saved_step = self.step
         self.processes.wait()
+
+    def _kept_for_good(self) -> Path | None:
+        """e<epoch>.pt if one is due at this step; epochs are counted from 0, as in the reference."""
+        assert self.cfg.optimization.ipe is not None
+        finished, offset = divmod(self.step, self.cfg.optimization.ipe)
+        freq = self.cfg.train.save_every_freq
+        due = freq > 0 and finished > 0 and offset == 0 and (finished - 1) % freq == 0
+        return self.folder / f"e{finished - 1}.pt" if due else None
 
     def _start(self, resume: bool) -> None:
         """Weights, optimizer and position from a checkpoint, if the config or the folder names one."""
@@ -227,20 +264,29 @@ class Trainer:
         if path == cfg.optimization.anneal_ckpt and path != latest:
             self.console.print(f"starting from the weights of {path}", highlight=False, soft_wrap=True)
             return
-        own = info.get("vjepa_fast", {})
+        own = info.get("vjepa_fast")
         assert cfg.optimization.ipe is not None
-        self.step = int(own.get("step", int(info["epoch"]) * cfg.optimization.ipe))
-        if own:
+        self.step = int(info["epoch"]) * cfg.optimization.ipe
+        if own is not None:
+            self.step = own["step"]
             self.masks.load_state_dict(own["masks"])
-            if own["global_batch"] != self.global_batch:
-                self.console.print(
-                    f"the checkpoint was written with {own['global_batch']} clips a step, this run has "
-                    f"{self.global_batch}: clips are counted anew from this step", highlight=False, soft_wrap=True)
+            self._warn_of_changes(own)
+            if path == latest:
+                self._saved_step, self._recent_loss = self.step, info["loss"]
         else:
             for _ in range(self.step):
                 if self.masks.reference is not None:
                     self.masks.reference.step()
         self.console.print(f"continuing {path} at step {self.step}", highlight=False, soft_wrap=True)
+
+    def _warn_of_changes(self, own: dict[str, Any]) -> None:
+        changed = changed_keys(own["config"], self.cfg.model_dump(mode="json"))
+        if own["global_batch"] != self.global_batch:
+            changed.append(f"clips a step {own['global_batch']} -> {self.global_batch}")
+        if changed:
+            self.console.print(
+                f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
+                "have without the change", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _flush(self, pending: list[_Pending], log: MetricsLog, progress: ProgressReport) -> None:
         """Read the figures of the pending steps back and write them down."""
@@ -259,7 +305,9 @@ class Trainer:
             }
             for p, loss, norm, skip in zip(pending, losses, norms, skipped, strict=True)
         ]
-        log.write(rows, _health(pending[-1].result) if self.processes.is_first else None)
+        output = pending[-1].result.output
+        first = self.processes.is_first
+        log.write(rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
         seconds = sum(p.iter_s for p in pending)
         finite = [loss for loss, skip in zip(losses, skipped, strict=True) if not skip] or losses
         self._recent_loss = sum(finite) / len(finite)
@@ -270,8 +318,8 @@ class Trainer:
             self._num_skipped = self._num_skipped + 1 if skip else 0
         if self._num_skipped >= MAX_SKIPPED:
             raise UserError(
-                f"the gradients were not finite in {self._num_skipped} steps in a row, up to step {self.step}; the "
-                f"last checkpoint is in {self.folder}. Try a smaller optimization.lr, or train.dtype=bfloat16 in place "
+                f"the gradients were not finite in {self._num_skipped} steps in a row, up to step {self.step}; "
+                f"checkpoints are in {self.folder}. Try a smaller optimization.lr, or train.dtype=bfloat16 in place "
                 "of float16")
 
     def _build_loader(self) -> Loader:
@@ -285,7 +333,7 @@ class Trainer:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self.model, [f"predictor.mask_tokens.{index}" for index in unused])
         return DistributedDataParallel(
-            self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            self.model, gradient_as_bucket_view=True,
             find_unused_parameters=len(self.loader.fpcs) > 1,
         )
 
@@ -304,35 +352,6 @@ class Trainer:
         self.cfg.data.datasets = [
             str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
 
-    def _write_broken(self) -> None:
-        broken = self.loader.broken()
-        if broken:
-            lines = [f"{video.dataset}\t{video.path}\t{video.reason}\n" for video in broken]
-            (self.folder / f"broken_r{self.processes.rank}.tsv").write_text("dataset\tpath\treason\n" + "".join(lines))
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """First SIGINT or SIGTERM: finish the step, write a checkpoint, leave. Second SIGINT: leave at once."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self._stop_code:
-                raise KeyboardInterrupt
-            self._stop_code = 130 if number == signal.SIGINT else 143
-            if number == signal.SIGINT:
-                self.console.print("\nfinishing this step and writing a checkpoint (Ctrl-C again: leave at once)")
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            # Only the main thread may install handlers; a trainer in another thread is stopped by its owner.
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _announce(self) -> None:
         cfg = self.cfg
         counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.model.encoder, self.model.predictor)]
@@ -345,16 +364,19 @@ class Trainer:
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
 
     def _summarise(self, summary: RunSummary) -> None:
-        how = {0: "finished", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
+        how = {0: "finished", _CLOSED: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
+        figures = [f"loss {summary.loss:.4f}"] if math.isfinite(summary.loss) else []
+        figures += [f"{summary.clips_per_s:.1f} clips/s"] if math.isfinite(summary.clips_per_s) else []
+        curve = self.folder / "loss.png"
         self.console.print(
-            f"{how} at step {summary.step} of {self.total_steps}: loss {summary.loss:.4f}, "
-            f"{summary.clips_per_s:.1f} clips/s\n"
-            f"checkpoint {self.folder / LATEST}, curve {self.folder / 'loss.png'}", highlight=False, soft_wrap=True)
+            f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}\n"
+            f"checkpoint {self.folder / LATEST}{f', curve {curve}' if curve.exists() else ''}",
+            highlight=False, soft_wrap=True)
         broken = self.loader.broken()
         if broken:
             self.console.print(
                 f"{len(broken)} of {self.loader.num_tried} videos could not be read and were replaced: "
-                f"{self.folder / f'broken_r{self.processes.rank}.tsv'}", highlight=False, soft_wrap=True)
+                f"{self.broken_list.path}", highlight=False, soft_wrap=True)
         if summary.exit_code:
             self.console.print("continue with --resume", highlight=False)
         elif self.cfg.train.probe and self.processes.is_first:
@@ -363,39 +385,21 @@ class Trainer:
             probe_table(self.cfg, self.model, self.synthetic, self.folder, self.console)
 
 
-class _Speed:
-    """Clips per second, leaving out the first steps, which warm up."""
-
-    def __init__(self, start: int, warmup: int = 3) -> None:
-        self.skip = warmup
-        self.num_clips, self.seconds = 0, 0.0
-
-    def add(self, num_clips: int, seconds: float) -> None:
-        if self.skip > 0:
-            self.skip -= 1
-            return
-        self.num_clips += num_clips
-        self.seconds += seconds
-
-    @property
-    def clips_per_s(self) -> float:
-        return self.num_clips / self.seconds if self.seconds else float("nan")
+def _run_process(_: int, cfg: Config, resume: bool, profile: bool, folder: Path) -> int:
+    # The parent says that it stops, and decides what a second Ctrl-C does.
+    stop = StopSignals(second_leaves=False, verbose=False)
+    stop.install()
+    return _train(cfg, resume, profile, folder, stop)
 
 
-def _health(result: StepResult) -> dict[str, Any]:
-    out = result.output
-    pairs: tuple[tuple[str, Tensor], ...] = (("target", out.packed_targets), ("prediction", out.packed_predictions))
-    spread = {f"{name}_std": feature_std(x) for name, x in pairs}
-    return spread | {f"{name}_rank": effective_rank(x) for name, x in pairs}
-
-
-def _run_process(rank: int, cfg: Config, resume: bool, profile: bool, folder: Path) -> int:
+def _train(cfg: Config, resume: bool, profile: bool, folder: Path, stop: StopSignals) -> int:
     try:
-        return Trainer(cfg, resume=resume, profile=profile, folder=folder).fit().exit_code
-    except UserError as error:
-        if rank == 0:
-            Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        os._exit(error.exit_code)
+        return Trainer(cfg, resume=resume, profile=profile, folder=folder, stop=stop).fit().exit_code
+    except OSError as error:
+        raise UserError(f"cannot go on: {error.strerror or error}"
+                        + (f": {error.filename}" if error.filename else "")) from error
+    finally:
+        stop.restore()
 
 
 def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False) -> int:
@@ -408,16 +412,24 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
 
     Returns:
         Exit code: 0 done, 130 interrupted, 143 ended by SIGTERM.
+
+    Raises:
+        ConfigError, UserError: as Trainer and Trainer.fit.
+        KeyboardInterrupt: a second Ctrl-C.
     """
     if nproc < 1:
         raise ConfigError(f"--nproc is {nproc}; expected a positive number")
-    folder = choose_folder(cfg, resume)
     try:
-        if nproc == 1:
-            return Trainer(cfg, resume=resume, profile=profile, folder=folder).fit().exit_code
         cfg.data.per_process(nproc)
-        return launch(
-            partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
-    except OSError as error:
-        raise UserError(f"cannot go on: {error.strerror or error}"
-                        + (f": {error.filename}" if error.filename else "")) from error
+    except ValueError as error:
+        raise ConfigError(f"{error}; use another --nproc or batch size") from error
+    folder = choose_folder(cfg, resume)
+    if nproc == 1:
+        stop = StopSignals()
+        stop.install()
+        return _train(cfg, resume, profile, folder, stop)
+    try:
+        return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
+    finally:
+        # A process that was killed in the middle of writing a file leaves it.
+        remove_leftovers(folder)

@@ -1,0 +1,121 @@
+"""What a run writes down."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vjepa_fast.errors import UserError
+from vjepa_fast.train import files
+from vjepa_fast.train.health import effective_rank, health_figures
+from vjepa_fast.train.metrics import COLUMNS, MetricsLog, _running_mean, plot_loss, read_csv
+
+
+def row(step: int, loss: float = 0.5) -> dict[str, Any]:
+    return dict.fromkeys(COLUMNS, 1.0) | {"step": step, "loss": loss}
+
+
+def test_reference_columns_come_first(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, 0, 0)
+    header = (tmp_path / "log_r0.csv").read_text().splitlines()[0]
+    assert header.startswith("epoch,itr,loss,iter-time(ms),gpu-time(ms),dataload-time(ms),")
+
+
+def test_losses_are_written_to_the_last_bit(tmp_path: Path) -> None:
+    values = torch.rand(200).tolist()
+    log = MetricsLog(tmp_path, 0, 0)
+    log.write([row(step, loss) for step, loss in enumerate(values)])
+    read = [float(line["loss"]) for line in read_csv(log.csv_path)]
+    assert np.array_equal(np.float32(read), np.float32(values))
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, 0)
+    for step in range(5):
+        log.write([row(step)], {"target_std": 0.1})
+    # What a kill leaves: lines cut short.
+    with log.csv_path.open("a") as csv_file, log.jsonl_path.open("a") as jsonl_file:
+        csv_file.write("1,5,0.5,1")
+        jsonl_file.write('{"step": 5, "lo')
+    log = MetricsLog(tmp_path, 0, 3)
+    log.write([row(3), row(4)])
+    assert [int(line["step"]) for line in read_csv(log.csv_path)] == [0, 1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in log.jsonl_path.read_text().splitlines()] == [0, 1, 2, 4]
+
+
+def test_a_kill_while_rows_are_dropped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path, 0, 0)
+    log.write([row(0), row(1)])
+    before = log.csv_path.read_text()
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsLog(tmp_path, 0, 1)
+    assert log.csv_path.read_text() == before
+
+
+def test_jsonl_is_json(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, 0)
+    log.write([row(0, math.nan)], {"target_rank": math.inf})
+    (line,) = log.jsonl_path.read_text().splitlines()
+    read = json.loads(line, parse_constant=lambda text: pytest.fail(text))
+    assert (read["loss"], read["target_rank"]) == (None, None)
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path, 0, 0)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"cannot write .*log_r0.csv: the disk is full"):
+        log.write([row(0)])
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = MetricsLog(tmp_path, 0, 0, tensorboard=True)
+    log.write([row(0, 0.75)], {"target_std": 0.25})
+    log.close()
+    accumulator = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [event.value for event in accumulator.Scalars("loss")] == [0.75]
+    assert [event.value for event in accumulator.Scalars("target_std")] == [0.25]
+
+
+def test_running_mean() -> None:
+    values = [1.0, 3.0, math.nan, 5.0, 7.0]
+    assert _running_mean(values, 2).tolist() == [1, 2, 3, 5, 6]
+    assert _running_mean(values, 100).tolist() == [1, 2, 2, 3, 4]
+
+
+def test_picture(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, 0)
+    plot_loss(log.csv_path, log.jsonl_path, tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+    log.write([row(0), row(1, math.nan)], {"target_std": 0.1, "prediction_std": math.nan, "target_rank": 3.0})
+    plot_loss(log.csv_path, log.jsonl_path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "log_r0.csv", "metrics.jsonl"}
+
+
+def test_health() -> None:
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    healthy = health_figures(x, x[:, :1].expand(-1, 8))
+    assert 0.9 < healthy["target_std"] < 1.1
+    assert 7 < healthy["target_rank"] <= 8
+    assert healthy["prediction_rank"] == pytest.approx(1, abs=0.05)
+    collapsed = health_figures(torch.ones(500, 8), x)
+    assert (collapsed["target_std"], collapsed["target_rank"]) == (0, 1)
+    assert math.isnan(effective_rank(x * math.nan))
