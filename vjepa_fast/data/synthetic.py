@@ -1,7 +1,7 @@
 """The demo's clips: real H.264 files with shapes that move, collide and pass behind one another.
 
-Every video has one main object, the largest by far, and two small ones, brighter than the still, textured background by
-an amount that differs from object to object. What leaves the picture on one side comes back on the other. Labels of the
+Every video has one main object and a small one, both brighter than the still, textured background by an amount that
+differs from object to object. What leaves the picture on one side comes back on the other. Labels of the
 main object are written beside the videos: its centre and velocity in every frame, and its shape.
 
 The wrap-around is there for the probes. Without collisions, where an object is in any one frame says nothing about its
@@ -26,13 +26,13 @@ from vjepa_fast.errors import UserError
 from vjepa_fast.rng import Stream, pack_tag, random_words, unit
 
 SHAPES = ("disc", "square", "triangle", "cross")
-_VERSION = 3
+_VERSION = 4
 _MARKER = "complete.json"
-_NUM_OBJECTS = 3
+_NUM_OBJECTS = 2
 _TEXTURE_CELLS = 7
 _MAIN_RADIUS = (0.15, 0.19)
 _SMALL_RADIUS = (0.06, 0.08)
-_SPEED = (0.01, 0.05)
+_SPEED = (0.008, 0.04)
 _BACKGROUND = 0.2
 _CONTRAST = (80, 180)
 # An object over an edge is seen on the other side too.
@@ -172,7 +172,7 @@ def render(seed: int, split: int, video: int, size: int, num_frames: int) -> tup
     """Frames of one video, uint8 [num_frames, size, size, 3], and its labels."""
     draw = _Uniforms(seed, split, video)
     class_id = int(draw.between(0, len(SHAPES)))
-    radius = np.array([draw.between(*_MAIN_RADIUS), draw.between(*_SMALL_RADIUS), draw.between(*_SMALL_RADIUS)])
+    radius = np.array([draw.between(*_MAIN_RADIUS), draw.between(*_SMALL_RADIUS)])
     position, velocity = _simulate(draw, radius, num_frames)
     frames = np.repeat(_background(draw, size)[None], num_frames, axis=0)
     # Back to front; the main object is anywhere in the order.
@@ -233,7 +233,7 @@ def _background(draw: _Uniforms, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size
     angle, frequency = math.pi * draw.between(0, 1), 2 * math.pi * draw.between(3, 8)
     grating = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)) + 2 * math.pi * draw.between(0, 1))
-    return (255 * (_BACKGROUND + 0.2 * smooth + 0.02 * grating[..., None]) + 0.5).astype(np.uint8)
+    return (255 * (_BACKGROUND + 0.1 * smooth + 0.02 * grating[..., None]) + 0.5).astype(np.uint8)
 
 
 def _paint(frames: np.ndarray, draw: _Uniforms, centre: np.ndarray, radius: float, shape: int) -> None:

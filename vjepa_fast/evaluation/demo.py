@@ -31,6 +31,9 @@ from vjepa_fast.evaluation.linear_probe import accuracy, r2
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import VisionTransformer
 
+NUM_LABELLED = 300
+"""Videos whose labels the probes are fitted on, the first of the training files; the encoder saw no label."""
+
 PIXEL_SIDE = 16
 """Height and width to which clips are shrunk for the probe on pixels."""
 
@@ -49,12 +52,12 @@ class LabelledClips:
     """int64 [N]."""
 
 
-def read_split(manifest: Path, cfg: DataConfig) -> LabelledClips:
-    """The middle clip of every video of a manifest, without augmentation."""
+def read_split(manifest: Path, cfg: DataConfig, limit: int | None = None) -> LabelledClips:
+    """The middle clip of each of the first `limit` videos of a manifest, without augmentation."""
     labels = load_labels(manifest)
     num_frames = cfg.dataset_fpcs[0]
     clips, positions, velocities, classes = [], [], [], []
-    for path in read_manifest(str(manifest))[0]:
+    for path in read_manifest(str(manifest))[0][:limit]:
         index = load_index(path, cfg.cache_dir)
         step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
         first = max(0, (index.num_frames - num_frames * step) // 2)
@@ -122,8 +125,9 @@ def untrained_encoder(cfg: Config) -> VisionTransformer:
 
 def probe_scores(cfg: Config, model: VJEPA, clips: SyntheticSet) -> dict[str, dict[str, float]]:
     """Scores of the trained encoder, the untrained one, and raw pixels with and without pooling."""
-    train, test = read_split(clips.train_csv, cfg.data), read_split(clips.val_csv, cfg.data)
-    encoders = {"trained encoder": copy.deepcopy(model.target_encoder), "untrained encoder": untrained_encoder(cfg)}
+    train = read_split(clips.train_csv, cfg.data, NUM_LABELLED)
+    test = read_split(clips.val_csv, cfg.data)
+    encoders = {"trained encoder": copy.deepcopy(model.encoder), "untrained encoder": untrained_encoder(cfg)}
     scores = {
         name: probe(train, test, pooled_features(encoder, train.clips), pooled_features(encoder, test.clips))
         for name, encoder in encoders.items()
@@ -138,7 +142,7 @@ def probe_table(cfg: Config, model: VJEPA, clips: SyntheticSet, folder: Path, co
     """Print the scores and write them to probe.json in the run folder."""
     scores = probe_scores(cfg, model, clips)
     (folder / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
-    table = Table(title="Linear probes on held-out clips (1 is perfect)")
+    table = Table(title=f"Linear probes fitted on {NUM_LABELLED} labelled videos, scored on others (1 is perfect)")
     for column in ("features", "position R2", "velocity R2", "shape accuracy"):
         table.add_column(column, justify="left" if column == "features" else "right")
     for name, row in scores.items():

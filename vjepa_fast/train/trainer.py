@@ -362,6 +362,9 @@ class Trainer:
             f"{tokens} tokens a clip\n{self.loader.num_videos} videos, {self.global_batch} clips a step, "
             f"{self.device.type}{many}, {cfg.train.dtype}\n"
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
+        if cfg.model.compile_model:
+            self.console.print("model.compile_model is set, but nothing is compiled yet: the step runs eagerly",
+                               highlight=False, soft_wrap=True)
 
     def _summarise(self, summary: RunSummary) -> None:
         how = {0: "finished", _CLOSED: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
