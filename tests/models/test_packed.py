@@ -131,3 +131,11 @@ def test_clips_and_masks_that_do_not_belong_together(change, message):
     model = VJEPA(cfg.model)
     with pytest.raises(ValueError, match=message):
         model(*change(*make_batch(cfg)))
+
+
+def test_dense_outputs_need_masks_of_one_length():
+    cfg = config(truncate="none")
+    model = VJEPA(cfg.model)
+    out = model(*make_batch(cfg))
+    with pytest.raises(ValueError, match="differ in length"):
+        _ = out.predictions

@@ -111,3 +111,17 @@ def test_sizes_that_do_not_fit(keys, message):
 def test_clips_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         VisionTransformer(model_config())(torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"embed_dim": 8, "num_heads": 2}, "at least 6"),
+    ({"use_rope": False, "embed_dim": 36, "num_heads": 2}, "multiple of 8"),
+])
+def test_widths_that_positions_cannot_fill(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        VJEPA(model_config(**keys))
+
+
+def test_out_layers_must_exist():
+    with pytest.raises(ValueError, match="blocks 0 to 2"):
+        VisionTransformer(model_config(), out_layers=[3])

@@ -68,7 +68,7 @@ class ModelConfig(Section):
     """Overrides the width of `model_name`; likewise depth, num_heads and mlp_ratio."""
     depth: PositiveInt | None = None
     num_heads: PositiveInt | None = None
-    mlp_ratio: float | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     crop_size: Size | None = None
     """Pixels, height and width; taken from data.crop_size."""
     num_frames: PositiveInt | None = None

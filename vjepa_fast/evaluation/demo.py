@@ -31,7 +31,7 @@ from vjepa_fast.evaluation.linear_probe import accuracy, r2
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import VisionTransformer
 
-NUM_LABELLED = 300
+NUM_LABELLED = 250
 """Videos whose labels the probes are fitted on, the first of the training files; the encoder saw no label."""
 
 PIXEL_SIDE = 16

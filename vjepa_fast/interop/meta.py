@@ -122,10 +122,10 @@ def load_checkpoint(
     return checkpoint
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Path) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Path) -> None:
     own = [{key: group.get(key) for key in ("fused", "foreach", "capturable")} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path}: the optimizer state does not fit the configured model ({error})") from error
@@ -136,6 +136,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Pa
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     raise UserError(f"checkpoint {path}: the optimizer state does not fit the configured model ({name} "
                                     f"is {list(value.shape)} for a parameter of {list(parameter.shape)})")
+            state = optimizer.state.get(parameter, {})
+            if group.get("fused") and "step" in state:
+                # torch places the step count by the saved choice; the fused kernel wants it beside the parameter.
+                state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 def _shorten(names: Iterable[str], limit: int = 12) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
+from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid
 
 
@@ -67,12 +68,12 @@ class ReferenceMaskGenerator:
         contexts = []
         for _ in range(batch_size):
             context = self._context(size, generator)
-            # The reference draws without bound as well; a block that always covers the grid is caught by the caller.
+            # The reference draws without bound and would never end here.
             attempts = 1
             while not context.any():
                 if attempts == 1000:
-                    raise ValueError(f"blocks of {size} tokens leave no context on a grid of {self.grid} in 1000 "
-                                     "draws; use smaller masks (spatial_scale, temporal_scale, num_blocks)")
+                    raise ConfigError(f"blocks of {size} tokens leave no context on a grid of {self.grid} in 1000 "
+                                      "draws; use smaller masks (spatial_scale, temporal_scale, num_blocks)")
                 context = self._context(size, generator)
                 attempts += 1
             contexts.append(context)

@@ -36,6 +36,8 @@ class MaskSampler:
     """
 
     def __init__(self, cfg: MaskConfig, grid: Grid, seed: int, group: int = 0) -> None:
+        if cfg.source == "reference":
+            raise ConfigError("mask.source is reference: use ReferenceMaskGenerators, or set mask.source=counter")
         self.cfg = cfg
         self.grid = grid
         self.seed = seed
@@ -63,6 +65,7 @@ class MaskSampler:
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
         members = self._members(sample_ids) if members is None else np.asarray(members, dtype=np.int64)
+        members = np.unique(members)
         rows = np.searchsorted(members, sample_ids)
         if len(sample_ids) and (rows.max() >= len(members) or (members[rows] != sample_ids).any()):
             raise ValueError("sample_ids are not among the members of their truncation groups")
@@ -158,6 +161,12 @@ class StepMasks:
         self.reference: ReferenceMaskGenerators | None = None
         self.positions = torch.Generator().manual_seed(seed + rank)
         if cfg.source == "reference":
+            if cfg.truncate == "none":
+                raise ConfigError("mask.source=reference always truncates to the batch minimum; set "
+                                  "mask.truncate=batch_min, or mask.source=counter")
+            if world_size > 1:
+                raise ConfigError("mask.source=reference is the stream of one process; set mask.source=counter to "
+                                  f"train with {world_size}")
             self.reference = ReferenceMaskGenerators(cfg, fpcs, crop_size, patch_size, tubelet_size)
             return
         self.group_size = cfg.group_size or global_batch

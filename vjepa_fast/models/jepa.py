@@ -43,6 +43,12 @@ class JEPAOutput:
         return self._unpack(self.packed_targets)
 
     def _unpack(self, packed: Tensor) -> list[list[Tensor]]:
+        for m in self.masks:
+            # One row of lengths a mask; they must agree for a dense tensor to exist.
+            rows = [m.target_lengths[i :: m.batch_size] for i in range(m.batch_size)]
+            if len(set(rows)) > 1:
+                raise ValueError("clips of one mask differ in length (truncate: none); read packed_predictions and "
+                                 "packed_targets instead")
         groups = packed.split([sum(m.target_lengths) for m in self.masks])
         return [
             [ids_of_mask.view(m.batch_size, -1, packed.shape[-1]) for ids_of_mask in group.split(_mask_totals(m))]
@@ -93,6 +99,9 @@ class VJEPA(nn.Module):
             raise ValueError(f"{len(groups)} groups of clips but {len(batches)} of masks; expected one each")
         groups = [self.encoder.to_clips(group) for group in groups]
         for group, batch in zip(groups, batches, strict=True):
+            if tuple(batch.grid[1:]) != tuple(batches[0].grid[1:]):
+                raise ValueError(f"groups of {tuple(batches[0].grid)} and {tuple(batch.grid)} tokens; the height and "
+                                 "width must be the same in all groups")
             if len(group) != batch.batch_size or self.encoder.grid_of(group) != tuple(batch.grid):
                 raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
                                  f"{batch.batch_size} clips of {tuple(batch.grid)}")

@@ -20,7 +20,7 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks
 from vjepa_fast.models.positions import sincos_table
-from vjepa_fast.models.vit import compute_dtype, size_of
+from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing, permute_rows
@@ -47,6 +47,7 @@ class Predictor(nn.Module):
         if width % self.num_heads:
             raise ConfigError(f"model.pred_embed_dim={width} is not a multiple of the predictor's {self.num_heads} "
                               "heads; set model.pred_num_heads")
+        check_positions("model.pred_embed_dim", width, self.num_heads, cfg)
         is_video = cfg.num_frames > 1
         self.grid: Grid = (
             cfg.num_frames // cfg.tubelet_size if is_video else 1,
@@ -116,6 +117,10 @@ class Predictor(nn.Module):
         context_ids = torch.cat([m.context_ids for m in masks])
         target_ids = torch.cat([m.target_ids for m in masks])
         if self.predictor_pos_embed is not None:
+            for m in masks:
+                if tuple(m.grid[1:]) != self.grid[1:] or m.grid[0] > self.grid[0]:
+                    raise ValueError(f"the predictor's positions are for at most {self.grid} tokens, the masks have "
+                                     f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes")
             table = self.predictor_pos_embed[0].to(dtype)
             tokens, queries = tokens + table[context_ids.long()], queries + table[target_ids.long()]
         layout = _Interleave(masks, context.device)

@@ -47,6 +47,16 @@ SIZES = {
 }
 
 
+def check_positions(name: str, width: int, num_heads: int, cfg: ModelConfig) -> None:
+    """Raises ConfigError for a width that its kind of positions cannot fill."""
+    if cfg.use_rope and width // num_heads < 6:
+        raise ConfigError(f"{name}={width} with {num_heads} heads leaves {width // num_heads} features a head; RoPE "
+                          "needs at least 6, two for each axis")
+    unit = 4 if cfg.uniform_power else 8
+    if not cfg.use_rope and width % unit:
+        raise ConfigError(f"{name}={width} is not a multiple of {unit}, as sine-cosine positions need")
+
+
 def size_of(cfg: ModelConfig) -> Size:
     """The size of a configured encoder.
 
@@ -61,6 +71,7 @@ def size_of(cfg: ModelConfig) -> Size:
         cfg.embed_dim or base.embed_dim, cfg.depth or base.depth, cfg.num_heads or base.num_heads,
         cfg.mlp_ratio or base.mlp_ratio,
     )
+    check_positions("model.embed_dim", size.embed_dim, size.num_heads, cfg)
     if size.embed_dim % size.num_heads:
         raise ConfigError(f"model.embed_dim={size.embed_dim} is not a multiple of model.num_heads={size.num_heads}")
     return size
@@ -115,6 +126,9 @@ class VisionTransformer(nn.Module):
         self.is_video = cfg.num_frames > 1
         self.tubelet_size = cfg.tubelet_size if self.is_video else 1
         self.out_layers = None if out_layers is None else list(out_layers)
+        for index in self.out_layers or ():
+            if not 0 <= index < size.depth:
+                raise ValueError(f"out_layers holds {index}; the encoder has blocks 0 to {size.depth - 1}")
         height, width = (side // self.patch_size for side in cfg.crop_size)
         self.grid: Grid = (cfg.num_frames // self.tubelet_size, height, width)
         self.patch_embed = PatchEmbed(self.patch_size, self.tubelet_size if self.is_video else None, self.embed_dim)

@@ -1,1 +1,1 @@
-"""Numeric building blocks, one operation a file; importing them needs torch only."""
+"""Numeric building blocks, one operation a file; importing them starts no device and compiles nothing."""

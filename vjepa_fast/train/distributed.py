@@ -38,6 +38,10 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.distributed = dist.is_available() and dist.is_initialized()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and not self.distributed:
+            raise ConfigError(f"WORLD_SIZE is {started}, but no process group exists; start one process with "
+                              f"--nproc {started} and let it start the others")
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         # Flags and counts are exchanged between hosts' memories, without waiting for a device.

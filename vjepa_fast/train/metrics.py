@@ -54,6 +54,9 @@ class MetricsLog:
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def _rewind_csv(self, start_step: int) -> None:
+        if self.csv_path.exists() and self.csv_path.read_text().split("\n", 1)[0].split(",") != list(COLUMNS):
+            # The reference writes a file of this name; a run that continues one of its own must not lose it.
+            self.csv_path.rename(self.csv_path.with_name(self.csv_path.stem + ".before.csv"))
         rows = read_csv(self.csv_path) if start_step > 0 else []
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")

@@ -54,7 +54,7 @@ class RunSummary:
     """How a run ended."""
 
     exit_code: int
-    """0 finished, 130 interrupted, 143 ended by SIGTERM; the last two after a checkpoint was written."""
+    """0 finished, 1 output closed, 130 interrupted, 143 ended by SIGTERM; all but 0 after a checkpoint was written."""
     step: int
     """Steps done, over all restarts."""
     loss: float
@@ -323,7 +323,10 @@ class Trainer:
                 "of float16")
 
     def _build_loader(self) -> Loader:
-        return build_loader(self.cfg.data, self.processes.rank, self.processes.world_size, self.device)
+        names = [
+            str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
+        data = self.cfg.data.model_copy(update={"datasets": names})
+        return build_loader(data, self.processes.rank, self.processes.world_size, self.device)
 
     def _data_parallel(self) -> DistributedDataParallel | None:
         if not self.processes.distributed:
@@ -349,8 +352,6 @@ class Trainer:
             make_synthetic(folder, *SYNTHETIC_SIZE)
         self.processes.wait()
         self.synthetic = make_synthetic(folder, *SYNTHETIC_SIZE)
-        self.cfg.data.datasets = [
-            str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
 
     def _announce(self) -> None:
         cfg = self.cfg
@@ -375,7 +376,7 @@ class Trainer:
             f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}\n"
             f"checkpoint {self.folder / LATEST}{f', curve {curve}' if curve.exists() else ''}",
             highlight=False, soft_wrap=True)
-        broken = self.loader.broken()
+        broken = [video for video in self.loader.broken() if not video.filtered]
         if broken:
             self.console.print(
                 f"{len(broken)} of {self.loader.num_tried} videos could not be read and were replaced: "
