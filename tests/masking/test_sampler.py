@@ -188,3 +188,12 @@ def test_reference_source_restores_its_state():
     again.load_state_dict(state)
     assert rows(again(1, ids, [0])[0]) == expected
     assert total_weight(again(2, ids, [0])) == pytest.approx(1)
+
+
+def test_what_the_reference_stream_cannot_do_is_said():
+    with pytest.raises(ConfigError, match="batch_min"):
+        step_masks(config(source="reference", truncate="none"))
+    with pytest.raises(ConfigError, match="one process"):
+        step_masks(config(source="reference"), world_size=2)
+    with pytest.raises(ConfigError, match="counter"):
+        MaskSampler(config(source="reference"), GRID, seed=0)

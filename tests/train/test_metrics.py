@@ -119,3 +119,12 @@ def test_health() -> None:
     collapsed = health_figures(torch.ones(500, 8), x)
     assert (collapsed["target_std"], collapsed["target_rank"]) == (0, 1)
     assert math.isnan(effective_rank(x * math.nan))
+
+
+def test_a_log_of_the_reference_is_kept_beside_ours(tmp_path: Path) -> None:
+    theirs = "epoch,itr,loss,iter-time(ms),gpu-time(ms),dataload-time(ms)\n1,0,0.5,1,1,1\n"
+    (tmp_path / "log_r0.csv").write_text(theirs)
+    MetricsLog(tmp_path, 0, 5).close()
+    assert (tmp_path / "log_r0.before.csv").read_text() == theirs
+    MetricsLog(tmp_path, 0, 5).close()
+    assert (tmp_path / "log_r0.before.csv").read_text() == theirs
