@@ -40,3 +40,11 @@ def test_closed_pipe_is_quiet() -> None:
         text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert result.stderr == ""
+
+
+def test_threads_wait_asleep_unless_told_otherwise() -> None:
+    code = ("import os, vjepa_fast.cli.main as m; m.app = lambda **_: None; m.main(); "
+            "print(os.environ['OMP_WAIT_POLICY'])")
+    given = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    assert run("-c", code, env=given).stdout == "passive\n"
+    assert run("-c", code, env={**given, "OMP_WAIT_POLICY": "active"}).stdout == "active\n"

@@ -84,8 +84,8 @@ def test_override(override: str, section: str, key: str, value: object) -> None:
 
 
 def test_override_inside_lists_and_sections() -> None:
-    assert load_recipe("demo", ["mask.masks.1.num_blocks=9"]).mask.masks[1].num_blocks == 9
-    assert load_recipe("demo", ["mask.1.num_blocks=9"]).mask.masks[1].num_blocks == 9
+    assert load_recipe("vitl16-256", ["mask.masks.1.num_blocks=9"]).mask.masks[1].num_blocks == 9
+    assert load_recipe("vitl16-256", ["mask.1.num_blocks=9"]).mask.masks[1].num_blocks == 9
     assert load_recipe("demo", ["mask=[{num_blocks: 3}]"]).mask.masks[0].num_blocks == 3
     cfg = load_recipe("demo", ["data_aug.random_resize_scale=[0.5, 0.9]"])
     assert cfg.data.aug.random_resize_scale == (0.5, 0.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -38,4 +39,7 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    # Before torch starts its threads: they wait for each other asleep. Awake, as OpenMP's default is, one other busy
+    # program on the machine makes a step more than ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="vjepa-fast")
