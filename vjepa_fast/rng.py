@@ -11,7 +11,8 @@ Key:      key[0] = seed bits 0..31, key[1] = seed bits 32..63.
 Counter:  counter[0], counter[1] = global sample number, low and high 32 bits
           counter[2]             = step (masks) or epoch (data), low 32 bits
           counter[3]             = tag: stream << 28 | group << 24 | mask << 18 | attempt << 10 | block
-          (stream 4 bits, group 4 bits, mask 6 bits, attempt 8 bits, block 10 bits)
+          (stream 4 bits, group 4 bits, mask 6 bits, attempt 8 bits, block 10 bits; the streams are listed in Stream;
+          MASK_PATCHES puts a frame number in attempt and a quarter of a place number in block)
 
 An integer in [0, n) is drawn from a 32-bit word r as (r * n) >> 32: integers only, bias below n / 2**32.
 """
@@ -44,6 +45,8 @@ class Stream(IntEnum):
     REPLACEMENT = 8
     SYNTHETIC = 9
     DROP_PATH = 10
+    MASK_PATCHES = 11
+    MASK_FRAMES = 12
 
 
 def pack_tag(stream: int, *, group: int = 0, mask: int = 0, attempt: int = 0, block: int = 0) -> int:

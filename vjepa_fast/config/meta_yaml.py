@@ -70,7 +70,7 @@ _MASK_KEYS: dict[str, Any] = {
     "max_temporal_keep": 1.0, "max_keep": None, "full_complement": False, "pred_full_complement": False,
     "inv_block": False,
 }
-assert set(_MASK_KEYS) == set(MaskSpec.model_fields)
+assert set(_MASK_KEYS) == set(MaskSpec.model_fields) - {"strategy", "ratio", "temporal_probability"}
 
 _OFF = {
     "data_aug.auto_augment": "data_aug.auto_augment (RandAugment)",

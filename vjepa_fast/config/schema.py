@@ -106,9 +106,22 @@ class ModelConfig(Section):
         return self
 
 
-class MaskSpec(Section):
-    """One multi-block mask (reference: src/masks/multiseq_multiblock3d.py)."""
+MaskStrategy = Literal["multiblock", "tube", "temporal", "patches", "mixture", "future"]
 
+
+class MaskSpec(Section):
+    """One mask; the default strategy is the reference's (src/masks/multiseq_multiblock3d.py).
+
+    `multiblock` predicts blocks of one size a step and takes spatial_scale, temporal_scale, aspect_ratio and
+    num_blocks. The others predict the share `ratio`: `tube` the same random places in every frame, `patches` random
+    places in each frame, `temporal` consecutive frames, `mixture` one of the two by clip, `future` the last frames.
+    """
+
+    strategy: MaskStrategy = "multiblock"
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share that is predicted; every strategy but multiblock."""
+    temporal_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the clips that are masked like `temporal` in a `mixture`; the others are like `patches`."""
     spatial_scale: Range = (0.2, 0.8)
     """Area of one block as a fraction of the frame: drawn uniformly between the two."""
     temporal_scale: Range = (1.0, 1.0)
@@ -132,6 +145,17 @@ class MaskSpec(Section):
                 raise ValueError(f"{name} is [{low}, {high}]; expected 0 < low <= high <= {top:g}")
         if self.full_complement and self.pred_full_complement:
             raise ValueError("full_complement and pred_full_complement exclude each other; set one of them to false")
+        unused = {"spatial_scale", "temporal_scale", "aspect_ratio", "num_blocks"}
+        if self.strategy == "multiblock":
+            unused = {"ratio", "temporal_probability"}
+        elif self.strategy != "mixture":
+            unused.add("temporal_probability")
+        # A written config names every key, so only a value that would have changed something counts.
+        changed = [name for name in type(self).model_fields
+                   if name in unused and getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"strategy {self.strategy} does not use {' and '.join(changed)}; remove "
+                             f"{'it' if len(changed) == 1 else 'them'} or choose another strategy")
         return self
 
 
@@ -153,6 +177,14 @@ class MaskConfig(Section):
     @classmethod
     def _from_list(cls, value: Any) -> Any:
         return {"masks": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskConfig:
+        others = sorted({spec.strategy for spec in self.masks} - {"multiblock"})
+        if self.source == "reference" and others:
+            raise ValueError(f"source reference draws multiblock masks only, but a mask has strategy {others[0]}; set "
+                             "source to counter")
+        return self
 
 
 class AugmentationConfig(Section):

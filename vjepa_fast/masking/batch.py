@@ -12,13 +12,20 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
 
 
+def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """From pinned memory, so that nobody waits for a GPU."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
+    return _to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
 @dataclass
@@ -33,9 +40,10 @@ class MaskBatch:
     num_masks: int
     batch_size: int
     context_ids: Tensor
-    """int32 [sum(context_lengths)]: token ids within the clip, ascending within a sequence."""
+    """int32 [sum(context_lengths), or the capacity]: token ids within the clip, ascending within a sequence; zeros
+    behind the sum."""
     target_ids: Tensor
-    """int32 [sum(target_lengths)]."""
+    """int32 [sum(target_lengths), or the capacity]."""
     context_lengths: tuple[int, ...]
     """Tokens of each of the S sequences."""
     target_lengths: tuple[int, ...]
@@ -44,6 +52,10 @@ class MaskBatch:
     then over all pairs of the list handed to the model."""
     mask_token: int | None = None
     """Which mask token the predictor uses; None: the place of this group in the list handed to the model."""
+    offsets: Tensor | None = None
+    """int32 [3, S + 1] beside the ids: cu_seqlens_context, cu_seqlens_target and cu_seqlens; None: made when asked."""
+    capacity: tuple[int, int] | None = None
+    """Elements of context_ids and target_ids where they are padded to a fixed size, as a CUDA graph wants them."""
 
     def __post_init__(self) -> None:
         num_sequences = self.num_masks * self.batch_size
@@ -52,9 +64,18 @@ class MaskBatch:
             if value is not None and len(value) != num_sequences:
                 raise ValueError(f"{name} has {len(value)} entries; expected one for each of the "
                                  f"{self.num_masks} masks x {self.batch_size} clips")
-        for ids, lengths in ((self.context_ids, self.context_lengths), (self.target_ids, self.target_lengths)):
-            if ids.numel() != sum(lengths):
-                raise ValueError(f"{ids.numel()} packed ids but lengths that sum to {sum(lengths)}")
+        totals = sum(self.context_lengths), sum(self.target_lengths)
+        for ids, total, size in zip(
+            (self.context_ids, self.target_ids), totals, self.capacity or totals, strict=True
+        ):
+            if total > size:
+                raise ValueError(f"{total} tokens do not fit a capacity of {size}")
+            if ids.numel() != size:
+                raise ValueError(f"{ids.numel()} packed ids but " + (
+                    f"a capacity of {size}" if self.capacity else f"lengths that sum to {size}"))
+        shape = (3, num_sequences + 1)
+        if self.offsets is not None and tuple(self.offsets.shape) != shape:
+            raise ValueError(f"offsets has shape {list(self.offsets.shape)}; expected {list(shape)}")
 
     @property
     def device(self) -> torch.device:
@@ -68,45 +89,51 @@ class MaskBatch:
     @cached_property
     def cu_seqlens_context(self) -> Tensor:
         """int32 [S + 1]: where each sequence's context begins, ending with the total."""
-        return _cumulative(self.context_lengths, self.device)
+        return _cumulative(self.context_lengths, self.device) if self.offsets is None else self.offsets[0]
 
     @cached_property
     def cu_seqlens_target(self) -> Tensor:
         """int32 [S + 1], the same for the targets."""
-        return _cumulative(self.target_lengths, self.device)
+        return _cumulative(self.target_lengths, self.device) if self.offsets is None else self.offsets[1]
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32 [S + 1], the same for context and targets of a sequence together, as the predictor sees them."""
-        return _cumulative(self.total_lengths, self.device)
+        return _cumulative(self.total_lengths, self.device) if self.offsets is None else self.offsets[2]
 
     @property
     def total_lengths(self) -> tuple[int, ...]:
         """Context and target tokens of each sequence together."""
         return tuple(c + t for c, t in zip(self.context_lengths, self.target_lengths, strict=True))
 
+    def _sequence_of(self, ids: Tensor, lengths: Sequence[int], values: np.ndarray) -> Tensor:
+        """values[s] for each packed id, with s its sequence; zeros behind the sum."""
+        repeated = np.repeat(values, lengths)
+        return _to_device(np.pad(repeated, (0, len(ids) - len(repeated))), ids.device)
+
     def _clip_rows(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        clips = np.repeat(np.tile(np.arange(self.batch_size), self.num_masks), lengths)
-        return torch.from_numpy(clips).to(ids.device) * self.num_tokens + ids.long()
+        clips = np.tile(np.arange(self.batch_size) * self.num_tokens, self.num_masks)
+        return self._sequence_of(ids, lengths, clips) + ids
 
     @cached_property
     def context_rows(self) -> Tensor:
-        """int64 [sum(context_lengths)]: rows of the context tokens in a [B * T * H * W, ...] buffer of the clips."""
+        """int64 [len(context_ids)]: rows of the context tokens in a [B * T * H * W, ...] buffer of the clips; row 0
+        behind the sum."""
         return self._clip_rows(self.context_ids, self.context_lengths)
 
     @cached_property
     def target_rows(self) -> Tensor:
-        """int64 [sum(target_lengths)], the same for the target tokens."""
+        """int64 [len(target_ids)], the same for the target tokens."""
         return self._clip_rows(self.target_ids, self.target_lengths)
 
     def token_weights(self, num_groups: int = 1) -> Tensor:
-        """float64 [sum(target_lengths)]: loss weight of each target token.
+        """float64 [len(target_ids)]: loss weight of each target token, 0 behind the sum.
 
         Args:
             num_groups: over how many groups the loss is averaged; used where `loss_weights` is None.
         """
         weights = np.array(self.with_weights(num_groups).loss_weights)
-        return torch.from_numpy(np.repeat(weights, self.target_lengths)).to(self.device)
+        return self._sequence_of(self.target_ids, self.target_lengths, weights)
 
     def with_weights(self, num_groups: int = 1) -> MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""
@@ -124,13 +151,37 @@ class MaskBatch:
             self,
             context_ids=self.context_ids.to(device, non_blocking=non_blocking),
             target_ids=self.target_ids.to(device, non_blocking=non_blocking),
+            offsets=None if self.offsets is None else self.offsets.to(device, non_blocking=non_blocking),
         )
 
+    def padded(self, capacity: tuple[int, int]) -> MaskBatch:
+        """The same masks with context_ids and target_ids of a fixed size, zeros behind the sums of the lengths.
+
+        Raises:
+            ValueError: the ids do not fit.
+        """
+        totals = sum(self.context_lengths), sum(self.target_lengths)
+        if totals[0] > capacity[0] or totals[1] > capacity[1]:
+            raise ValueError(f"{totals[0]} context and {totals[1]} target tokens do not fit a capacity of "
+                             f"{capacity[0]} and {capacity[1]}")
+        ids = (
+            F.pad(own[:total], (0, size - total))
+            for own, total, size in zip((self.context_ids, self.target_ids), totals, capacity, strict=True)
+        )
+        return replace(self, context_ids=next(ids), target_ids=next(ids), capacity=capacity)
+
+    def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Context and target ids of each sequence."""
+        context, target = (
+            ids[: sum(lengths)].split(list(lengths)) for ids, lengths in
+            ((self.context_ids, self.context_lengths), (self.target_ids, self.target_lengths))
+        )
+        return context, target
+
     def narrow(self, start: int, stop: int) -> MaskBatch:
-        """The masks of clips start .. stop - 1 only; loss weights that were set are kept."""
+        """The masks of clips start .. stop - 1 only, without padding; loss weights that were set are kept."""
         keep = [m * self.batch_size + b for m in range(self.num_masks) for b in range(start, stop)]
-        context = torch.split(self.context_ids, list(self.context_lengths))
-        target = torch.split(self.target_ids, list(self.target_lengths))
+        context, target = self._split()
         return replace(
             self,
             batch_size=stop - start,
@@ -139,6 +190,8 @@ class MaskBatch:
             context_lengths=tuple(self.context_lengths[s] for s in keep),
             target_lengths=tuple(self.target_lengths[s] for s in keep),
             loss_weights=None if self.loss_weights is None else tuple(self.loss_weights[s] for s in keep),
+            offsets=None,
+            capacity=None,
         )
 
     @classmethod

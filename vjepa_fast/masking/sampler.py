@@ -17,22 +17,21 @@ from vjepa_fast.config.schema import MaskConfig
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
-from vjepa_fast.ops.mask_sample import BlockSpec, mask_sample_ref
-
-
-def _first(mask: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The first keep[s] true entries of each row."""
-    return mask & (np.cumsum(mask, axis=1) <= keep[:, None])
+from vjepa_fast.ops.mask_rules import BlockSpec
+from vjepa_fast.ops.mask_sample import mask_sample, masks_ref
 
 
 class MaskSampler:
-    """Multi-block masks as a pure function of (seed, step, global sample numbers).
+    """Masks as a pure function of (seed, step, global sample numbers), by the rules of vjepa_fast.ops.mask_rules.
 
     Args:
         cfg: the masks, the truncation rule and the size of a truncation group.
         grid: (T, H, W) in tokens.
         seed: of the run.
         group: which frames-per-clip group this is; groups draw independent masks.
+
+    Raises:
+        ConfigError: masks that are not drawn from counters, or a grid that is too large for them.
     """
 
     def __init__(self, cfg: MaskConfig, grid: Grid, seed: int, group: int = 0) -> None:
@@ -43,13 +42,20 @@ class MaskSampler:
         self.seed = seed
         self.group = group
         self.specs = [BlockSpec.from_config(spec, grid) for spec in cfg.masks]
+        # As truncation_parts takes it: without a size the batch is the group.
+        self.group_size = 0 if cfg.truncate == "none" else cfg.group_size or -1
 
     def _members(self, sample_ids: np.ndarray) -> np.ndarray:
-        size = self.cfg.group_size
-        if self.cfg.truncate == "none" or size is None:
+        if self.group_size <= 0:
             return sample_ids
-        groups = np.unique(sample_ids // size)
-        return (groups[:, None] * size + np.arange(size)).reshape(-1)
+        groups = np.unique(sample_ids // self.group_size)
+        return (groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+
+    def _numbers(
+        self, sample_ids: Sequence[int] | np.ndarray | Tensor, members: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
+        return ids, self._members(ids) if members is None else np.ascontiguousarray(members, dtype=np.int64)
 
     def dense(self, step: int, sample_ids: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:
         """Masks as booleans.
@@ -63,39 +69,10 @@ class MaskSampler:
         Returns:
             bool [2, M, B, T * H * W]: context, target.
         """
-        sample_ids = np.asarray(sample_ids, dtype=np.int64)
-        members = self._members(sample_ids) if members is None else np.asarray(members, dtype=np.int64)
-        members = np.unique(members)
-        rows = np.searchsorted(members, sample_ids)
-        if len(sample_ids) and (rows.max() >= len(members) or (members[rows] != sample_ids).any()):
-            raise ValueError("sample_ids are not among the members of their truncation groups")
-        out = []
-        for index, (spec, config) in enumerate(zip(self.specs, self.cfg.masks, strict=True)):
-            context = mask_sample_ref(
-                spec, self.grid, members, seed=self.seed, step=step, group=self.group, mask=index)
-            target = ~context
-            num_context, num_target = self._kept(context, members), self._kept(target, members)
-            if config.max_keep is not None:
-                num_context = np.minimum(num_context, config.max_keep)
-            context, target = _first(context[rows], num_context[rows]), _first(target[rows], num_target[rows])
-            if config.full_complement:
-                target = ~context
-            elif config.pred_full_complement:
-                context = ~target
-            out.append((target, context) if config.inv_block else (context, target))
-        return np.stack([np.stack(pair) for pair in zip(*out, strict=True)])
-
-    def _kept(self, mask: np.ndarray, members: np.ndarray) -> np.ndarray:
-        counts = mask.sum(axis=1)
-        size = self.cfg.group_size
-        if self.cfg.truncate == "none" or not len(members):
-            return counts
-        if size is None:
-            return np.full_like(counts, counts.min())
-        _, inverse = np.unique(members // size, return_inverse=True)
-        shortest = np.full(inverse.max() + 1, np.iinfo(np.int64).max)
-        np.minimum.at(shortest, inverse, counts)
-        return shortest[inverse]
+        ids, members = self._numbers(sample_ids, members)
+        return masks_ref(
+            self.specs, self.grid, ids, members, seed=self.seed, step=step, group=self.group,
+            group_size=self.group_size)
 
     def __call__(
         self,
@@ -103,13 +80,28 @@ class MaskSampler:
         sample_ids: Sequence[int] | np.ndarray | Tensor,
         device: torch.device | str = "cpu",
         members: np.ndarray | None = None,
+        capacity: tuple[int, int] | None = None,
     ) -> MaskBatch:
-        """Packed masks of the given samples on `device`; see `dense` for the arguments.
+        """Packed masks of the given samples.
 
         With `group_size` unset, the truncation group is the given batch.
+
+        Args:
+            step, sample_ids, members: see `dense`.
+            device: where the ids shall be; a GPU makes them itself and is not waited for.
+            capacity: elements of context_ids and target_ids, see MaskBatch.
+
+        Raises:
+            ValueError: the capacity is too small, or a sample is not among the members.
         """
-        context, target = (torch.from_numpy(x) for x in self.dense(step, np.asarray(sample_ids), members))
-        return MaskBatch.from_bool(context, target, self.grid).to(device)
+        ids, members = self._numbers(sample_ids, members)
+        packed = mask_sample(
+            self.specs, self.grid, ids, members, seed=self.seed, step=step, group=self.group,
+            group_size=self.group_size, device=device, capacity=capacity)
+        return MaskBatch(
+            grid=self.grid, num_masks=len(self.specs), batch_size=len(ids), context_ids=packed.context_ids,
+            target_ids=packed.target_ids, context_lengths=packed.context_lengths, target_lengths=packed.target_lengths,
+            offsets=packed.cu_seqlens, capacity=capacity)
 
 
 class StepMasks:
@@ -176,15 +168,24 @@ class StepMasks:
         cfg = cfg.model_copy(update={"group_size": self.group_size})
         self.samplers = [MaskSampler(cfg, grid, seed, group) for group, grid in enumerate(self.grids)]
 
-    def __call__(self, step: int, sample_ids: Sequence[Tensor], group_ids: Sequence[int]) -> list[MaskBatch]:
-        """Args: step: of the run. sample_ids: for each group present, int64 [B_g]. group_ids: which these are."""
+    def __call__(
+        self, step: int, sample_ids: Sequence[Tensor], group_ids: Sequence[int], device: torch.device | str = "cpu"
+    ) -> list[MaskBatch]:
+        """Masks of one batch.
+
+        Args:
+            step: of the run.
+            sample_ids: for each group present, int64 [B_g] on the host.
+            group_ids: which groups these are.
+            device: where the ids shall be.
+        """
         if self.reference is not None:
-            return self._from_reference(sample_ids, group_ids)
+            return [batch.to(device, non_blocking=True) for batch in self._from_reference(sample_ids, group_ids)]
         members = self._members(sample_ids)
         groups = self.group_of(members)
         batches = []
         for ids, group in zip(sample_ids, group_ids, strict=True):
-            batch = self.samplers[group](step, ids, members=members[groups == group])
+            batch = self.samplers[group](step, ids, device, members=members[groups == group])
             batches.append(replace(batch, mask_token=group))
         if self.cfg.truncate == "none":
             return self._weigh_all_tokens(batches, group_ids)

@@ -1,144 +1,292 @@
-"""Multi-block 3-D masks from counter-based random numbers: the exact definition, in integers.
+"""Masks of a batch: drawn, truncated and packed, by the compiled operators of csrc/ or by NumPy, to the same bits.
 
-A mask covers a grid of T x H x W tokens (id = (t * H + h) * W + w). `num_blocks` blocks of one common size are placed
-at random; the tokens in no block are the context, the others are the target. Everything is a pure function of
-(seed, step, global sample number, group, mask); an implementation in another language that follows the lines below
-gives the same bits. Random words come from vjepa_fast.rng (generator, key and counter layout are stated there).
+The rules are those of vjepa_fast.ops.mask_rules. The operators:
 
-Fixed point. A configured number x is turned into X = ceil(x * 2**24) once, on the host, by exact rational arithmetic
-on the float64 value. A range [low, high] becomes LOW and SPAN = HIGH - LOW. All of them fit 32 bits, all products 64.
+    vjepa_fast::mask_lengths(step, sample_ids, members, specs, grid, seed, group, group_size) -> int32 [2, S]
+    vjepa_fast::mask_sample(step, sample_ids, lengths, specs, grid, seed, group, capacity_context, capacity_target)
+        -> context_ids, target_ids, cu_seqlens, totals
+    vjepa_fast::philox4x32(counter, key0, key1) -> int64 [n, 4]
 
-Block size, once for (step, group, mask): words r = philox(sample = 0, step, tag(MASK_SIZE, group, mask)).
-    t: scale = LOW + (SPAN * r[0] >> 32);   t = max(1, T * scale >> 24)
-    s: scale = LOW + (SPAN * r[1] >> 32);   s = max(1, H * W * scale >> 24)            (tokens of the block in a frame)
-    a: ratio = LOW + (SPAN * r[2] >> 32)                                               (height over width)
-    h = clamp((isqrt(s * ratio >> 22) + 1) >> 1, 1, H)       = round(sqrt(s * ratio)), halves up
-    w = clamp((isqrt((s << 26) // ratio) + 1) >> 1, 1, W)    = round(sqrt(s / ratio)), halves up
-    isqrt is the floor of the exact square root.
+`step` is an int64 tensor of one element, so that the replay of a CUDA graph draws new masks. Lengths come first and are
+cheap on the host, so a device is never asked for them: `mask_sample` copies them to the GPU in one transfer from pinned
+memory and makes all masks of the batch in one launch. In a graph, `mask_sample_captured` computes them on the device.
 
-Block position, for (step, sample, group, mask, attempt, block): words
-r = philox(sample, step, tag(MASK_POSITION, group, mask, attempt, block)).
-    top = (H - h + 1) * r[0] >> 32;  left = (W - w + 1) * r[1] >> 32;  start = (T - t + 1) * r[2] >> 32
+Bytes: 4 (1 + share of tokens kept) N a sequence written; nothing of size is read.
 
-Context: tokens in no block whose frame is below max_context_frames. Redraw rule: attempt 0 first; while the context of
-a sample is empty, all its blocks are drawn again with the next attempt, at most MAX_ATTEMPTS times in all. If the last
-attempt is empty too, token 0 is the context. Target: every token that is not context.
-
-The distribution is that of the reference's sampler (facebookresearch/vjepa2, src/masks/multiseq_multiblock3d.py);
-there, sizes are rounded in float64 and positions come from the global generator of a worker process.
-
-Dimension letters: S samples, N = T * H * W tokens.
+Legend: B clips, M masks, S = M * B sequences (mask by mask, in each clip by clip), N = T * H * W tokens, K members.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from fractions import Fraction
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from vjepa_fast.config.schema import MaskSpec
-from vjepa_fast.rng import Stream, below, pack_tag, random_words
-
-FRACTION_BITS = 24
-MAX_ATTEMPTS = 32
-
-Grid = tuple[int, int, int]
-
-
-def fixed_point(value: float) -> int:
-    """ceil(value * 2**24), exact."""
-    return math.ceil(Fraction(value) * (1 << FRACTION_BITS))
+from vjepa_fast import extension
+from vjepa_fast.ops.mask_rules import BlockSpec, Grid, mask_sample_ref
+from vjepa_fast.rng import split_seed
 
 
 @dataclass(frozen=True)
-class BlockSpec:
-    """A MaskSpec in integers, for one grid."""
+class PackedMasks:
+    """Masks of B clips, packed; see MaskBatch."""
 
-    num_blocks: int
-    temporal: tuple[int, int]
-    """LOW and SPAN of the temporal scale; likewise spatial and aspect."""
-    spatial: tuple[int, int]
-    aspect: tuple[int, int]
-    max_context_frames: int
-
-    @classmethod
-    def from_config(cls, spec: MaskSpec, grid: Grid) -> BlockSpec:
-        """Args: spec: the configured mask. grid: (T, H, W) in tokens."""
-
-        def low_and_span(bounds: tuple[float, float]) -> tuple[int, int]:
-            low, high = (fixed_point(bound) for bound in bounds)
-            return low, high - low
-
-        return cls(
-            num_blocks=spec.num_blocks,
-            temporal=low_and_span(spec.temporal_scale),
-            spatial=low_and_span(spec.spatial_scale),
-            aspect=low_and_span(spec.aspect_ratio),
-            max_context_frames=max(1, int(grid[0] * spec.max_temporal_keep)),
-        )
+    context_ids: Tensor
+    """int32 [capacity or sum of lengths], zeros behind the sum; likewise target_ids."""
+    target_ids: Tensor
+    cu_seqlens: Tensor
+    """int32 [3, S + 1]: where each sequence's context, target, and both together begin, ending with the total."""
+    context_lengths: tuple[int, ...]
+    """[S], on the host; likewise target_lengths."""
+    target_lengths: tuple[int, ...]
 
 
-def block_size(spec: BlockSpec, grid: Grid, *, seed: int, step: int, group: int = 0, mask: int = 0) -> Grid:
-    """Frames, height and width of every block of one mask in one step, in tokens."""
-    num_frames, height, width = grid
-    words = random_words(seed, 0, step, pack_tag(Stream.MASK_SIZE, group=group, mask=mask))
-    temporal, spatial, aspect = (
-        low + (span * int(word) >> 32)
-        for (low, span), word in zip((spec.temporal, spec.spatial, spec.aspect), words, strict=False)
-    )
-    t = max(1, num_frames * temporal >> FRACTION_BITS)
-    s = max(1, height * width * spatial >> FRACTION_BITS)
-    h = (math.isqrt(s * aspect >> (FRACTION_BITS - 2)) + 1) >> 1
-    w = (math.isqrt((s << (FRACTION_BITS + 2)) // aspect) + 1) >> 1
-    return min(t, num_frames), min(max(h, 1), height), min(max(w, 1), width)
+def _first(mask: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The first keep[s] true entries of each row."""
+    return mask & (np.cumsum(mask, axis=1) <= keep[:, None])
 
 
-def mask_sample_ref(
-    spec: BlockSpec, grid: Grid, sample_ids: np.ndarray, *, seed: int, step: int, group: int = 0, mask: int = 0
-) -> np.ndarray:
-    """Context of each sample before any truncation.
+def _shortest(mask: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """For each row, the smallest count among the rows of its part."""
+    counts = mask.sum(axis=1)
+    _, inverse = np.unique(parts, return_inverse=True)
+    shortest = np.full(len(mask), mask.shape[1])
+    np.minimum.at(shortest, inverse, counts)
+    return shortest[inverse]
+
+
+def truncation_parts(members: np.ndarray, group_size: int) -> np.ndarray:
+    """Which truncation group each global sample number is in.
 
     Args:
-        spec: the mask in integers.
+        members: [K] global sample numbers.
+        group_size: clips of a truncation group; 0: each clip is its own (no truncation); -1: all are one.
+    """
+    if group_size == 0:
+        return members
+    return np.zeros_like(members) if group_size < 0 else members // group_size
+
+
+def masks_ref(
+    specs: Sequence[BlockSpec], grid: Grid, sample_ids: np.ndarray, members: np.ndarray, *, seed: int, step: int,
+    group: int = 0, group_size: int = 0,
+) -> np.ndarray:
+    """Masks after every rule, as booleans.
+
+    Args:
+        specs: M masks in integers.
         grid: (T, H, W) in tokens.
-        sample_ids: [S] global sample numbers.
+        sample_ids: int64 [B] global sample numbers.
+        members: int64 [K] every global sample number of this frames-per-clip group in the truncation groups of
+            `sample_ids`.
         seed, step: of the run.
         group: which frames-per-clip group, in the order of the configuration.
-        mask: which mask, in the order of the configuration.
+        group_size: see truncation_parts.
 
     Returns:
-        [S, N] bool, true where a token is context; every row has at least one.
+        bool [2, M, B, N]: context, target.
+
+    Raises:
+        ValueError: a sample that is not among the members.
     """
-    num_frames, height, width = grid
-    t, h, w = block_size(spec, grid, seed=seed, step=step, group=group, mask=mask)
-    sample_ids = np.asarray(sample_ids, dtype=np.uint64)
-    context = np.zeros((len(sample_ids), num_frames, height, width), dtype=bool)
-    pending = np.arange(len(sample_ids))
-    frames, rows, columns = np.arange(num_frames), np.arange(height), np.arange(width)
-    for attempt in range(MAX_ATTEMPTS):
-        if not len(pending):
-            break
-        tags = [
-            pack_tag(Stream.MASK_POSITION, group=group, mask=mask, attempt=attempt, block=block)
-            for block in range(spec.num_blocks)
-        ]
-        words = random_words(seed, sample_ids[pending, None], step, np.array(tags)[None, :])
-        top = below(words[..., 0], height - h + 1)[..., None]
-        left = below(words[..., 1], width - w + 1)[..., None]
-        start = below(words[..., 2], num_frames - t + 1)[..., None]
-        in_t = (frames >= start) & (frames < start + t)
-        in_h = (rows >= top) & (rows < top + h)
-        in_w = (columns >= left) & (columns < left + w)
-        covered = np.zeros((len(pending), num_frames, height, width), dtype=bool)
-        for block in range(spec.num_blocks):
-            covered |= (
-                in_t[:, block, :, None, None] & in_h[:, block, None, :, None] & in_w[:, block, None, None, :]
-            )
-        drawn = ~covered
-        drawn[:, spec.max_context_frames :] = False
-        context[pending] = drawn
-        pending = pending[~drawn.any(axis=(1, 2, 3))]
-    context[pending, 0, 0, 0] = True
-    return context.reshape(len(sample_ids), -1)
+    members = np.unique(members)
+    rows = np.searchsorted(members, sample_ids)
+    if len(rows) and (rows.max() >= len(members) or (members[rows] != sample_ids).any()):
+        raise ValueError("sample_ids are not among the members of their truncation groups")
+    parts = truncation_parts(members, group_size)
+    out = np.empty((2, len(specs), len(sample_ids), grid[0] * grid[1] * grid[2]), dtype=bool)
+    for mask, spec in enumerate(specs):
+        context = mask_sample_ref(spec, grid, members, seed=seed, step=step, group=group, mask=mask)
+        num_context, num_target = _shortest(context, parts), _shortest(~context, parts)
+        if spec.max_keep is not None:
+            num_context = np.minimum(num_context, spec.max_keep)
+        context, target = _first(context[rows], num_context[rows]), _first(~context[rows], num_target[rows])
+        if spec.complement == "full":
+            target = ~context
+        elif spec.complement == "pred_full":
+            context = ~target
+        swapped = spec.inv_block & target.any(axis=1, keepdims=True)
+        out[0, mask], out[1, mask] = np.where(swapped, target, context), np.where(swapped, context, target)
+    return out
+
+
+def _pack_ref(masks: np.ndarray, capacity: tuple[int, int] | None) -> PackedMasks:
+    """Args: masks: bool [2, M, B, N]."""
+    lengths = masks.sum(-1).reshape(2, -1)
+    ids = []
+    for kind, mask in enumerate(masks):
+        own = np.nonzero(mask.reshape(-1, mask.shape[-1]))[1].astype(np.int32)
+        ids.append(np.pad(own, (0, 0 if capacity is None else capacity[kind] - len(own))))
+    ends = np.cumsum([*lengths, lengths.sum(0)], axis=1)
+    cu_seqlens = np.pad(ends, ((0, 0), (1, 0))).astype(np.int32)
+    return PackedMasks(
+        torch.from_numpy(ids[0]), torch.from_numpy(ids[1]), torch.from_numpy(cu_seqlens),
+        tuple(lengths[0].tolist()), tuple(lengths[1].tolist()))
+
+
+@cache
+def _register_fakes() -> None:
+    @torch.library.register_fake("vjepa_fast::mask_lengths")
+    def _(step, sample_ids, members, specs, grid, seed, group, group_size):  # type: ignore[no-untyped-def]
+        num_masks = len(specs) // BlockSpec.NUM_INTS
+        return sample_ids.new_empty((2, num_masks * sample_ids.shape[0]), dtype=torch.int32)
+
+    @torch.library.register_fake("vjepa_fast::mask_sample")
+    def _(  # type: ignore[no-untyped-def]
+        step, sample_ids, lengths, specs, grid, seed, group, capacity_context, capacity_target,
+    ):
+        num_sequences = len(specs) // BlockSpec.NUM_INTS * sample_ids.shape[0]
+        shapes = ((capacity_context,), (capacity_target,), (3, num_sequences + 1), (2,))
+        return tuple(sample_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+    @torch.library.register_fake("vjepa_fast::philox4x32")
+    def _(counter, key0, key1):  # type: ignore[no-untyped-def]
+        return torch.empty_like(counter)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def operators() -> Any | None:
+    """torch.ops.vjepa_fast; None where NumPy serves: without the extension (one warning), or VJEPA_FAST_OPS=ref."""
+    if os.environ.get("VJEPA_FAST_OPS") == "ref":
+        return None
+    found = extension.load()
+    if found.path is None:
+        if found.wanted:
+            _warn_once(f"masks are drawn by NumPy, the same ones but slower: {found.reason}. Install again with a C++ "
+                       "compiler, or set VJEPA_FAST_OPS=ref to choose NumPy without this warning")
+        return None
+    _register_fakes()
+    return torch.ops.vjepa_fast
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the operators have kernels for this device that give the right numbers; asked once a device."""
+    ops = operators()
+    if ops is None or device.type == "cpu":
+        return ops is not None
+    if device.type != "cuda" or not extension.load().cuda_architectures:
+        return False
+    counter = torch.arange(40).view(10, 4)
+    try:
+        right = torch.equal(ops.philox4x32(counter.to(device), 1, 2).cpu(), ops.philox4x32(counter, 1, 2))
+    except RuntimeError as error:
+        _warn_once(f"the CUDA kernels of vjepa-fast do not run on {device}, masks are drawn on the host: "
+                   f"{str(error).splitlines()[0]}")
+        return False
+    if not right:
+        _warn_once(f"the CUDA kernels of vjepa-fast give wrong numbers on {device}, masks are drawn on the host")
+    return right
+
+
+def _signed(seed: int) -> int:
+    """A seed modulo 2**64 as the signed integer that an operator takes."""
+    low, high = split_seed(seed)
+    return (high << 32 | low) - (high >> 31 << 64)
+
+
+def mask_sample(
+    specs: Sequence[BlockSpec], grid: Grid, sample_ids: np.ndarray, members: np.ndarray, *, seed: int, step: int,
+    group: int = 0, group_size: int = 0, device: torch.device | str = "cpu", capacity: tuple[int, int] | None = None,
+) -> PackedMasks:
+    """All masks of a batch, packed, on a device, which is not waited for.
+
+    Args:
+        specs, grid, sample_ids, members, seed, step, group, group_size: see masks_ref.
+        device: where the ids shall be.
+        capacity: elements of context_ids and target_ids; None: the sums of the lengths.
+
+    Raises:
+        ValueError: a sample that is not among the members or is negative, or more tokens than capacity.
+    """
+    device = torch.device(device)
+    ops = operators()
+    if len(sample_ids) and int(sample_ids.min()) < 0:
+        raise ValueError(f"a global sample number is {int(sample_ids.min())}; expected numbers from 0")
+    if ops is None:
+        masks = masks_ref(specs, grid, sample_ids, members, seed=seed, step=step, group=group, group_size=group_size)
+        _check_capacity(masks.sum((1, 2, 3)).tolist(), capacity)
+        return _to(_pack_ref(masks, capacity), device)
+    key = ([value for spec in specs for value in spec.to_ints()], grid, _signed(seed), group)
+    num_samples = len(sample_ids)
+    # Step, samples and lengths travel together: one transfer.
+    num_sequences = len(specs) * num_samples
+    inputs = torch.empty(1 + num_samples + num_sequences, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def split(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, ids, lengths = packed.split([1, num_samples, num_sequences])
+        return first, ids, lengths.view(torch.int32).view(2, num_sequences)
+
+    step_tensor, ids, lengths = split(inputs)
+    step_tensor.fill_(step)
+    ids.copy_(torch.from_numpy(sample_ids))
+    same = members is sample_ids
+    lengths.copy_(ops.mask_lengths(
+        step_tensor, ids, ids if same else torch.from_numpy(members), *key, group_size))
+    context_lengths, target_lengths = (tuple(row) for row in lengths.tolist())
+    totals = sum(context_lengths), sum(target_lengths)
+    _check_capacity(totals, capacity)
+    if runs_on(device):
+        arguments = split(inputs.to(device, non_blocking=True))
+        context, target, cu_seqlens, _ = ops.mask_sample(*arguments, *key, *(capacity or totals))
+        return PackedMasks(context, target, cu_seqlens, context_lengths, target_lengths)
+    context, target, cu_seqlens, _ = ops.mask_sample(step_tensor, ids, lengths, *key, *(capacity or totals))
+    return _to(PackedMasks(context, target, cu_seqlens, context_lengths, target_lengths), device)
+
+
+def mask_sample_captured(
+    specs: Sequence[BlockSpec], grid: Grid, step: Tensor, sample_ids: Tensor, members: Tensor, *, seed: int,
+    capacity: tuple[int, int], group: int = 0, group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All masks of a batch, lengths included, from tensors on the device: for CUDA graphs, where the host may not know.
+
+    Args:
+        specs, grid, seed, group, group_size: see masks_ref.
+        step: int64 [1].
+        sample_ids: int64 [B].
+        members: int64 [K]. On a GPU a sample that is not among them gets empty masks.
+        capacity: elements of context_ids and target_ids.
+
+    Returns:
+        context_ids, target_ids and cu_seqlens as in PackedMasks, and int32 [2] the tokens wanted. Where a total is more
+        than its capacity, the ids behind the capacity are missing and cu_seqlens stops at it; the host must look.
+
+    Raises:
+        RuntimeError: the extension has no kernels for the device.
+    """
+    if not runs_on(step.device):
+        raise RuntimeError(f"masks can be drawn on {step.device} only by the extension: "
+                           f"{extension.load().reason or 'it has no kernels for this device'}")
+    ops = operators()
+    assert ops is not None
+    key = ([value for spec in specs for value in spec.to_ints()], grid, _signed(seed), group)
+    lengths = ops.mask_lengths(step, sample_ids, members, *key, group_size)
+    return ops.mask_sample(step, sample_ids, lengths, *key, *capacity)
+
+
+def _check_capacity(totals: Sequence[int], capacity: tuple[int, int] | None) -> None:
+    for name, total, room in zip(("context", "target"), totals, capacity or totals, strict=True):
+        if total > room:
+            raise ValueError(f"the masks hold {total} {name} tokens, more than the capacity of {room}")
+
+
+def _to(masks: PackedMasks, device: torch.device) -> PackedMasks:
+    if device.type == "cpu":
+        return masks
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return replace(masks, context_ids=move(masks.context_ids), target_ids=move(masks.target_ids),
+                   cu_seqlens=move(masks.cu_seqlens))

@@ -206,14 +206,14 @@ class Trainer:
 
     def run_step(self, batch: Batch) -> StepResult:
         """Train on one batch: masks, forward, backward, update."""
-        masks = [mask.to(self.device, non_blocking=True) for mask in self._masks_of(batch)]
+        masks = self._masks_of(batch)
         # Drop path is the only thing that draws from torch's generator; this makes a resumed run draw the same.
         words = random_words(self.cfg.train.seed, self.processes.rank, batch.step, pack_tag(Stream.DROP_PATH))
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
         return self.train_step(batch.step, batch.clips, masks)
 
     def _masks_of(self, batch: Batch) -> list[MaskBatch]:
-        return self.masks(batch.step, batch.sample_ids, batch.group_ids)
+        return self.masks(batch.step, batch.sample_ids, batch.group_ids, self.device)
 
     def save(self) -> None:
         """Write latest.pt, and e<epoch>.pt where one is due; only the first process writes."""
