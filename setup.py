@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -40,8 +41,10 @@ def find_torch() -> ModuleType | None:
     try:
         import torch
     except ImportError:
-        # An isolated build runs the environment's interpreter and only hides its packages.
-        sys.path += [path for name in ("purelib", "platlib") if os.path.isdir(path := sysconfig.get_path(name))]
+        # An isolated build runs the environment's interpreter and only hides its packages. They come last, so that the
+        # build requirements stay what they are.
+        for name in ("purelib", "platlib"):
+            site.addsitedir(sysconfig.get_path(name))
         try:
             import torch
         except ImportError:
