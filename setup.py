@@ -135,13 +135,19 @@ class BuildExtension(build_ext):
         return target
 
 
+def output_of(*command: str | Path) -> str:
+    """What a command prints, errors included."""
+    try:
+        done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"{command[0]} failed: {error}") from error
+    return done.stdout + done.stderr
+
+
 def supported_architectures(nvcc: Path) -> list[str]:
     """Those of ARCHITECTURES that this nvcc knows."""
-    try:
-        listed = subprocess.run([str(nvcc), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CompileError(f"{nvcc} failed: {error}") from error
-    found = [name for name in ARCHITECTURES if f"compute_{name}" in listed.split()]
+    known = output_of(nvcc, "--list-gpu-arch").split()
+    found = [name for name in ARCHITECTURES if f"compute_{name}" in known]
     if not found:
         raise CompileError(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}")
     return found
@@ -149,7 +155,9 @@ def supported_architectures(nvcc: Path) -> list[str]:
 
 def find_cudart(nvcc: Path) -> Path:
     """Folder of libcudart_static.a."""
-    home = nvcc.parent.parent
+    # The nvcc of the path may be a script that runs another one, which knows where it is.
+    top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-c", "none.cu"), re.MULTILINE)
+    home = Path(top.group(1).strip()).resolve() if top else nvcc.parent.parent
     for pattern in ("lib64/libcudart_static.a", "lib/libcudart_static.a", "targets/*/lib/libcudart_static.a"):
         for found in sorted(home.glob(pattern)):
             return found.parent
