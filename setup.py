@@ -29,7 +29,8 @@ from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("VJEPA_FAST_EXT") or "auto"
-SOURCES = ["csrc/mask_sampler.cpp", "csrc/build_info.cpp"]
+SOURCES = ["csrc/mask_sampler.cpp"]
+INFO_SOURCE = "csrc/build_info.cpp"
 CUDA_SOURCES = ["csrc/mask_sampler.cu"]
 ARCHITECTURES = ("80", "90", "100")
 """Machine code for A100, H100 and B200; the last also as PTX, from which later GPUs are served."""
@@ -90,34 +91,27 @@ class BuildExtension(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *DEFINES]
-        if sysconfig.get_platform().endswith("x86_64"):
-            # In every processor since 2009; counting bits is a good part of the work.
-            flags.append("-mpopcnt")
         include = [word for path in include_paths() for word in ("-isystem", path)]
-        temporary = Path(self.build_temp)
-        temporary.mkdir(parents=True, exist_ok=True)
-        objects: list[Path] = []
+        objects = [self.compile(compiler, source, include) for source in SOURCES]
         link: list[str] = []
         architectures: list[str] = []
         if nvcc is not None:
             try:
                 architectures = supported_architectures(nvcc)
-                objects += [self.compile_cuda(nvcc, source, architectures, include) for source in CUDA_SOURCES]
+                compiled = [self.compile_cuda(nvcc, source, architectures, include) for source in CUDA_SOURCES]
                 # Static, so that the library does not ask for the CUDA release that it was built with.
                 link = [f"-L{find_cudart(nvcc)}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+                objects += compiled
             except CompileError as error:
                 if MODE == "cuda":
                     raise
                 notice(f"built without CUDA kernels: {error}")
-                objects, link, architectures = [], [], []
+                architectures = []
         elif MODE == "cuda":
             raise CompileError("VJEPA_FAST_EXT=cuda needs nvcc; put it on the PATH or set CUDA_HOME")
         about = {"VERSION": version(), "TORCH": TORCH.__version__, "CUDA_ARCHITECTURES": ";".join(architectures)}
-        defines = [f'-DVJEPA_FAST_{name}="{value}"' for name, value in about.items()]
-        for source in SOURCES:
-            objects.append(temporary / f"{Path(source).name}.o")
-            run(*compiler, "-c", HERE / source, "-o", objects[-1], *flags, *defines, *include)
+        objects.append(self.compile(
+            compiler, INFO_SOURCE, [f'-DVJEPA_FAST_{name}="{value}"' for name, value in about.items()]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch must stay among what is needed even though no symbol comes from it directly: on a PyTorch with CUDA
@@ -126,8 +120,22 @@ class BuildExtension(build_ext):
         run(*compiler, "-shared", *objects, "-o", target, *(f"-L{path}" for path in library_paths()), *libraries, *link,
             "-Wl,--exclude-libs,ALL")
 
+    def object_of(self, source: str) -> Path:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{Path(source).name}.o"
+
+    def compile(self, compiler: list[str], source: str, more: list[str]) -> Path:
+        target = self.object_of(source)
+        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *DEFINES]
+        if sysconfig.get_platform().endswith("x86_64"):
+            # In every processor since 2009; counting bits is a good part of the work.
+            flags.append("-mpopcnt")
+        run(*compiler, "-c", HERE / source, "-o", target, *flags, *more)
+        return target
+
     def compile_cuda(self, nvcc: Path, source: str, architectures: list[str], include: list[str]) -> Path:
-        target = Path(self.build_temp) / f"{Path(source).name}.o"
+        target = self.object_of(source)
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
         codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
         run(nvcc, "-c", HERE / source, "-o", target, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
@@ -192,6 +200,6 @@ if TORCH is None:
     setup()
 else:
     setup(
-        ext_modules=[Extension("vjepa_fast._C", [*SOURCES, *CUDA_SOURCES], optional=MODE == "auto")],
+        ext_modules=[Extension("vjepa_fast._C", [*SOURCES, INFO_SOURCE, *CUDA_SOURCES], optional=MODE == "auto")],
         cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
     )

@@ -1,5 +1,6 @@
 // Arguments of the mask operators: every one is checked here, for both devices, so that whatever comes from Python ends
-// in a message or in masks. The messages say what was seen and what is accepted; they reach Python as ValueError.
+// in a message or in masks. The messages say what was seen and what is accepted; they reach Python as RuntimeError, the
+// only exception that every PyTorch hands through.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,7 +29,7 @@ void check(bool condition, const Parts&... parts) {
   if (condition) return;
   std::ostringstream message;
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::runtime_error(message.str());
 }
 
 inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
@@ -50,7 +51,7 @@ inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtyp
     for (int64_t i = 0; i < tensor.dim(); ++i) message << (i ? ", " : "") << tensor.size(i);
     message << "]; expected [";
     for (size_t i = 0; i < shape.size(); ++i) message << (i ? ", " : "") << (shape[i] < 0 ? "any" : std::to_string(shape[i]));
-    throw std::invalid_argument(message.str() + "]");
+    throw std::runtime_error(message.str() + "]");
   }
   check(tensor.is_contiguous(), name, " is not contiguous; call .contiguous()");
 }

@@ -74,6 +74,15 @@ def truncation_parts(members: np.ndarray, group_size: int) -> np.ndarray:
     return np.zeros_like(members) if group_size < 0 else members // group_size
 
 
+def _check_samples(sample_ids: np.ndarray, members: np.ndarray) -> None:
+    if len(members) and int(members.min()) < 0:
+        raise ValueError(f"a global sample number is {int(members.min())}; expected numbers from 0")
+    if members is not sample_ids and not np.isin(sample_ids, members).all():
+        missing = int(np.setdiff1d(sample_ids, members)[0])
+        raise ValueError(f"sample {missing} is not among the members; members are all samples of the truncation "
+                         "groups of sample_ids")
+
+
 def masks_ref(
     specs: Sequence[BlockSpec], grid: Grid, sample_ids: np.ndarray, members: np.ndarray, *, seed: int, step: int,
     group: int = 0, group_size: int = 0,
@@ -94,12 +103,11 @@ def masks_ref(
         bool [2, M, B, N]: context, target.
 
     Raises:
-        ValueError: a sample that is not among the members.
+        ValueError: a sample that is not among the members, or a negative one.
     """
+    _check_samples(sample_ids, members)
     members = np.unique(members)
     rows = np.searchsorted(members, sample_ids)
-    if len(rows) and (rows.max() >= len(members) or (members[rows] != sample_ids).any()):
-        raise ValueError("sample_ids are not among the members of their truncation groups")
     parts = truncation_parts(members, group_size)
     out = np.empty((2, len(specs), len(sample_ids), grid[0] * grid[1] * grid[2]), dtype=bool)
     for mask, spec in enumerate(specs):
@@ -212,8 +220,7 @@ def mask_sample(
     """
     device = torch.device(device)
     ops = operators()
-    if len(sample_ids) and int(sample_ids.min()) < 0:
-        raise ValueError(f"a global sample number is {int(sample_ids.min())}; expected numbers from 0")
+    _check_samples(sample_ids, members)
     if ops is None:
         masks = masks_ref(specs, grid, sample_ids, members, seed=seed, step=step, group=group, group_size=group_size)
         _check_capacity(masks.sum((1, 2, 3)).tolist(), capacity)
