@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 
 import vjepa_fast as vf
 from benchmarks.workload import Workload
+from vjepa_fast import extension
 
 
-def test_mask_sample(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:
+@pytest.mark.parametrize("drawn_by", ["extension", "numpy"])
+def test_mask_sample(
+    measure: Callable[..., None], workload: Workload, device: torch.device, drawn_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if drawn_by == "numpy":
+        monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
+    elif extension.load().path is None:
+        pytest.skip(f"needs the compiled extension: {extension.load().reason}")
     sampler = vf.MaskSampler(workload.config.mask, workload.grid, workload.config.train.seed)
     ids = np.arange(workload.batch_size)
     measure(lambda: sampler(0, ids, device), clips=workload.batch_size, wall=True)

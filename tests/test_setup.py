@@ -1,4 +1,4 @@
-"""How setup.py takes machines and wishes that it cannot serve. That it builds is what the tests of the operators need."""
+"""How setup.py takes machines and wishes that it cannot serve; that it builds is for the tests of the operators."""
 
 from __future__ import annotations
 
