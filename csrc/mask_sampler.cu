@@ -1,7 +1,7 @@
 // CUDA kernels of the mask operators: shells around the phases of mask_sampler.h.
 //
-// One block draws one mask of one sample, with its bitmap in shared memory. Nothing is allocated but the results, nothing
-// is copied to the host, and the step comes from device memory: the launches can be captured in a CUDA graph.
+// One block draws one mask of one sample, with its bitmap in shared memory. All memory comes from PyTorch's allocator,
+// nothing is copied to the host, and the step is read on the device: the launches can be captured in a CUDA graph.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,6 +10,7 @@
 
 #include <tuple>
 
+#include "mask_sampler.h"
 #include "mask_sampler_args.h"
 
 // Weak: a PyTorch without CUDA does not have them, and the library has to load there too.
@@ -72,6 +73,8 @@ __global__ void philox4x32_kernel(const int64_t* counter, int64_t num_counters, 
 }
 
 cudaStream_t stream_of(const Tensor& tensor) {
+  // PyTorch's guard sets the device of its own runtime; the one linked into this library is another.
+  STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);

@@ -12,9 +12,10 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "mask_sampler.h"
+#include "mask_rules.h"
 
 namespace vjepa_fast {
 
@@ -50,7 +51,9 @@ inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtyp
     message << name << " has shape [";
     for (int64_t i = 0; i < tensor.dim(); ++i) message << (i ? ", " : "") << tensor.size(i);
     message << "]; expected [";
-    for (size_t i = 0; i < shape.size(); ++i) message << (i ? ", " : "") << (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+    for (size_t i = 0; i < shape.size(); ++i) {
+      message << (i ? ", " : "") << (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+    }
     throw std::runtime_error(message.str() + "]");
   }
   check(tensor.is_contiguous(), name, " is not contiguous; call .contiguous()");

@@ -54,13 +54,14 @@ def run_again(seconds: float, seed: int) -> int:
     compiler = os.environ.get("CXX", "g++")
     # The C++ library too, or the sanitizer does not find what throws exceptions.
     runtimes = [
-        subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         environment = {
-            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "LD_PRELOAD": " ".join(runtimes), "OMP_NUM_THREADS": "2",
+            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "OMP_NUM_THREADS": "2",
+            "LD_PRELOAD": " ".join(runtimes),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONPATH": str(ROOT),
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
@@ -126,11 +127,12 @@ class Fuzzer:
         if tensor.dtype in (torch.int8, torch.float32):
             return tensor  # broken before
         shape = [pick.choice([0, 1, 2, 5]) for _ in range(pick.randint(0, 4))]
+        strided = {1: lambda: tensor.repeat(2)[::2], 2: lambda: tensor.flip(0)[:, ::2]}
         return pick.choice([
             lambda: tensor.float(), lambda: tensor.to(torch.int8), lambda: tensor.reshape(1, -1),
             lambda: torch.full_like(tensor, pick.choice([-(2**31), -1, 0, 1, 144, 2**31 - 1])),
             lambda: torch.zeros(shape, dtype=tensor.dtype),
-            lambda: tensor.repeat(2)[::2] if tensor.ndim == 1 else tensor.flip(0)[:, ::2] if tensor.ndim == 2 else tensor,
+            strided.get(tensor.ndim, lambda: tensor),
             lambda: torch.cat([tensor.flatten(), tensor.flatten()[:1]]), lambda: tensor.flatten()[:0],
             lambda: tensor.new_zeros(()).expand(tensor.shape),
         ])()

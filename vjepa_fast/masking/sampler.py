@@ -18,7 +18,7 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
 from vjepa_fast.ops.mask_rules import BlockSpec
-from vjepa_fast.ops.mask_sample import mask_sample, masks_ref
+from vjepa_fast.ops.mask_sample import mask_sample
 
 
 class MaskSampler:
@@ -51,29 +51,6 @@ class MaskSampler:
         groups = np.unique(sample_ids // self.group_size)
         return (groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
 
-    def _numbers(
-        self, sample_ids: Sequence[int] | np.ndarray | Tensor, members: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-        return ids, self._members(ids) if members is None else np.ascontiguousarray(members, dtype=np.int64)
-
-    def dense(self, step: int, sample_ids: np.ndarray, members: np.ndarray | None = None) -> np.ndarray:
-        """Masks as booleans.
-
-        Args:
-            step: of the run.
-            sample_ids: [B] global sample numbers.
-            members: every global sample number of this group in the truncation groups of `sample_ids`; None: all
-                consecutive numbers (right when there is one group).
-
-        Returns:
-            bool [2, M, B, T * H * W]: context, target.
-        """
-        ids, members = self._numbers(sample_ids, members)
-        return masks_ref(
-            self.specs, self.grid, ids, members, seed=self.seed, step=step, group=self.group,
-            group_size=self.group_size)
-
     def __call__(
         self,
         step: int,
@@ -87,14 +64,18 @@ class MaskSampler:
         With `group_size` unset, the truncation group is the given batch.
 
         Args:
-            step, sample_ids, members: see `dense`.
+            step: of the run.
+            sample_ids: [B] global sample numbers.
             device: where the ids shall be; a GPU makes them itself and is not waited for.
+            members: every global sample number of this group in the truncation groups of `sample_ids`; None: all
+                consecutive numbers (right when there is one group).
             capacity: elements of context_ids and target_ids, see MaskBatch.
 
         Raises:
             ValueError: the capacity is too small, or a sample is not among the members.
         """
-        ids, members = self._numbers(sample_ids, members)
+        ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
+        members = self._members(ids) if members is None else np.ascontiguousarray(members, dtype=np.int64)
         packed = mask_sample(
             self.specs, self.grid, ids, members, seed=self.seed, step=step, group=self.group,
             group_size=self.group_size, device=device, capacity=capacity)

@@ -2,7 +2,7 @@
 
 A mask covers a grid of T x H x W tokens (id = (t * H + h) * W + w); a frame has H * W places. A token is context (seen)
 or target (predicted). Everything is a pure function of (seed, step, global sample number, group, mask);
-an implementation in another language that follows the lines below gives the same bits, and csrc/mask_sampler.h is one.
+an implementation in another language that follows the lines below gives the same bits, and csrc/mask_rules.h is one.
 Random words come from vjepa_fast.rng (generator, key and counter layout are stated there).
 
 Fixed point. A configured number x is turned into X = ceil(x * 2**24) once, on the host, by exact rational arithmetic
@@ -76,7 +76,7 @@ MAX_TOKENS = 1 << 18
 MAX_PLACES = 1 << 12
 MAX_FRAMES = 1 << 8
 STRATEGIES: tuple[MaskStrategy, ...] = get_args(MaskStrategy)
-"""A strategy's place in this list is its number in csrc/mask_sampler.h; likewise COMPLEMENTS."""
+"""A strategy's place in this list is its number in csrc/mask_rules.h; likewise COMPLEMENTS."""
 Complement = Literal["none", "full", "pred_full"]
 COMPLEMENTS: tuple[Complement, ...] = get_args(Complement)
 
@@ -149,7 +149,7 @@ class BlockSpec:
         )
 
     def to_ints(self) -> list[int]:
-        """The row of the operators' `specs` (struct MaskRow of csrc/mask_sampler.h)."""
+        """The row of the operators' `specs` (struct MaskRow of csrc/mask_rules.h)."""
         return [
             STRATEGIES.index(self.strategy), self.num_blocks, *self.temporal, *self.spatial, *self.aspect,
             self.predicted, self.temporal_below, self.max_context_frames, self.max_keep or 0,

@@ -178,23 +178,27 @@ def operators() -> Any | None:
     return torch.ops.vjepa_fast
 
 
-@cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the operators have kernels for this device that give the right numbers; asked once a device."""
-    ops = operators()
-    if ops is None or device.type == "cpu":
-        return ops is not None
-    if device.type != "cuda" or not extension.load().cuda_architectures:
+    """Whether the operators have kernels for this device; on a GPU the first question waits for it."""
+    if operators() is None:
         return False
+    return device.type == "cpu" or (device.type == "cuda" and _runs_on_gpu(device))
+
+
+@cache
+def _runs_on_gpu(device: torch.device) -> bool:
+    """Draw some numbers: the GPU may be older than the kernels, the driver older than their runtime."""
+    if not extension.load().cuda_architectures:
+        return False
+    philox4x32 = torch.ops.vjepa_fast.philox4x32
     counter = torch.arange(40).view(10, 4)
     try:
-        right = torch.equal(ops.philox4x32(counter.to(device), 1, 2).cpu(), ops.philox4x32(counter, 1, 2))
+        right = torch.equal(philox4x32(counter.to(device), 1, 2).cpu(), philox4x32(counter, 1, 2))
+        problem = "they give wrong numbers"
     except RuntimeError as error:
-        _warn_once(f"the CUDA kernels of vjepa-fast do not run on {device}, masks are drawn on the host: "
-                   f"{str(error).splitlines()[0]}")
-        return False
+        right, problem = False, str(error).splitlines()[0]
     if not right:
-        _warn_once(f"the CUDA kernels of vjepa-fast give wrong numbers on {device}, masks are drawn on the host")
+        _warn_once(f"the CUDA kernels of vjepa-fast cannot be used on {device}, masks are drawn on the host: {problem}")
     return right
 
 
@@ -262,7 +266,7 @@ def mask_sample_captured(
         specs, grid, seed, group, group_size: see masks_ref.
         step: int64 [1].
         sample_ids: int64 [B].
-        members: int64 [K]. On a GPU a sample that is not among them gets empty masks.
+        members: int64 [K]. On a GPU their values are not checked: a sample that is not a member gets empty masks.
         capacity: elements of context_ids and target_ids.
 
     Returns:
@@ -270,7 +274,7 @@ def mask_sample_captured(
         than its capacity, the ids behind the capacity are missing and cu_seqlens stops at it; the host must look.
 
     Raises:
-        RuntimeError: the extension has no kernels for the device.
+        RuntimeError: the extension has no kernels for the device, or arguments that do not fit.
     """
     if not runs_on(step.device):
         raise RuntimeError(f"masks can be drawn on {step.device} only by the extension: "
