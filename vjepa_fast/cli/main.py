@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vjepa_fast import __version__
-from vjepa_fast.cli import train
+from vjepa_fast.cli import doctor, masks, train
 
 app = typer.Typer(
     name="vjepa-fast",
@@ -20,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("doctor")(doctor.doctor)
+app.command("masks", epilog=masks.EPILOG)(masks.masks)
 
 
 def _version(value: bool) -> None:

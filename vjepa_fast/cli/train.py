@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vjepa_fast.cli.console import exit_codes, say
-from vjepa_fast.config import Config, dump, load_config, load_recipe, recipe_names
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
+from vjepa_fast.cli.console import exit_codes
+from vjepa_fast.config import dump
 
 EPILOG = """
 Examples:
@@ -38,14 +37,8 @@ def train(
                        help="Dotted keys on top of the config, values in YAML: optimization.lr=1e-4. The reference's "
                             "names (meta.seed=1) are accepted too. --print-config shows every key."),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help=f"A packaged recipe: {', '.join(recipe_names())}. Default: demo."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A YAML file: ours, or Meta's V-JEPA 2 pretraining YAML unchanged."),
-    ] = None,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; the same as train.out=DIR.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Training processes on this machine, one a GPU.")] = 1,
@@ -64,7 +57,7 @@ def train(
             changes.append(f"train.out={json.dumps(str(out))}")
         if max_steps is not None:
             changes.append(f"train.max_steps={max_steps}")
-        cfg = _load(recipe, config, changes)
+        cfg = load(recipe, config, changes)
         if print_config:
             sys.stdout.write(dump(cfg))
             # Here a closed pipe is met by the command line; left to the end of the process it would be reported.
@@ -76,23 +69,3 @@ def train(
 
         code = trainer.run(cfg, nproc=nproc, resume=resume, profile=profile)
     raise typer.Exit(code)
-
-
-def _load(recipe: str | None, config: Path | None, overrides: list[str]) -> Config:
-    if recipe is not None and config is not None:
-        raise ConfigError("--recipe and --config are both given; give one. A config file can start from a recipe with "
-                          f"`base: {recipe}`")
-    for text in overrides:
-        if "=" not in text:
-            hint = "expected section.key=value"
-            if text in recipe_names():
-                hint = f"did you mean --recipe {text}?"
-            elif Path(text).suffix in (".yaml", ".yml"):
-                hint = f"did you mean --config {text}?"
-            raise ConfigError(f"unexpected argument {text!r}; {hint}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cfg = load_config(config, overrides) if config is not None else load_recipe(recipe or "demo", overrides)
-    for warning in caught:
-        say("warning", str(warning.message))
-    return cfg
