@@ -461,6 +461,12 @@ def test_bad_samples(
         sampler(0, ids, members=None if members is None else np.array(members))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="device is cuda, but torch .* finds no GPU"):
+        MaskSampler(MaskConfig(masks=MASKS), (4, 6, 6), 0)(0, [1], "cuda")
+
+
 @pytest.mark.parametrize(("environment", "num_warnings"), [
     ({"VJEPA_FAST_EXT": "0"}, 0), ({"VJEPA_FAST_OPS": "ref"}, 0), ({}, 1),
 ])

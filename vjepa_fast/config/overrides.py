@@ -59,9 +59,9 @@ def split(text: str) -> tuple[str, Any]:
 
 def _index(items: list[Any], part: str, key: str, text: str) -> int:
     if not part.isdecimal() or int(part) >= len(items):
+        entries = "1 entry" if len(items) == 1 else f"{len(items)} entries"
         accepted = f"0 to {len(items) - 1}" if items else "none, the list is empty"
-        raise ConfigError(
-            f"override {text!r}: {key} has {len(items)} entries; {part!r} is not one (accepted: {accepted})")
+        raise ConfigError(f"override {text!r}: {key} has {entries}; {part!r} is not one (accepted: {accepted})")
     return int(part)
 
 

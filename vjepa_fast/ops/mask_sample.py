@@ -220,9 +220,13 @@ def mask_sample(
         capacity: elements of context_ids and target_ids; None: the sums of the lengths.
 
     Raises:
-        ValueError: a sample that is not among the members or is negative, or more tokens than capacity.
+        ValueError: a sample that is not among the members or is negative, more tokens than capacity, or a GPU that
+            torch cannot use.
     """
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no GPU that it can use; masks can "
+                         "be drawn on the cpu")
     ops = operators()
     _check_samples(sample_ids, members)
     if ops is None:
