@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class WorkerInit:
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
+        sys.excepthook = _report
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _on_terminate(self, *_: Any) -> None:
@@ -81,3 +83,13 @@ class WorkerInit:
         while os.getppid() == self.parent:
             time.sleep(_POLL_SECONDS)
         os._exit(1)
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a worker prints of an exception that nobody caught.
+
+    The thread by which multiprocessing hands batches over comes here when the training process stops while it fetches
+    one: that is no news. Errors of the dataset do not come here, the loader passes them on.
+    """
+    if not isinstance(error, (EOFError, OSError)):
+        sys.__excepthook__(kind, error, trace)
