@@ -1,8 +1,9 @@
-"""What every test gets: few threads, a fixed hypothesis profile, `gpu` tests skipped where there is none."""
+"""What every test gets: few threads, a fixed hypothesis profile, and without a GPU Triton's interpreter."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,11 @@ from hypothesis import settings
 # Read by torch and numpy when they are imported, which this file must not do: some tests time imports. The models of
 # the tests are so small that a second thread costs more than it gains, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Triton reads this when it is imported. Only tests that ask for kernels run them in the interpreter (the fixture
+# `kernels` of tests/ops sets VJEPA_FAST_OPS): it takes a millisecond or two a program, too slow for whole models.
+if not list(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The examples are the same in every run, and a slow machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

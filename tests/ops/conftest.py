@@ -1,0 +1,66 @@
+"""Fixtures for tests of Triton kernels: on a GPU where there is one, else in the interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vjepa_fast.ops import _dispatch
+
+
+class PoisonedTorch:
+    """The torch module, but memory that would be uninitialised holds NaN, or the smallest integer."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = torch.empty(*args, **kwargs)
+        # A custom operator's fake implementation allocates here too.
+        if isinstance(out, torch._subclasses.FakeTensor) or out.device.type == "meta":
+            return out
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device on which operators run their Triton kernels, with poisoned outputs and launches counted from 0."""
+    pytest.importorskip("triton")
+    if _dispatch.interpreted():
+        from tests.interpreter import repair
+
+        repair()
+        device = torch.device("cpu")
+    else:
+        if not torch.cuda.is_available():
+            pytest.skip("kernels need a CUDA device or TRITON_INTERPRET=1")
+        device = torch.device("cuda")
+    monkeypatch.setenv("VJEPA_FAST_OPS", "triton")
+    op = request.module.__name__.rpartition("test_")[2]
+    if importlib.util.find_spec(f"vjepa_fast.ops.{op}"):
+        monkeypatch.setattr(importlib.import_module(f"vjepa_fast.ops.{op}"), "torch", PoisonedTorch())
+    _dispatch.launches.clear()
+    torch._dynamo.reset()
+    yield device
+
+
+FAR = 2**31 + 64
+"""Elements from one row to the next, more than an int32 holds."""
+
+
+def far_rows(x: torch.Tensor) -> torch.Tensor:
+    """Row 0 of an fp32 [2, D] tensor, with row 1 FAR elements behind it in a reservation of which little is used."""
+    assert x.dtype == torch.float32 and len(x) == 2
+    # Python names this flag of Linux from 3.13 on.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, 4 * (FAR + x.shape[1]), flags=flags)
+    for row, values in enumerate(x):
+        start = 4 * FAR * row
+        memory[start : start + 4 * len(values)] = values.numpy().tobytes()
+    return torch.frombuffer(memory, dtype=torch.float32, count=x.shape[1])
