@@ -1,11 +1,10 @@
-"""Attention, patch embedding, loss and packing against plain PyTorch."""
+"""Attention, patch embedding and packing against plain PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vjepa_fast.ops.attention import attention
-from vjepa_fast.ops.latent_loss import latent_loss
 from vjepa_fast.ops.packing import Packing, concatenate, permute_rows
 from vjepa_fast.ops.patch_embed import MEAN, STD, patch_embed
 
@@ -62,12 +61,3 @@ def test_patch_embed_is_a_strided_convolution_of_the_kept_tokens(tubelet, patch)
             torch.testing.assert_close(ours, oracle, atol=1e-2, rtol=1e-6)
     floats = patch_embed(pixels, weight, bias, None, torch.float64)
     torch.testing.assert_close(floats, dense, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("exponent", [1.0, 2.0, 1.5])
-def test_latent_loss_is_a_weighted_mean(exponent):
-    torch.manual_seed(0)
-    z, h = torch.randn(2, 10, 4, dtype=torch.float64)
-    parts = [((z[:4] - h[:4]).abs() ** exponent).mean(), ((z[4:] - h[4:]).abs() ** exponent).mean()]
-    weights = torch.tensor([1 / 8] * 4 + [1 / 12] * 6, dtype=torch.float64)
-    torch.testing.assert_close(latent_loss(z, h, weights, exponent), (parts[0] + parts[1]) / 2 / exponent)

@@ -16,8 +16,7 @@ from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
-from vjepa_fast.ops.latent_loss import latent_loss
-from vjepa_fast.ops.layer_norm import target_norm
+from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
 
 
 @dataclass
@@ -28,9 +27,22 @@ class JEPAOutput:
     """Scalar."""
     packed_predictions: Tensor
     """[sum of target lengths, D], group by group, mask by mask, clip by clip."""
-    packed_targets: Tensor
-    """The same shape: layer-normed features of the target encoder."""
+    features: Tensor
+    """[tokens of all clips, D]: output of the target encoder's last block."""
+    target_rows: Tensor
+    """int64 [sum of target lengths]: the row of `features` that each prediction is of."""
+    final_norm: FinalNorm
+    """A copy of the target encoder's last norm, which the loss applies to those rows."""
     masks: list[MaskBatch]
+
+    @property
+    def packed_targets(self) -> Tensor:
+        """As packed_predictions, fp32 or fp64: layer-normed features of the target encoder.
+
+        Made when asked for: the loss does not store them.
+        """
+        with torch.no_grad():
+            return target_features(self.features, self.target_rows, self.final_norm)
 
     @property
     def predictions(self) -> list[list[Tensor]]:
@@ -105,19 +117,24 @@ class VJEPA(nn.Module):
             if len(group) != batch.batch_size or self.encoder.grid_of(group) != tuple(batch.grid):
                 raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
                                  f"{batch.batch_size} clips of {tuple(batch.grid)}")
-        targets = self.encode_targets(groups, batches)
+        features, rows = self.encode_targets(groups, batches)
         context, _ = self.encoder.forward_packed(groups, batches)
         predictions = self.predictor.forward_packed(context, batches)
         weights = torch.cat([batch.token_weights(len(batches)) for batch in batches])
-        loss = latent_loss(predictions, targets, weights, self.loss_exp)
-        return JEPAOutput(loss, predictions, targets, batches)
+        norm = self.target_encoder.norm
+        final_norm = norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps
+        loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm)
+        return JEPAOutput(loss, predictions, features, rows, final_norm, batches)
 
     @torch.no_grad()
-    def encode_targets(self, clips: Sequence[Tensor], masks: Sequence[MaskBatch]) -> Tensor:
-        """Layer-normed features of the tokens to predict, [sum of target lengths, D], fp32 or fp64."""
-        features, _ = self.target_encoder.forward_packed(clips)
+    def encode_targets(self, clips: Sequence[Tensor], masks: Sequence[MaskBatch]) -> tuple[Tensor, Tensor]:
+        """Output of the target encoder's last block for all tokens, [L, D], and the rows of those to predict.
+
+        The final norm is left to the loss, which needs it for these rows only.
+        """
+        features, _ = self.target_encoder.forward_packed(clips, final_norm=False)
         rows, offset = [], 0
         for batch in masks:
             rows.append(batch.target_rows + offset)
             offset += batch.batch_size * batch.num_tokens
-        return target_norm(features.index_select(0, torch.cat(rows)))
+        return features, torch.cat(rows)

@@ -86,8 +86,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
         """x: [L, D]."""
-        x = x + self._drop(self.attn(self.norm1(x), packing, rope), packing)
-        return x + self._drop(self.mlp(self.norm2(x)), packing)
+        x, normed = self.norm2.add(x, self._drop(self.attn(self.norm1(x), packing, rope), packing))
+        return x + self._drop(self.mlp(normed), packing)
 
     def _drop(self, x: Tensor, packing: Packing) -> Tensor:
         return drop_path(x, packing, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else x

@@ -202,16 +202,17 @@ class VisionTransformer(nn.Module):
         return outputs if self.out_layers is not None else outputs[0]
 
     def forward_packed(
-        self, clips: Sequence[Tensor], masks: Sequence[MaskBatch] | None = None
+        self, clips: Sequence[Tensor], masks: Sequence[MaskBatch] | None = None, final_norm: bool = True
     ) -> tuple[Tensor, Packing]:
         """All masks of all clips of all frames-per-clip groups in one pass.
 
         Args:
             clips: for each group, [B_g, T_g, H, W, 3].
             masks: for each group; the context tokens are encoded. None: all tokens of all clips.
+            final_norm: False: the output of the last block, for a caller that applies `self.norm` to what it needs.
 
         Returns:
-            [L, D] normed features and how they are packed: group by group, mask by mask, clip by clip.
+            [L, D] features and how they are packed: group by group, mask by mask, clip by clip.
         """
         tokens, positions, packings = [], [], []
         for index, group in enumerate(clips):
@@ -227,7 +228,7 @@ class VisionTransformer(nn.Module):
             tokens.append(self._embed(group, rows, ids, grid))
             positions.append(token_positions(ids, *grid[1:]))
         packing = concatenate(packings)
-        return self._run(torch.cat(tokens), torch.cat(positions), packing)[-1], packing
+        return self._run(torch.cat(tokens), torch.cat(positions), packing, final_norm)[-1], packing
 
     def _embed(self, clips: Tensor, rows: Tensor | None, ids: Tensor, grid: Grid) -> Tensor:
         tokens = self.patch_embed(clips, rows, self.dtype)
@@ -236,7 +237,7 @@ class VisionTransformer(nn.Module):
         table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
         return tokens + table.to(tokens.dtype)[ids.long()]
 
-    def _run(self, x: Tensor, positions: Tensor, packing: Packing) -> list[Tensor]:
+    def _run(self, x: Tensor, positions: Tensor, packing: Packing, final_norm: bool = True) -> list[Tensor]:
         rope = None
         if self.cfg.use_rope:
             wide = torch.promote_types(self.dtype, torch.float32)
@@ -249,4 +250,6 @@ class VisionTransformer(nn.Module):
                 x = block(x, packing, rope)
             if self.out_layers is not None and index in self.out_layers:
                 outputs.append(self.norm(x))
-        return outputs if self.out_layers is not None else [self.norm(x)]
+        if self.out_layers is not None:
+            return outputs
+        return [self.norm(x) if final_norm else x]

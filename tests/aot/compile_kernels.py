@@ -1,0 +1,120 @@
+"""Compiles the kernels for given compute capabilities and prints, as JSON, what they use. A process of its own.
+
+Needs Triton without its interpreter, but no GPU: a case runs an operator's launcher on CPU tensors, and the launch is
+compiled instead of run, with the argument types, alignments and options that a GPU would see.
+
+    python tests/aot/compile_kernels.py 80 90 100
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vjepa_fast.ops import latent_loss, layer_norm
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
+         torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+# Instructions that a budget may ask for.
+INSTRUCTIONS = re.compile(r"ld\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|st\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|"
+                          r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.cg")
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
+    """What the launcher of Triton would compile for these arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(kernel.arg_names):
+        value = args[index] if index < len(args) else options[name]
+        if value is None or index >= len(args):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers, stack and shared memory as cuobjdump reports them, and the instructions found."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([str(TOOLS / "cuobjdump"), "-res-usage", file.name], capture_output=True, text=True,
+                              check=True)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
+    found = {re.sub(r"\.(?:L[12]::[a-z_]+|nc|ca|cg)(?=\.)", "", text) for text in INSTRUCTIONS.findall(
+        compiled.asm["ptx"])}
+    return {"registers": usage["REG"], "stack": usage["STACK"] + usage["LOCAL"], "shared": compiled.metadata.shared,
+            "instructions": sorted(found)}
+
+
+def latent_loss_case(dtype: torch.dtype, width: int, exponent: float) -> None:
+    rows, weights, affine = torch.zeros(64, dtype=torch.int64), torch.zeros(64), torch.zeros(width)
+    x = torch.zeros(64, width, dtype=dtype)
+    _, slopes = latent_loss._latent_loss_fwd(x, x, rows, weights, affine, affine, 1e-6, exponent)
+    latent_loss._latent_loss_bwd(slopes, weights, torch.zeros(()), dtype)
+
+
+def layer_norm_case(dtype: torch.dtype, width: int, with_branch: bool) -> None:
+    x, affine = torch.zeros(64, width, dtype=dtype), torch.zeros(width)
+    branch = x if with_branch else None
+    _, y, mean, rstd = layer_norm._layer_norm_fwd(x, branch, affine, affine, 1e-6, dtype)
+    layer_norm._layer_norm_bwd(y, branch, x, affine, mean, rstd)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
+    "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
+    "latent_loss bf16 1024 p=1.5": lambda: latent_loss_case(torch.bfloat16, 1024, 1.5),
+    "latent_loss fp32 4096 p=1": lambda: latent_loss_case(torch.float32, 4096, 1.0),
+    "layer_norm bf16 1024": lambda: layer_norm_case(torch.bfloat16, 1024, False),
+    "layer_norm bf16 1024 + residual": lambda: layer_norm_case(torch.bfloat16, 1024, True),
+    "layer_norm bf16 1408 + residual": lambda: layer_norm_case(torch.bfloat16, 1408, True),
+    "layer_norm fp32 384 + residual": lambda: layer_norm_case(torch.float32, 384, True),
+    "layer_norm fp32 4096 + residual": lambda: layer_norm_case(torch.float32, 4096, True),
+}
+
+
+def main(capabilities: list[int]) -> None:
+    """Print {kernel (case): {capability: resources}}."""
+    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.append((self, args, options))
+
+    triton.runtime.jit.JITFunction.run = record
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        launched.clear()
+        case()
+        for kernel, args, options in launched:
+            source = source_of(kernel, args, options)
+            found[f"{kernel.fn.__name__} ({name})"] = {
+                str(capability): resources(triton.compile(
+                    source, target=GPUTarget("cuda", capability, 32), options={"num_warps": options["num_warps"]}))
+                for capability in capabilities
+            }
+    print(json.dumps({"triton": triton.__version__, "kernels": found}))
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])

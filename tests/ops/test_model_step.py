@@ -1,0 +1,36 @@
+"""A training step of the whole model on the kernels, against the same step on PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vjepa_fast as vf
+from tests.models.test_packed import config, make_batch
+from vjepa_fast.config.schema import Dtype
+from vjepa_fast.ops import _dispatch
+from vjepa_fast.train.step import TrainStep
+
+KERNELS = ["_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel"]
+
+
+def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
+    cfg = config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1)
+    cfg.model.dtype = cfg.train.dtype = dtype
+    torch.manual_seed(0)
+    model = vf.VJEPA(cfg.model).to(device)
+    clips, masks = make_batch(cfg)
+    step = TrainStep(model, cfg)
+    result = step(0, [c.to(device) for c in clips], [m.to(device) for m in masks])
+    return result.loss.item(), result.grad_norm.item()
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float, monkeypatch) -> None:
+    ours = one_step(kernels, dtype)
+    assert sorted(name for name, count in _dispatch.launches.items() if count) == KERNELS
+    _dispatch.launches.clear()
+    monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
+    plain = one_step(kernels, dtype)
+    assert not _dispatch.launches
+    assert ours == pytest.approx(plain, rel=rtol)
