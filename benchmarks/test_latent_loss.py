@@ -1,4 +1,4 @@
-"""Distance of predictions to targets, with the gradient of the predictions."""
+"""Gather, both norms of the target and the distance, with the gradient of the predictions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ def test_latent_loss(measure: Callable[..., None], workload: Workload, device: t
     masks = workload.masks(device)
     count, width = len(masks.target_ids), workload.width
     predictions = randn(count, width, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
-    targets = randn(count, width, device=device, dtype=torch.float32)
-    weights = masks.token_weights()
+    num_features = masks.batch_size * masks.num_tokens
+    features = randn(num_features, width, device=device, dtype=workload.torch_dtype)
+    weights, rows = masks.token_weights(), masks.target_rows
+    norm = torch.ones(width, device=device), torch.zeros(width, device=device), 1e-6
 
     def forward_backward() -> None:
         predictions.grad = None
-        latent_loss(predictions, targets, weights).backward()
+        latent_loss(predictions, features, weights, 1.0, rows, norm).backward()
 
-    num_bytes = predictions.nbytes + targets.nbytes
+    # A slope takes a byte, written in the forward and read in the backward.
+    num_bytes = 2 * predictions.nbytes + predictions.numel()
     if mode == "forward":
-        measure(lambda: latent_loss(predictions, targets, weights), num_bytes=num_bytes)
+        measure(lambda: latent_loss(predictions, features, weights, 1.0, rows, norm), num_bytes=num_bytes)
     else:
-        measure(forward_backward, num_bytes=2 * num_bytes + predictions.nbytes)
+        measure(forward_backward, num_bytes=num_bytes + predictions.numel() + predictions.nbytes)

@@ -50,16 +50,16 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield device
 
 
-FAR = 2**31 + 64
-"""Elements from one row to the next, more than an int32 holds."""
+FAR = 2**30 + 32
+"""Elements from one row to the next: it fits an int32, and twice as much does not."""
 
 
 def far_rows(x: torch.Tensor) -> torch.Tensor:
-    """Row 0 of an fp32 [2, D] tensor, with row 1 FAR elements behind it in a reservation of which little is used."""
-    assert x.dtype == torch.float32 and len(x) == 2
+    """Row 0 of an fp32 [3, D] tensor, with the others FAR and 2 FAR elements behind it; little memory is touched."""
+    assert x.dtype == torch.float32 and len(x) == 3
     # Python names this flag of Linux from 3.13 on.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = mmap.mmap(-1, 4 * (FAR + x.shape[1]), flags=flags)
+    memory = mmap.mmap(-1, 4 * (2 * FAR + x.shape[1]), flags=flags)
     for row, values in enumerate(x):
         start = 4 * FAR * row
         memory[start : start + 4 * len(values)] = values.numpy().tobytes()

@@ -99,12 +99,12 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     if not _dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
-    z, features, weights, _, _ = operands(2, width, torch.float32, kernels)
+    z, features, weights, _, _ = operands(3, width, torch.float32, kernels)
     far = far_rows(features)
-    losses, slopes = torch.zeros(2), torch.zeros(2, width, dtype=torch.int8)
-    rows = torch.tensor([0, 1])
+    losses, slopes = torch.zeros(3), torch.zeros(3, width, dtype=torch.int8)
+    rows = torch.tensor([0, 1, 2])
     _dispatch.launch(
-        module._latent_loss_fwd_kernel, (2,), z, far, rows, weights.float(), None, None, losses, slopes, width, FAR,
+        module._latent_loss_fwd_kernel, (3,), z, far, rows, weights.float(), None, None, losses, slopes, width, FAR,
         width, 0.0, 1e-5, 1.0, IS_L1=True, BLOCK=16)
     torch.testing.assert_close(losses.sum(), latent_loss_ref(z, features, weights, 1.0, rows, None))
 

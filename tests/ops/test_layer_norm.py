@@ -112,16 +112,16 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     if not _dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
-    weight, bias, x, grad = operands(2, width, torch.float32, kernels, 2)
+    weight, bias, x, grad = operands(3, width, torch.float32, kernels, 2)
     far = far_rows(x)
-    y, mean, rstd, grad_x = torch.zeros(2, width), torch.zeros(2), torch.zeros(2), torch.zeros(2, width)
-    _dispatch.launch(module._layer_norm_fwd_kernel, (2,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width,
+    y, mean, rstd, grad_x = torch.zeros(3, width), torch.zeros(3), torch.zeros(3), torch.zeros(3, width)
+    _dispatch.launch(module._layer_norm_fwd_kernel, (3,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width,
                      EPS, BLOCK=16)
     leaf = x.clone().requires_grad_()
     expected = layer_norm_ref(leaf, None, weight, bias, EPS, torch.float32)[1]
     torch.testing.assert_close(y, expected)
     _dispatch.launch(module._layer_norm_bwd_kernel, (1,), grad, None, far, weight, mean, rstd, grad_x,
-                     torch.zeros(1, width), torch.zeros(1, width), FAR, 2, width, 2, BLOCK=16)
+                     torch.zeros(1, width), torch.zeros(1, width), FAR, 3, width, 3, BLOCK=16)
     torch.testing.assert_close(grad_x, torch.autograd.grad(expected, leaf, grad)[0])
 
 
