@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,19 @@ def test_profile(make: Make, video_csv: Path, tmp_path: Path) -> None:
     cfg = tiny_config(video_csv, tmp_path / "cache", "train.max_steps=7")
     Trainer(cfg, folder=tmp_path, profile=True).fit()
     assert "aten::" in (tmp_path / "profile" / "operators.txt").read_text()
+
+
+def test_outputs_of_steps_do_not_pile_up_until_they_are_logged(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make("train.max_steps=5", "train.log_every=5", "train.checkpoint_every=5")
+    original, made, alive = trainer.run_step, [], []
+
+    def watched(batch: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in made))
+        result = original(batch)
+        made.append(weakref.ref(result.output.packed_predictions))
+        return result
+
+    monkeypatch.setattr(trainer, "run_step", watched)
+    trainer.fit()
+    # While a step is made, the one before it is still there.
+    assert alive == [0, 1, 1, 1, 1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vjepa_fast
@@ -23,7 +24,7 @@ from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.interop import meta
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import StepMasks
-from vjepa_fast.models.jepa import VJEPA
+from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.rng import Stream, pack_tag, random_words
 from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.checkpoint import write_atomically
@@ -69,7 +70,11 @@ class _Pending:
     """A step whose figures are still on the device."""
 
     step: int
-    result: StepResult
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    schedule: dict[str, float]
+    """Learning rate, weight decay and momentum, by their names in the log."""
     num_clips: int
     iter_s: float
     step_s: float
@@ -169,6 +174,7 @@ class Trainer:
         every = self.cfg.train.checkpoint_every or self.cfg.optimization.ipe
         assert every is not None
         pending: list[_Pending] = []
+        output: JEPAOutput | None = None
         batches = iter(self.loader)
         while self.step < self.last_step:
             began = time.perf_counter()
@@ -181,7 +187,12 @@ class Trainer:
             result = self.run_step(batch)
             ended = time.perf_counter()
             num_clips = sum(len(clips) for clips in batch.clips) * self.processes.world_size
-            pending.append(_Pending(self.step, result, num_clips, ended - began, ended - arrived, arrived - began))
+            # Without the features and predictions, which would pile up until the next line of the log.
+            pending.append(_Pending(
+                self.step, result.loss, result.grad_norm, result.skipped,
+                {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
+                num_clips, ended - began, ended - arrived, arrived - began))
+            output = result.output
             speed.add(num_clips, ended - began)
             self.step += 1
             progress.advance(self.step)
@@ -189,12 +200,12 @@ class Trainer:
                 self.profiler.after_step(self.step)
             due = self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
             if due or self.step % self.cfg.train.log_every == 0:
-                self._flush(pending, log, progress)
+                self._flush(pending, output, log, progress)
                 pending.clear()
             if due:
                 self.save()
         if pending:
-            self._flush(pending, log, progress)
+            self._flush(pending, output, log, progress)
         if self._saved_step != self.step:
             self.save()
         self._agree_to_stop()
@@ -288,31 +299,32 @@ class Trainer:
                 f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
                 "have without the change", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    def _flush(self, pending: list[_Pending], log: MetricsLog, progress: ProgressReport) -> None:
-        """Read the figures of the pending steps back and write them down."""
-        shares = torch.stack([p.result.loss for p in pending]).double().cpu()
+    def _flush(
+        self, pending: list[_Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport
+    ) -> None:
+        """Read the figures of the pending steps back and write them down, with the health of the last one's output."""
+        shares = torch.stack([p.loss for p in pending]).double().cpu()
         losses = (self.processes.sum_on_host(shares) / self.processes.world_size).tolist()
-        norms = torch.stack([p.result.grad_norm for p in pending]).tolist()
-        skipped = torch.stack([p.result.skipped for p in pending]).tolist()
+        norms = torch.stack([p.grad_norm for p in pending]).tolist()
+        skipped = torch.stack([p.skipped for p in pending]).tolist()
         ipe = self.cfg.optimization.ipe
         assert ipe is not None
         rows = [
             {
                 "epoch": p.step // ipe + 1, "itr": p.step % ipe, "loss": loss, "iter-time(ms)": 1e3 * p.iter_s,
-                "gpu-time(ms)": 1e3 * p.step_s, "dataload-time(ms)": 1e3 * p.data_s, "step": p.step, "lr": p.result.lr,
-                "weight_decay": p.result.weight_decay, "momentum": p.result.momentum, "grad_norm": norm,
-                "skipped": int(skip), "clips_per_s": p.num_clips / p.iter_s,
+                "gpu-time(ms)": 1e3 * p.step_s, "dataload-time(ms)": 1e3 * p.data_s, "step": p.step, **p.schedule,
+                "grad_norm": norm, "skipped": int(skip), "clips_per_s": p.num_clips / p.iter_s,
             }
             for p, loss, norm, skip in zip(pending, losses, norms, skipped, strict=True)
         ]
-        output = pending[-1].result.output
+        assert output is not None
         first = self.processes.is_first
         log.write(rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
         seconds = sum(p.iter_s for p in pending)
         finite = [loss for loss, skip in zip(losses, skipped, strict=True) if not skip] or losses
         self._recent_loss = sum(finite) / len(finite)
         progress.report(
-            self.step, loss=self._recent_loss, lr=pending[-1].result.lr,
+            self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
             clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(p.data_s for p in pending) / seconds)
         for skip in skipped:
             self._num_skipped = self._num_skipped + 1 if skip else 0
