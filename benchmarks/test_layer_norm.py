@@ -1,4 +1,4 @@
-"""Layer norm of the context tokens of a batch, and the parameter-free one of the targets."""
+"""Layer norm of the context tokens of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.timing import randn
 from benchmarks.workload import Workload
-from vjepa_fast.ops.layer_norm import LayerNorm, target_norm
+from vjepa_fast.ops.layer_norm import LayerNorm
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
@@ -29,8 +29,3 @@ def test_layer_norm(measure: Callable[..., None], workload: Workload, device: to
             measure(lambda: norm(x), num_bytes=2 * x.nbytes)
     else:
         measure(forward_backward, num_bytes=5 * x.nbytes)
-
-
-def test_target_norm(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:
-    x = randn(len(workload.masks(device).target_ids), workload.width, device=device, dtype=workload.torch_dtype)
-    measure(lambda: target_norm(x), num_bytes=x.nbytes + 4 * x.numel())

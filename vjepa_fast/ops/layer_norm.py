@@ -281,11 +281,3 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x + branch and its norm; see add_layer_norm."""
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
-
-
-def target_norm(x: Tensor) -> Tensor:
-    """Parameter-free layer norm of target features, [L, D], eps 1e-5, at least fp32.
-
-    Reference: facebookresearch/vjepa2, app/vjepa/train.py:432.
-    """
-    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (x.shape[-1],))
