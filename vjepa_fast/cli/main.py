@@ -41,7 +41,7 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Before torch starts its threads: they wait for each other asleep. Awake, as OpenMP's default is, one other busy
-    # program on the machine makes a step more than ten times slower.
+    # Before torch starts its threads: they wait for each other asleep. Awake, as OpenMP's default is, other busy
+    # programs on the machine make a step several times slower (benchmarks/results/demo_cpu_2026-11-22.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="vjepa-fast")
