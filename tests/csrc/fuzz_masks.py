@@ -71,13 +71,13 @@ def run_again(seconds: float, seed: int) -> int:
 
 class Fuzzer:
     def __init__(self, folder: Path, seed: int) -> None:
-        from tests.ops import test_mask_sample as helpers
+        from tests.ops import mask_cases
         from vjepa_fast.ops import mask_sample as mask_ops
 
         torch.ops.load_library(str(folder / "operators.so"))
         self.ops = torch.ops.vjepa_fast
         self.block = ctypes.CDLL(str(folder / "block.so"))
-        self.helpers = helpers
+        self.mask_cases = mask_cases
         self.mask_ops = mask_ops
         self.random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
@@ -118,7 +118,7 @@ class Fuzzer:
         group_size = pick.choice([-1, 0, 1, 3, 8, 2**63 - 1])
         members = sorted({*ids, *(first + i for i in pick.sample(range(60), pick.randint(0, 4)))})
         pick.shuffle(members)
-        return self.helpers.Case(tuple(specs), grid, tuple(ids), tuple(members), group_size,
+        return self.mask_cases.Case(tuple(specs), grid, tuple(ids), tuple(members), group_size,
                                  seed=pick.getrandbits(64), step=pick.choice([0, 5, 2**31, 2**32 - 1]),
                                  group=pick.randint(0, 15))
 
@@ -212,9 +212,9 @@ class Fuzzer:
             for _ in range(pick.randint(0, 3)):
                 wild[pick.randrange(2), pick.randrange(wild.shape[1])] = pick.choice([-(2**31), -1, 0, 5, 2**31 - 1])
             sizes = tuple(pick.choice([0, 1, total // 2, total, total + 9]) for total in totals)
-            exact = self.helpers.emulate(self.block, case, num_threads, stride)
+            exact = self.mask_cases.emulate(self.block, case, num_threads, stride)
             assert all(a.equal(b) for a, b in zip(exact[:1], (lengths,), strict=True))
-            self.helpers.emulate(self.block, case, num_threads, stride, capacity=sizes, lengths=wild)
+            self.mask_cases.emulate(self.block, case, num_threads, stride, capacity=sizes, lengths=wild)
             self.outcomes["emulated thread blocks"] += 1
 
 
