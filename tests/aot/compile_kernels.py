@@ -22,11 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vjepa_fast.ops import latent_loss, layer_norm
+from vjepa_fast.ops import adamw_ema, ema, grad_norm, latent_loss, layer_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
-         torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+         torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 # Instructions that a budget may ask for.
 INSTRUCTIONS = re.compile(r"ld\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|st\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|"
                           r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.cg")
@@ -81,6 +81,16 @@ def layer_norm_case(dtype: torch.dtype, width: int, with_branch: bool) -> None:
     layer_norm._layer_norm_bwd(y, branch, x, affine, mean, rstd)
 
 
+def multi_tensor_case(run: Callable[[torch.Tensor, torch.Tensor], None], size: int) -> None:
+    """`size` decides whether the tensors count as aligned."""
+    run(torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16))
+
+
+def adamw_ema_case(x: torch.Tensor, half: torch.Tensor) -> None:
+    one = torch.zeros(())
+    adamw_ema._adamw_ema([x], [x], [x], [x], [one], [x], [half], [half], [0], torch.zeros(1, 6).double(), one)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
     "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
@@ -91,6 +101,12 @@ CASES: dict[str, Callable[[], None]] = {
     "layer_norm bf16 1408 + residual": lambda: layer_norm_case(torch.bfloat16, 1408, True),
     "layer_norm fp32 384 + residual": lambda: layer_norm_case(torch.float32, 384, True),
     "layer_norm fp32 4096 + residual": lambda: layer_norm_case(torch.float32, 4096, True),
+    "sum_of_squares aligned": lambda: multi_tensor_case(lambda x, _: grad_norm._sum_of_squares([x]), 64),
+    "sum_of_squares odd": lambda: multi_tensor_case(lambda x, _: grad_norm._sum_of_squares([x]), 63),
+    "ema aligned": lambda: multi_tensor_case(lambda x, half: ema._ema([x], [x], torch.zeros(()).double(), [half]), 64),
+    "ema odd": lambda: multi_tensor_case(lambda x, half: ema._ema([x], [x], torch.zeros(()).double(), [half]), 63),
+    "adamw_ema aligned": lambda: multi_tensor_case(adamw_ema_case, 64),
+    "adamw_ema odd": lambda: multi_tensor_case(adamw_ema_case, 63),
 }
 
 

@@ -9,9 +9,12 @@ import vjepa_fast as vf
 from tests.models.test_packed import config, make_batch
 from vjepa_fast.config.schema import Dtype
 from vjepa_fast.ops import _dispatch
+from vjepa_fast.train.optim import ema_update
 from vjepa_fast.train.step import TrainStep
 
-KERNELS = ["_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel"]
+KERNELS = [
+    "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel",
+    "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_sum_of_squares_kernel"]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
@@ -34,3 +37,11 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
     plain = one_step(kernels, dtype)
     assert not _dispatch.launches
     assert ours == pytest.approx(plain, rel=rtol)
+
+
+def test_the_moving_average_by_itself_has_a_kernel(kernels: torch.device) -> None:
+    """For those who train with another optimizer."""
+    model = vf.VJEPA(config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1).model)
+    model.to(kernels)
+    ema_update(model.target_encoder, model.encoder, 0.99)
+    assert list(_dispatch.launches) == ["_ema_kernel"]

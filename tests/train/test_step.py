@@ -178,7 +178,7 @@ def test_gradient_accumulation_is_the_same_step(micro):
 def test_public_optimizer_by_itself():
     cfg = config()
     model = make_model(cfg)
-    optimizer = AdamWEMA(model, lr=1e-3, momentum=0.5)
+    optimizer = AdamWEMA(model, lr=1e-3, ema_momentum=0.5)
     clips, masks = batch(0, cfg)
     target = weights(model.target_encoder)
     model(clips, masks).loss.backward()

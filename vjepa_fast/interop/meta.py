@@ -158,7 +158,10 @@ def to_checkpoint(
         batch_size: clips per process.
     """
     opt = optimizer.state_dict()
-    opt["param_groups"] = [{**group, "fused": None, "foreach": None} for group in opt["param_groups"]]
+    # The schedule sets the momentum at every step; the reference's groups have no such entry.
+    opt["param_groups"] = [
+        {key: None if key in ("fused", "foreach") else value for key, value in group.items() if key != "ema_momentum"}
+        for group in opt["param_groups"]]
     if scaler is not None:
         scaler_state: dict[str, Any] | None = scaler.state_dict()
     elif model.cfg.dtype == "bfloat16":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import COMPUTE_DTYPES
-from vjepa_fast.ops.linear import shadow_of, vouch
+from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_ema_ref, kernels_serve
+from vjepa_fast.ops.ema import ema_
+from vjepa_fast.ops.grad_norm import sum_of_squares
+from vjepa_fast.ops.linear import Linear, vouch
 
 
 def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str, Any]]:
@@ -35,53 +40,218 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * source, over all parameters, in their own precision."""
-    moved: list[Tensor] = list(target.parameters())
-    followed: list[Tensor] = list(source.parameters())
-    torch._foreach_mul_(moved, momentum)
-    torch._foreach_add_(moved, followed, alpha=1 - momentum)
+    pairs = zip(target.parameters(), source.parameters(), strict=True)
+    moved, followed = zip(*((local_of(k), local_of(q)) for k, q in pairs), strict=True)
+    ema_(moved, followed, momentum)
+
+
+def local_of(x: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return x._local_tensor if isinstance(x, DTensor) else x
+
+
+_Shards = tuple[DeviceMesh | None, tuple[int, ...]]
+"""The mesh of a DTensor and those of its dimensions over which it is sharded; (None, ()) for other tensors."""
+
+
+def _shards_of(x: Tensor) -> _Shards:
+    if not isinstance(x, DTensor):
+        return None, ()
+    return x.device_mesh, tuple(dim for dim, placement in enumerate(x.placements) if isinstance(placement, Shard))
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch.optim.AdamW on encoder and predictor; each step also moves the target encoder.
+    """AdamW on encoder and predictor whose steps also move the target encoder and refresh half-precision shadows.
+
+    A step whose gradients are not finite leaves weights, moments and step counts as they are, but the target encoder
+    still moves. Parameters without a gradient are left alone. The state is that of torch.optim.AdamW, and each
+    parameter group holds one value more, `ema_momentum`, that may be changed between steps like `lr`.
+
+    On a GPU the values of the groups are copied to the device at each step, so a captured CUDA graph sees new ones:
+    call `write_group_values` before each replay.
 
     Args:
-        model: the VJEPA whose parameters are trained.
+        model: the VJEPA whose parameters are trained. Parameters may be DTensors; then the shards are updated where
+            they lie, the norm is of all shards, and there are no shadows.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; biases and vectors are not decayed.
-        momentum: of the target encoder; assign `optimizer.momentum` to change it between steps.
+        ema_momentum: share of the target encoder that a step keeps, 0 to 1.
+
+    Raises:
+        ValueError: a value out of range, or a target encoder whose shards differ from the encoder's.
     """
+
+    # torch.amp.GradScaler then sets the attributes grad_scale and found_inf for the duration of a step.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         model: VJEPA,
-        lr: float = 5.25e-4,
+        lr: float | Tensor = 5.25e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.04,
-        momentum: float = 0.99925,
+        ema_momentum: float = 0.99925,
     ) -> None:
+        if not 0.0 <= ema_momentum <= 1.0:
+            raise ValueError(f"ema_momentum is {ema_momentum}; expected 0 to 1")
         groups = parameter_groups(model.encoder, model.predictor)
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        for values in (self.defaults, *self.param_groups):
+            values["ema_momentum"] = ema_momentum
         self.model = model
-        self.momentum = momentum
-        self.dtype = COMPUTE_DTYPES[model.cfg.dtype]
-        self.found_inf: Tensor | None = None
-        """Set to a scalar tensor before `step`: 1 leaves weights and moments as they are (decided on the device)."""
+        self.grad_norm: Tensor | None = None
+        """Scalar: norm of all gradients of the last step."""
+        self.skipped: Tensor | None = None
+        """Scalar: 1 where the last step left the weights as they were, else 0."""
+        self._targets = dict(zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
+        self._group_values: Tensor | None = None
+        self._written: list[list[float]] = []
+        self._shadows: dict[Tensor, Tensor] = {}
+        self._dtype = COMPUTE_DTYPES[model.cfg.dtype]
+        layers = [m for m in model.modules() if isinstance(m, Linear)] if self._dtype != torch.float32 else []
+        self._shadowed = {p for layer in layers for p in layer.parameters() if not isinstance(p, DTensor)}
+        for parameter, target in self._targets.items():
+            if local_of(parameter).shape != local_of(target).shape:
+                raise ValueError(f"a parameter of the encoder has the local shape {list(local_of(parameter).shape)}, "
+                                 f"that of the target encoder {list(local_of(target).shape)}; shard both alike")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of weights, target encoder and shadows. The target encoder moves even if `found_inf` is 1."""
-        # torch's fused AdamW reads self.found_inf.
-        loss = super().step(closure)
-        self.found_inf = None
-        ema_update(self.model.target_encoder, self.model.encoder, self.momentum)
-        if self.dtype != torch.float32:
-            self.refresh_shadows()
+        """One update of weights, target encoder and shadows.
+
+        Sets `grad_norm` and `skipped`, which stay on the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        operands, shards = self._operands()
+        total = self._sum_of_squares(operands, shards)
+        if kernels_serve(operands):
+            if not (operands.params[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.write_group_values()
+            assert self._group_values is not None
+            adamw_ema_(operands, self._group_values, total.float())
+        else:
+            adamw_ema_ref(operands, self._host_values(), total)
+        self.grad_norm, self.skipped = total.sqrt(), (~torch.isfinite(total)).float()
+        for master, shadow in self._shadows.items():
+            vouch(master, shadow)  # type: ignore[arg-type]
         return loss
 
-    @torch.no_grad()
-    def refresh_shadows(self) -> None:
-        """Write the shadow of every matrix and bias this optimizer trains, and vouch for it."""
-        for group in self.param_groups:
+    def write_group_values(self) -> None:
+        """Copy lr, betas, eps, weight decay and momentum of the groups to the device, without waiting for it."""
+        device = local_of(self.param_groups[0]["params"][0]).device
+        if self._group_values is None:
+            self._group_values = torch.zeros(len(self.param_groups), len(GROUP_VALUES), dtype=torch.float64,
+                                             device=device)
+        # A learning rate that lives on the device stays there.
+        on_device = {number: group["lr"] for number, group in enumerate(self.param_groups)
+                     if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"}
+        rows = self._host_values(on_device)
+        if rows != self._written:
+            host = torch.tensor(rows, dtype=torch.float64)
+            self._group_values.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
+            self._written = rows
+        for number, lr in on_device.items():
+            self._group_values[number, 0].copy_(lr)
+
+    def _host_values(self, on_device: Container[int] = ()) -> list[list[float]]:
+        return [
+            [0.0 if number in on_device else float(group["lr"]), *map(float, group["betas"]), group["eps"],
+             float(group["weight_decay"]), float(group["ema_momentum"])]
+            for number, group in enumerate(self.param_groups)
+        ]
+
+    def _operands(self) -> tuple[Operands, list[_Shards]]:
+        """What a step works on, and over which processes each parameter is sharded."""
+        found, shards = Operands(), []
+        for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                if parameter.requires_grad and parameter.ndim in (1, 2):
-                    vouch(parameter, shadow_of(parameter, self.dtype))
+                target = self._targets.get(parameter)
+                if parameter.grad is None and target is None:
+                    continue
+                shards.append(_shards_of(parameter))
+                found.groups.append(number)
+                found.params.append(local_of(parameter))
+                state = self._state_of(parameter) if parameter.grad is not None else {}
+                found.grads.append(self._grad_of(parameter))
+                found.exp_avgs.append(local_of(state["exp_avg"]) if state else None)
+                found.exp_avg_sqs.append(local_of(state["exp_avg_sq"]) if state else None)
+                found.steps.append(local_of(state["step"]) if state else None)
+                found.targets.append(None if target is None else local_of(target))
+                found.shadows.append(self._shadow(parameter))
+                found.target_shadows.append(None if target is None else self._shadow(target))
+        return found, shards
+
+    def _sum_of_squares(self, operands: Operands, shards: list[_Shards]) -> Tensor:
+        """Over all gradients of all shards, a scalar on the device; NaN where a scaler found what is not finite."""
+        parts: dict[_Shards, list[Tensor]] = {}
+        for grad, key in zip(operands.grads, shards, strict=True):
+            if grad is not None:
+                parts.setdefault(key, []).append(grad)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        total = torch.zeros((), device=operands.params[0].device)
+        for (mesh, dims), grads in parts.items():
+            if grad_scale is not None:
+                torch._foreach_mul_(grads, grad_scale.reciprocal())
+            part = sum_of_squares(grads)
+            for dim in dims:
+                assert mesh is not None
+                dist.all_reduce(part, group=mesh.get_group(dim))
+            total = total + part
+        if found_inf is not None:
+            total = torch.where(found_inf > 0, torch.nan, total)
+        return total
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local_of(parameter).device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    @staticmethod
+    def _grad_of(parameter: Tensor) -> Tensor | None:
+        grad = parameter.grad
+        if grad is None:
+            return None
+        if isinstance(parameter, DTensor):
+            assert isinstance(grad, DTensor)
+            if grad.placements != parameter.placements:
+                grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+        grad, like = local_of(grad), local_of(parameter)
+        # The kernels walk through memory, so a gradient must lie as its parameter does.
+        return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
+
+    def _shadow(self, master: Tensor) -> Tensor | None:
+        if master not in self._shadowed:
+            return None
+        shadow = self._shadows.get(master)
+        if shadow is None or shadow.device != master.device:
+            shadow = self._shadows[master] = torch.empty_like(master, dtype=self._dtype, requires_grad=False)
+        return shadow
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class or of torch.optim.AdamW, such as the entry `opt` of the reference's checkpoints.
+
+        Groups without `ema_momentum` keep theirs.
+
+        Raises:
+            ValueError: groups of other sizes, or options that this class does not have (amsgrad, maximize).
+        """
+        groups = state_dict["param_groups"]
+        if any(group.get(option) for group in groups for option in ("amsgrad", "maximize")):
+            raise ValueError("the saved optimizer uses amsgrad or maximize; AdamWEMA has neither")
+        momenta = [group["ema_momentum"] for group in self.param_groups]
+        # torch places step counts by these options of the saved groups.
+        own = {"fused": True, "foreach": None, "capturable": False, "differentiable": False}
+        super().load_state_dict({**state_dict, "param_groups": [{**group, **own} for group in groups]})
+        for group, momentum in zip(self.param_groups, momenta, strict=True):
+            group.setdefault("ema_momentum", momentum)
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = state.get(name)
+                if moment is not None and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)

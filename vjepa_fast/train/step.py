@@ -62,7 +62,6 @@ class TrainStep:
         self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type) if cfg.model.dtype == "float16" else None
-        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(
         self, step: int, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]
@@ -76,24 +75,23 @@ class TrainStep:
         groups = [clips] if isinstance(clips, Tensor) else list(clips)
         batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
+        momentum = self.schedules.momentum(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["ema_momentum"] = momentum
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
-        self.optimizer.momentum = self.schedules.momentum(step)
 
         loss, output = self._backward(groups, batches)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
-        skipped = (~torch.isfinite(grad_norm)).float()
-        self.optimizer.found_inf = skipped
         self.optimizer.step()
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, skipped, lr, weight_decay, self.optimizer.momentum, output)
+        grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
+        assert grad_norm is not None and skipped is not None
+        return StepResult(loss, grad_norm, skipped, lr, weight_decay, momentum, output)
 
     def _backward(self, groups: list[Tensor], batches: list[MaskBatch]) -> tuple[Tensor, JEPAOutput]:
         total: Tensor | None = None
