@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.timing import randn
 from benchmarks.workload import Workload
-from vjepa_fast.ops.rope3d import Rope, Style, rope_tables, token_positions
+from vjepa_fast.ops.rope3d import Rope, Style, axis_width
 
 
 @pytest.mark.parametrize("style", ["tiled", "interleaved"])
@@ -19,11 +19,13 @@ def test_rope3d(
 ) -> None:
     ids = workload.masks(device).context_ids
     heads, head_dim = workload.num_heads, workload.width // workload.num_heads
-    rope = Rope(*rope_tables(token_positions(ids, *workload.grid[1:]), head_dim, style, torch.float32))
+    rope = Rope(ids, workload.grid, head_dim, workload.torch_dtype, style)
     qkv = randn(len(ids), 3 * workload.width, device=device, dtype=workload.torch_dtype)
     grad = torch.randn_like(qkv)
-    rotated = 2 * len(ids) * heads * rope.cos.shape[-1] * qkv.element_size()
-    num_bytes = 2 * rotated + rope.cos.nbytes + rope.sin.nbytes
+    # Queries and keys are read and written where they are rotated; the gradient becomes a new buffer.
+    num_rotated = 2 * len(ids) * heads * 3 * axis_width(head_dim)
+    num_bytes, back_bytes = 2 * num_rotated * qkv.element_size() + ids.nbytes, 2 * qkv.nbytes + ids.nbytes
+    flops = 3 * num_rotated
 
     def forward() -> None:
         rope(qkv, heads)
@@ -36,17 +38,18 @@ def test_rope3d(
         rope(leaf + 0, heads).backward(grad)
 
     if mode == "forward":
-        measure(forward, num_bytes=num_bytes)
+        measure(forward, num_bytes=num_bytes, flops=flops)
     else:
         # With the copy that stands in for the projection: one read and one write of the buffer.
-        measure(forward_backward, num_bytes=2 * num_bytes + 2 * qkv.nbytes)
+        measure(forward_backward, num_bytes=num_bytes + back_bytes + 2 * qkv.nbytes, flops=2 * flops)
 
 
 def test_rope_tables(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:
     """Once a buffer, shared by all layers."""
     ids = workload.masks(device).context_ids
-    positions = token_positions(ids, *workload.grid[1:])
     head_dim = workload.width // workload.num_heads
-    tables = rope_tables(positions, head_dim, "tiled", torch.float32)
-    measure(lambda: Rope(*rope_tables(positions, head_dim, "tiled", torch.float32)),
-            num_bytes=positions.nbytes + sum(table.nbytes for table in tables))
+
+    def build() -> Rope:
+        return Rope(ids, workload.grid, head_dim, workload.torch_dtype)
+
+    measure(build, num_bytes=build().tables.nbytes)

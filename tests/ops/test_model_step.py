@@ -14,7 +14,7 @@ from vjepa_fast.train.step import TrainStep
 
 KERNELS = [
     "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel",
-    "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_sum_of_squares_kernel"]
+    "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_rope3d_kernel", "_sum_of_squares_kernel"]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
@@ -32,6 +32,8 @@ def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
 def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float, monkeypatch) -> None:
     ours = one_step(kernels, dtype)
     assert sorted(name for name, count in _dispatch.launches.items() if count) == KERNELS
+    # One kernel turns both ways: forward in three networks of one block, backward in encoder and predictor.
+    assert _dispatch.launches["_rope3d_kernel"] == 3 + 2
     _dispatch.launches.clear()
     monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
     plain = one_step(kernels, dtype)

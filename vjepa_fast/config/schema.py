@@ -78,6 +78,8 @@ class ModelConfig(Section):
     use_rope: bool = True
     rope_style: Literal["tiled", "interleaved"] = "tiled"
     """How an angle is spread over a pair of elements: `tiled` is V-JEPA 2, `interleaved` is V-JEPA 2.1."""
+    rope_precision: Literal["fp32", "reference"] = "fp32"
+    """Angles and products of half-precision models: exact, or rounded wherever the reference rounds under autocast."""
     uniform_power: bool = False
     use_silu: bool = False
     use_pred_silu: bool = False

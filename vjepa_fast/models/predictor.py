@@ -24,7 +24,7 @@ from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing, permute_rows
-from vjepa_fast.ops.rope3d import Rope, rope_tables, token_positions
+from vjepa_fast.ops.rope3d import Rope, join_ids
 
 
 class Predictor(nn.Module):
@@ -114,24 +114,22 @@ class Predictor(nn.Module):
             self.mask_tokens[index % len(self.mask_tokens)][0].to(dtype).expand(len(m.target_ids), -1)
             for index, m in zip(mask_tokens, masks, strict=True)
         ])
-        context_ids = torch.cat([m.context_ids for m in masks])
-        target_ids = torch.cat([m.target_ids for m in masks])
+        ids, grid = join_ids([*(m.context_ids for m in masks), *(m.target_ids for m in masks)],
+                             [m.grid for m in masks] * 2)
         if self.predictor_pos_embed is not None:
             for m in masks:
                 if tuple(m.grid[1:]) != self.grid[1:] or m.grid[0] > self.grid[0]:
                     raise ValueError(f"the predictor's positions are for at most {self.grid} tokens, the masks have "
                                      f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes")
             table = self.predictor_pos_embed[0].to(dtype)
-            tokens, queries = tokens + table[context_ids.long()], queries + table[target_ids.long()]
+            places = table[ids.long()]
+            tokens, queries = tokens + places[: len(tokens)], queries + places[len(tokens) :]
         layout = _Interleave(masks, context.device)
         x = permute_rows(torch.cat([tokens, queries]), layout.order, layout.inverse)
         rope = None
         if self.cfg.use_rope:
-            ids = torch.cat([context_ids, target_ids])[layout.order]
-            wide = torch.promote_types(dtype, torch.float32)
-            positions = token_positions(ids, *masks[0].grid[1:])
-            head_dim = self.cfg.pred_embed_dim // self.num_heads
-            rope = Rope(*rope_tables(positions, head_dim, self.cfg.rope_style, wide))
+            rope = Rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg.rope_style,
+                        self.cfg.rope_precision)
         for block in self.predictor_blocks:
             if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout.packing, rope, use_reentrant=False)

@@ -20,7 +20,7 @@ from vjepa_fast.models.positions import interpolate_table, sincos_table
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.packing import Packing, concatenate
 from vjepa_fast.ops.patch_embed import patch_embed
-from vjepa_fast.ops.rope3d import Rope, rope_tables, token_positions
+from vjepa_fast.ops.rope3d import Rope, join_ids
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ def compute_dtype(cfg: ModelConfig, parameter: Tensor) -> torch.dtype:
     """Half precision if configured, else whatever the parameters are (fp32, or fp64 after .double())."""
     wanted = COMPUTE_DTYPES[cfg.dtype]
     return parameter.dtype if wanted == torch.float32 else wanted
+
+
+def _all_ids(num_tokens: int, batch_size: int, device: torch.device) -> Tensor:
+    return torch.arange(num_tokens, dtype=torch.int32, device=device).repeat(batch_size)
 
 
 class PatchEmbed(nn.Module):
@@ -188,7 +192,7 @@ class VisionTransformer(nn.Module):
         grid = self.grid_of(clips)
         batch_size, num_tokens = len(clips), grid[0] * grid[1] * grid[2]
         if masks is None:
-            rows, ids = None, torch.arange(num_tokens, device=clips.device).repeat(batch_size)
+            rows, ids = None, _all_ids(num_tokens, batch_size, clips.device)
             shape = (batch_size, num_tokens)
         else:
             joined = torch.cat([masks] if isinstance(masks, Tensor) else list(masks))
@@ -197,7 +201,7 @@ class VisionTransformer(nn.Module):
             shape = (len(joined), joined.shape[1])
         tokens = self._embed(clips, rows, ids, grid)
         packing = Packing.uniform(*shape, clips.device)
-        outputs = self._run(tokens, token_positions(ids, *grid[1:]), packing)
+        outputs = self._run(tokens, ids, grid, packing)
         outputs = [out.view(*shape, -1) for out in outputs]
         return outputs if self.out_layers is not None else outputs[0]
 
@@ -214,21 +218,22 @@ class VisionTransformer(nn.Module):
         Returns:
             [L, D] features and how they are packed: group by group, mask by mask, clip by clip.
         """
-        tokens, positions, packings = [], [], []
+        tokens, all_ids, grids, packings = [], [], [], []
         for index, group in enumerate(clips):
             grid = self.grid_of(group)
             if masks is None:
                 num_tokens = grid[0] * grid[1] * grid[2]
-                rows, ids = None, torch.arange(num_tokens, device=group.device).repeat(len(group))
+                rows, ids = None, _all_ids(num_tokens, len(group), group.device)
                 packings.append(Packing.uniform(len(group), num_tokens, group.device))
             else:
                 batch = masks[index]
                 rows, ids = batch.context_rows, batch.context_ids
                 packings.append(Packing(batch.context_lengths, batch.cu_seqlens_context))
             tokens.append(self._embed(group, rows, ids, grid))
-            positions.append(token_positions(ids, *grid[1:]))
+            all_ids.append(ids)
+            grids.append(grid)
         packing = concatenate(packings)
-        return self._run(torch.cat(tokens), torch.cat(positions), packing, final_norm)[-1], packing
+        return self._run(torch.cat(tokens), *join_ids(all_ids, grids), packing, final_norm)[-1], packing
 
     def _embed(self, clips: Tensor, rows: Tensor | None, ids: Tensor, grid: Grid) -> Tensor:
         tokens = self.patch_embed(clips, rows, self.dtype)
@@ -237,11 +242,11 @@ class VisionTransformer(nn.Module):
         table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
         return tokens + table.to(tokens.dtype)[ids.long()]
 
-    def _run(self, x: Tensor, positions: Tensor, packing: Packing, final_norm: bool = True) -> list[Tensor]:
+    def _run(self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, final_norm: bool = True) -> list[Tensor]:
         rope = None
         if self.cfg.use_rope:
-            wide = torch.promote_types(self.dtype, torch.float32)
-            rope = Rope(*rope_tables(positions, self.embed_dim // self.num_heads, self.cfg.rope_style, wide))
+            rope = Rope(ids, grid, self.embed_dim // self.num_heads, self.dtype, self.cfg.rope_style,
+                        self.cfg.rope_precision)
         outputs = []
         for index, block in enumerate(self.blocks):
             if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():

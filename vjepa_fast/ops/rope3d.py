@@ -7,22 +7,38 @@ left over is not rotated. Within an axis, angle i of position p is p * 10000 ** 
 `interleaved` gives both elements of pair j the angle j: a rotation (V-JEPA 2.1).
 `tiled` gives element e the angle e mod (d / 2), so the two elements of a pair turn by different angles. This is what
 V-JEPA 2 was trained with (facebookresearch/vjepa2, src/models/utils/modules.py, rotate_queries_or_keys) and what its
-checkpoints need.
+checkpoints need. It is no rotation, so the gradient takes the transpose, which is not the inverse.
 
-Bytes per call: qkv is read once and the rotated two thirds are written back in place; the tables are read once.
+And two precisions: `fp32` has exact angles and rounds a half-precision result once. `reference` rounds to the dtype of
+the queries wherever the reference does under autocast: i / (d / 2), the frequencies, the angles, sine and cosine, both
+products and their sum. With fp32 operands the two are the same.
 
-Legend: L tokens, H heads, R = 3 d rotated elements of a head.
+Fused: positions from token ids, the lookup of sine and cosine, the rotation of all queries and keys of a token, in
+place; the backward writes a new buffer, as nobody else may see its incoming gradient changed, and carries the gradient
+of the values over. Sine and cosine come from one table a step with a row for each position of each axis, a few kB that
+stay in the cache. So a token costs its id, 4 bytes, where three positions would cost 12 and its own row of a table 8 R.
+
+Bytes of a token, with s the size of an element: forward 4 H R s + 4, backward 6 H head_dim s + 4. FLOPs: 6 H R either
+way, so that memory bounds it.
+
+Legend: L tokens, (T, h, w) the grid, H heads, R = 3 d rotated elements of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
+
 Style = Literal["tiled", "interleaved"]
+Precision = Literal["fp32", "reference"]
+Grid = tuple[int, int, int]
 BASE = 10000.0
 
 
@@ -46,29 +62,205 @@ def token_positions(ids: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([ids // (height * width), inside // width, inside % width], dim=-1)
 
 
-def rope_tables(positions: Tensor, head_dim: int, style: Style, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotated element of every token.
+def join_ids(ids: Sequence[Tensor], grids: Sequence[Grid]) -> tuple[Tensor, Grid]:
+    """Tokens of several grids, with their ids on the smallest grid that holds them all.
 
     Args:
-        positions: integer [L, 3].
-        head_dim: width of a head.
-        style: see the module docstring.
-        dtype: of the angles and of the result, torch.float32 or torch.float64.
+        ids: integer [L_i] each.
+        grids: (T, h, w) of each.
 
     Returns:
-        Two tensors [L, R].
+        [sum of L_i] and the common grid.
+    """
+    num_frames, height, width = (max(sides) for sides in zip(*grids, strict=True))
+    parts = []
+    for part, own in zip(ids, grids, strict=True):
+        if own[1:] != (height, width):
+            frame, row, column = token_positions(part, *own[1:]).unbind(-1)
+            part = (frame * height + row) * width + column
+        parts.append(part)
+    return torch.cat(parts), (num_frames, height, width)
+
+
+def rope_tables(
+    grid: Grid, head_dim: int, dtype: torch.dtype, style: Style, precision: Precision,
+    scale: tuple[float, float, float], device: torch.device,
+) -> Tensor:
+    """Cosine and sine of every rotated element of an axis, for every position of each axis.
+
+    Args: as Rope.
+
+    Returns:
+        [3, T + h + w, d], fp32 or wider; rows of time, height, width. Element 2j of table 1 holds -sin and element
+        2j + 1 holds sin, so that x * cos + (x with the elements of each pair exchanged) * table 1 is the rotation.
+        Table 2, in place of table 1, gives the transpose.
     """
     width = axis_width(head_dim)
-    omega = torch.arange(width // 2, dtype=dtype, device=positions.device)
-    omega = 1.0 / BASE ** (omega / (width / 2.0))
-    angles = positions[..., None].to(dtype) * omega
-    spread = angles.repeat(1, 1, 2) if style == "tiled" else angles.repeat_interleave(2, dim=-1)
-    flat = spread.flatten(-2)
-    return flat.cos(), flat.sin()
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = dtype if precision == "reference" else wide
+    exponents = torch.arange(width // 2, dtype=narrow, device=device) / (width / 2.0)
+    omega = 1.0 / BASE ** exponents.to(wide)
+    positions = torch.cat([
+        torch.arange(count, dtype=wide, device=device) * factor for count, factor in zip(grid, scale, strict=True)])
+    angles = positions[:, None].to(narrow) * omega.to(narrow)
+    angles = angles.repeat(1, 2) if style == "tiled" else angles.repeat_interleave(2, dim=-1)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    even, odd = sin.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([
+        cos, torch.stack([-even, odd], dim=-1).flatten(-2), torch.stack([odd, -even], dim=-1).flatten(-2)])
+
+
+def rope3d_ref_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
+    """x = x * cos + swap(x) * sin for the rotated elements x of queries and keys, in place.
+
+    Args:
+        qkv: [L, 3 * H * head_dim].
+        cos, sin: [L, R] of the tables; in half precision every product is rounded.
+        num_heads: H.
+    """
+    x = qkv.view(qkv.shape[0], 3, num_heads, -1)[:, :2, :, : cos.shape[-1]]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    if x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
+        x.mul_(cos).addcmul_(swapped, sin)
+    else:
+        x.copy_(x * cos + swapped * sin)
+
+
+@jit
+def _rope3d_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [L, rows, HEAD_DIM], token stride x_stride
+    y_ptr,  # the same, token stride y_stride; may be x
+    ids_ptr,  # integer [L]
+    cos_ptr,  # fp32 [T + h + w, AXIS]
+    sin_ptr,  # fp32 [T + h + w, AXIS]
+    x_stride,
+    y_stride,
+    num_tokens,
+    num_frames,
+    height,
+    width,
+    num_rows,  # heads of queries, keys and, where they are copied, values
+    num_turned,  # heads of queries and keys
+    HEAD_DIM: tl.constexpr,
+    AXIS: tl.constexpr,
+    ROUND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    here = tokens < num_tokens
+    ids = tl.load(ids_ptr + tokens, mask=here, other=0).to(tl.int32)
+    frame = ids // (height * width)
+    inside = ids - frame * (height * width)
+    row = inside // width
+    column = inside - row * width
+
+    cols = tl.arange(0, COLS)
+    axis = (cols // AXIS)[None, :]
+    place = tl.where(axis == 0, frame[:, None], tl.where(
+        axis == 1, num_frames + row[:, None], num_frames + height + column[:, None]))
+    place = place * AXIS + (cols % AXIS)[None, :]
+    turned = (cols < 3 * AXIS)[None, :]
+    cos = tl.load(cos_ptr + place, mask=here[:, None] & turned, other=1.0)[:, None, :]
+    sin = tl.load(sin_ptr + place, mask=here[:, None] & turned, other=0.0)[:, None, :]
+
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        offsets = (rows * HEAD_DIM)[:, None] + cols[None, :]
+        # What is left over of a head is loaded and stored as well, unchanged: it shares its sectors with what is
+        # rotated, and whole heads make whole 16-byte accesses.
+        inside_head = ((rows < num_rows)[:, None] & (cols < HEAD_DIM)[None, :])[None, :, :] & here[:, None, None]
+        x = tl.load(x_ptr + tokens[:, None, None] * x_stride + offsets[None, :, :], mask=inside_head, other=0.0)
+        x = x.to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (TOKENS, ROWS, COLS // 2, 2)))
+        swapped = tl.reshape(tl.join(odd, even), (TOKENS, ROWS, COLS))
+        along, across = x * cos, swapped * sin
+        if ROUND:
+            along = along.to(y_ptr.dtype.element_ty).to(tl.float32)
+            across = across.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y = tl.where((rows < num_turned)[None, :, None] & turned[:, None, :], along + across, x)
+        tl.store(y_ptr + tokens[:, None, None] * y_stride + offsets[None, :, :], y.to(y_ptr.dtype.element_ty),
+                 mask=inside_head)
+
+
+_OPERANDS = "Tensor ids, Tensor cos, Tensor sin, int[3] grid, int num_heads, bool rounds"
+torch.library.define("vjepa_fast::rope3d_fwd", f"(Tensor(a!) qkv, {_OPERANDS}) -> ()")
+torch.library.define("vjepa_fast::rope3d_bwd", f"(Tensor grad, {_OPERANDS}) -> Tensor grad_qkv")
+
+
+@torch.library.register_fake("vjepa_fast::rope3d_fwd")
+def _fwd_outputs(
+    qkv: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool
+) -> None:
+    return None
+
+
+@torch.library.register_fake("vjepa_fast::rope3d_bwd")
+def _bwd_output(
+    grad: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool
+) -> Tensor:
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def _launch(
+    x: Tensor, y: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool,
+    parts: int,
+) -> None:
+    """The first `parts` of queries, keys and values from x to y, queries and keys rotated."""
+    count, head_dim = len(x), x.shape[1] // (3 * num_heads)
+    cols = max(2, 1 << (head_dim - 1).bit_length())
+    # A program walks over the heads in blocks: the largest of those that leave the fewest lanes idle. It has few
+    # tokens, as each keeps its sines and cosines in registers.
+    rows = min((32, 16, 8), key=lambda size: -(-parts * num_heads // size) * size)
+    tokens = max(1, 1024 // (rows * cols))
+    launch(
+        _rope3d_kernel, (-(-count // tokens),), x, y, ids.contiguous(), cos, sin, x.stride(0), y.stride(0), count,
+        *grid, parts * num_heads, 2 * num_heads, HEAD_DIM=head_dim, AXIS=cos.shape[1], ROUND=rounds, TOKENS=tokens,
+        ROWS=rows, COLS=cols, num_warps=4)
+
+
+def _rope3d_fwd(
+    qkv: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool
+) -> None:
+    _launch(qkv, qkv, ids, cos, sin, grid, num_heads, rounds, parts=2)
+
+
+def _rope3d_bwd(
+    grad: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool
+) -> Tensor:
+    out = _bwd_output(grad, ids, cos, sin, grid, num_heads, rounds)
+    _launch(rows_contiguous(grad), out, ids, cos, sin, grid, num_heads, rounds, parts=3)
+    return out
+
+
+torch.library.impl("vjepa_fast::rope3d_fwd", ("cpu", "cuda"), _rope3d_fwd)
+torch.library.impl("vjepa_fast::rope3d_bwd", ("cpu", "cuda"), _rope3d_bwd)
 
 
 class _Rope3d(torch.autograd.Function):
-    """In place; linear in its input, so that only the tables are kept for the backward."""
+    """By the kernels. Linear in its input, so that only ids and tables are kept for the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, qkv: Tensor, ids: Tensor, tables: Tensor, grid: Grid, num_heads: int, rounds: bool
+    ) -> Tensor:
+        ctx.save_for_backward(ids, tables)
+        ctx.options = grid, num_heads, rounds
+        ctx.mark_dirty(qkv)
+        torch.ops.vjepa_fast.rope3d_fwd(qkv, ids, tables[0], tables[1], *ctx.options)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        ids, tables = ctx.saved_tensors
+        return torch.ops.vjepa_fast.rope3d_bwd(grad, ids, tables[0], tables[2], *ctx.options), *[None] * 5
+
+
+class _Rope3dRef(torch.autograd.Function):
+    """By PyTorch, with tables for each token."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -77,7 +269,7 @@ class _Rope3d(torch.autograd.Function):
         ctx.save_for_backward(cos, sin_back)
         ctx.num_heads = num_heads
         ctx.mark_dirty(qkv)
-        _turn(qkv, cos, sin, num_heads)
+        rope3d_ref_(qkv, cos, sin, num_heads)
         return qkv
 
     @staticmethod
@@ -85,59 +277,69 @@ class _Rope3d(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
         cos, sin_back = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        _turn(grad, cos, sin_back, ctx.num_heads)
+        rope3d_ref_(grad, cos, sin_back, ctx.num_heads)
         return grad, None, None, None, None
-
-
-def _swap(x: Tensor) -> Tensor:
-    """Elements 2j and 2j + 1 of the last dimension exchanged."""
-    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-
-
-def _alternate(x: Tensor, even: float, odd: float) -> Tensor:
-    """Even and odd elements of the last dimension times a factor each."""
-    return x * torch.tensor([even, odd], dtype=x.dtype, device=x.device).repeat(x.shape[-1] // 2)
-
-
-def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
-    """x = x * cos + swap(x) * sin for the rotated elements x of queries and keys, in place."""
-    x = qkv.view(qkv.shape[0], 3, num_heads, -1)[:, :2, :, : cos.shape[-1]]
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    swapped = _swap(x)
-    if x.dtype == cos.dtype:
-        x.mul_(cos).addcmul_(swapped, sin)
-    else:
-        # Half precision is rounded once, at the end.
-        x.copy_(x * cos + swapped * sin)
 
 
 class Rope:
     """Rotation of one buffer of tokens, its tables made once and shared by all layers.
 
     Args:
-        cos, sin: [L, R] of rope_tables; the arithmetic is done in their precision.
+        ids: integer [L], token ids on the grid, all within it. An action or state token, which the reference rotates
+            in time only (facebookresearch/vjepa2, src/models/utils/modules.py, ACRoPEAttention), takes the id of the
+            first token of its frame: angle 0 of row 0 and column 0 leaves the other two axes as they are.
+        grid: (T, h, w) in tokens. Frames behind the first T are an error that nobody looks for.
+        head_dim: width of a head, at least 6.
+        dtype: of the queries and keys; angles are fp64 for fp64 and fp32 for the others.
+        style, precision: see the module docstring.
+        scale: factors of the positions along time, height and width, for a grid other than the one trained on:
+            (train - 1) / (now - 1) is V-JEPA 2.1's interpolation, train / now the snapping of the action-conditioned
+            predictor.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos = cos
-        # (a, b) becomes (a, b) * cos + (b, a) * (-sin_a, sin_b). The transpose, for the gradient, gives each element
-        # its partner's gradient times the partner's sine: (g_a, g_b) * cos + (g_b, g_a) * (sin_b, -sin_a).
-        self.sin = _alternate(sin, -1.0, 1.0)
-        self.sin_back = _alternate(_swap(sin), 1.0, -1.0)
+    def __init__(
+        self, ids: Tensor, grid: Grid, head_dim: int, dtype: torch.dtype, style: Style = "tiled",
+        precision: Precision = "fp32", scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        self.ids, self.grid, self.head_dim, self.dtype = ids, grid, head_dim, dtype
+        self.rounds = precision == "reference" and dtype in (torch.bfloat16, torch.float16)
+        self.tables = rope_tables(grid, head_dim, dtype, style, precision, scale, ids.device)
+
+    @cached_property
+    def _token_tables(self) -> tuple[Tensor, ...]:
+        """The tables by token, [L, R] each, which only PyTorch needs."""
+        frame, row, column = token_positions(self.ids, *self.grid[1:]).unbind(-1)
+        rows = torch.stack([frame, self.grid[0] + row, self.grid[0] + self.grid[1] + column], dim=-1)
+        tables = self.tables.to(self.dtype) if self.rounds else self.tables
+        return tuple(table.index_select(0, rows.flatten()).view(len(rows), -1) for table in tables.unbind(0))
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """Rotates queries and keys in place and returns the buffer.
 
         Args:
-            qkv: [L, 3 * H * head_dim], contiguous, not a view of a tensor that anything else still needs.
+            qkv: [L, 3 * H * head_dim], rows may be strided; not a view of a tensor that anything else still needs.
             num_heads: H.
+
+        Raises:
+            ValueError: another shape or dtype, or elements of a row that are not side by side.
         """
-        return _Rope3d.apply(qkv, self.cos, self.sin, self.sin_back, num_heads)
+        wanted = [len(self.ids), 3 * num_heads * self.head_dim]
+        if list(qkv.shape) != wanted or qkv.dtype != self.dtype:
+            raise ValueError(f"qkv has shape {list(qkv.shape)} and dtype {qkv.dtype}; expected {wanted} and "
+                             f"{self.dtype}")
+        if qkv.stride(-1) != 1:
+            raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side")
+        if use_triton(qkv):
+            out: Tensor = _Rope3d.apply(qkv, self.ids, self.tables, self.grid, num_heads, self.rounds)
+        else:
+            out = _Rope3dRef.apply(qkv, *self._token_tables, num_heads)
+        return out
 
 
-def rope3d(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """One rotation with tables of its own; arguments as Rope."""
-    return Rope(cos, sin)(qkv, num_heads)
-
-
-__all__ = ["Rope", "Style", "axis_width", "rope3d", "rope_tables", "token_positions"]
+def rope3d(
+    qkv: Tensor, ids: Tensor, grid: Grid, num_heads: int, style: Style = "tiled", precision: Precision = "fp32",
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """One rotation with tables of its own; arguments, result and errors as Rope."""
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    return Rope(ids, grid, head_dim, qkv.dtype, style, precision, scale)(qkv, num_heads)
