@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vjepa_fast.ops import adamw_ema, ema, grad_norm, latent_loss, layer_norm
+from vjepa_fast.ops import adamw_ema, ema, grad_norm, latent_loss, layer_norm, rope3d
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -91,6 +91,14 @@ def adamw_ema_case(x: torch.Tensor, half: torch.Tensor) -> None:
     adamw_ema._adamw_ema([x], [x], [x], [x], [one], [x], [half], [half], [0], torch.zeros(1, 6).double(), one)
 
 
+def rope3d_case(dtype: torch.dtype, num_heads: int, head_dim: int, precision: rope3d.Precision, back: bool) -> None:
+    grid = (8, 16, 16)
+    rope = rope3d.Rope(torch.zeros(64, dtype=torch.int32), grid, head_dim, dtype, "tiled", precision)
+    qkv = torch.zeros(64, 3 * num_heads * head_dim, dtype=dtype)
+    run = rope3d._rope3d_bwd if back else rope3d._rope3d_fwd
+    run(qkv, rope.ids, rope.tables[0], rope.tables[2 if back else 1], grid, num_heads, rope.rounds)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
     "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
@@ -107,6 +115,13 @@ CASES: dict[str, Callable[[], None]] = {
     "ema odd": lambda: multi_tensor_case(lambda x, half: ema._ema([x], [x], torch.zeros(()).double(), [half]), 63),
     "adamw_ema aligned": lambda: multi_tensor_case(adamw_ema_case, 64),
     "adamw_ema odd": lambda: multi_tensor_case(adamw_ema_case, 63),
+    "rope3d bf16 16 x 64": lambda: rope3d_case(torch.bfloat16, 16, 64, "fp32", False),
+    "rope3d bf16 16 x 64 backward": lambda: rope3d_case(torch.bfloat16, 16, 64, "fp32", True),
+    "rope3d bf16 16 x 64 reference": lambda: rope3d_case(torch.bfloat16, 16, 64, "reference", False),
+    "rope3d bf16 16 x 80": lambda: rope3d_case(torch.bfloat16, 16, 80, "fp32", False),
+    "rope3d bf16 16 x 88 backward": lambda: rope3d_case(torch.bfloat16, 16, 88, "fp32", True),
+    "rope3d bf16 12 x 32": lambda: rope3d_case(torch.bfloat16, 12, 32, "fp32", False),
+    "rope3d fp32 3 x 104": lambda: rope3d_case(torch.float32, 3, 104, "fp32", False),
 }
 
 
