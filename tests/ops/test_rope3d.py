@@ -227,7 +227,9 @@ def test_values_and_left_over_elements_are_as_before(kernels):
             assert new[:, :2, :, :60].isfinite().all()
 
 
-def test_empty(kernels):
+@pytest.mark.parametrize("choice", ["triton", "ref"])
+def test_empty(kernels, choice, monkeypatch):
+    monkeypatch.setenv("VJEPA_FAST_OPS", choice)
     leaf = torch.zeros(0, 96, device=kernels, requires_grad=True)
     out = rope3d(leaf + 0, torch.zeros(0, dtype=torch.int32, device=kernels), GRID, 1)
     out.sum().backward()

@@ -27,7 +27,6 @@ Legend: L tokens, (T, h, w) the grid, H heads, R = 3 d rotated elements of a hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -118,7 +117,7 @@ def rope3d_ref_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
         cos, sin: [L, R] of the tables; in half precision every product is rounded.
         num_heads: H.
     """
-    x = qkv.view(qkv.shape[0], 3, num_heads, -1)[:, :2, :, : cos.shape[-1]]
+    x = qkv.view(len(qkv), 3, num_heads, qkv.shape[1] // (3 * num_heads))[:, :2, :, : cos.shape[-1]]
     cos, sin = cos[:, None, None], sin[:, None, None]
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     if x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
@@ -212,7 +211,8 @@ def _launch(
     count, head_dim = len(x), x.shape[1] // (3 * num_heads)
     cols = max(2, 1 << (head_dim - 1).bit_length())
     # A program walks over the heads in blocks: the largest of those that leave the fewest lanes idle. It has few
-    # tokens, as each keeps its sines and cosines in registers.
+    # tokens, as each keeps its sines and cosines in registers, but at least 1024 elements, 8 for each thread: were they
+    # fewer, two threads would load an element that one of them changes.
     rows = min((32, 16, 8), key=lambda size: -(-parts * num_heads // size) * size)
     tokens = max(1, 1024 // (rows * cols))
     launch(
@@ -304,14 +304,14 @@ class Rope:
         self.ids, self.grid, self.head_dim, self.dtype = ids, grid, head_dim, dtype
         self.rounds = precision == "reference" and dtype in (torch.bfloat16, torch.float16)
         self.tables = rope_tables(grid, head_dim, dtype, style, precision, scale, ids.device)
-
-    @cached_property
-    def _token_tables(self) -> tuple[Tensor, ...]:
-        """The tables by token, [L, R] each, which only PyTorch needs."""
-        frame, row, column = token_positions(self.ids, *self.grid[1:]).unbind(-1)
-        rows = torch.stack([frame, self.grid[0] + row, self.grid[0] + self.grid[1] + column], dim=-1)
-        tables = self.tables.to(self.dtype) if self.rounds else self.tables
-        return tuple(table.index_select(0, rows.flatten()).view(len(rows), -1) for table in tables.unbind(0))
+        self.by_token: tuple[Tensor, ...] | None = None
+        if not use_triton(self.tables):
+            # PyTorch needs a row for each token, [L, R] in each table.
+            frame, row, column = token_positions(ids, *grid[1:]).unbind(-1)
+            rows = torch.stack([frame, grid[0] + row, grid[0] + grid[1] + column], dim=-1).flatten()
+            tables = self.tables.to(dtype) if self.rounds else self.tables
+            width = 3 * tables.shape[-1]
+            self.by_token = tuple(table.index_select(0, rows).view(len(ids), width) for table in tables.unbind(0))
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """Rotates queries and keys in place and returns the buffer.
@@ -329,10 +329,10 @@ class Rope:
                              f"{self.dtype}")
         if qkv.stride(-1) != 1:
             raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side")
-        if use_triton(qkv):
+        if self.by_token is None:
             out: Tensor = _Rope3d.apply(qkv, self.ids, self.tables, self.grid, num_heads, self.rounds)
         else:
-            out = _Rope3dRef.apply(qkv, *self._token_tables, num_heads)
+            out = _Rope3dRef.apply(qkv, *self.by_token, num_heads)
         return out
 
 
