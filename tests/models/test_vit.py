@@ -37,6 +37,29 @@ def test_other_sizes_and_frame_counts(use_rope):
         assert out.shape == (1, frames * height * width // 128, 48)
 
 
+def test_clips_of_several_sizes_in_one_pass():
+    encoder = VisionTransformer(model_config())
+    clips = [torch.randint(0, 256, (1, 4, *sides, 3), dtype=torch.uint8) for sides in ((32, 48), (40, 24))]
+    packed, _ = encoder.forward_packed(clips)
+    torch.testing.assert_close(packed, torch.cat([encoder(clip)[0] for clip in clips]), atol=1e-5, rtol=1e-4)
+
+
+def test_rope_precision_matters_to_half_precision_only():
+    torch.manual_seed(0)
+    clips = torch.randint(0, 256, (1, 8, 32, 32, 3), dtype=torch.uint8)
+    ids = torch.arange(64)[None]
+    for dtype in ("float32", "bfloat16"):
+        cfg = model_config().model_copy(update={"dtype": dtype})
+        encoder, predictor = VisionTransformer(cfg), Predictor(cfg)
+        for block in (*encoder.blocks, *predictor.predictor_blocks):
+            torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
+        exact = encoder(clips)
+        predicted = predictor(exact[:, :32], ids[:, :32], ids[:, 32:])
+        encoder.cfg = predictor.cfg = cfg.model_copy(update={"rope_precision": "reference"})
+        assert torch.equal(encoder(clips), exact) == (dtype == "float32")
+        assert torch.equal(predictor(exact[:, :32], ids[:, :32], ids[:, 32:]), predicted) == (dtype == "float32")
+
+
 def test_an_image_is_a_still_tubelet_to_a_video_model():
     encoder = VisionTransformer(model_config())
     image = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
