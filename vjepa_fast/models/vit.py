@@ -102,13 +102,15 @@ class PatchEmbed(nn.Module):
             kernel = (tubelet_size, patch_size, patch_size)
             self.proj = nn.Conv3d(3, dim, kernel_size=kernel, stride=kernel)
 
-    def forward(self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype, table: Tensor | None = None
+    ) -> Tensor:
         """Args and result as vjepa_fast.ops.patch_embed."""
         weight = self.proj.weight
         if weight.ndim == 4:
             weight = weight[:, :, None]
         assert self.proj.bias is not None
-        return patch_embed(clips, weight, self.proj.bias, rows, dtype)
+        return patch_embed(clips, weight, self.proj.bias, rows, dtype, table)
 
 
 class VisionTransformer(nn.Module):
@@ -199,7 +201,7 @@ class VisionTransformer(nn.Module):
             clip_of_row = torch.arange(len(joined), device=joined.device) % batch_size
             rows, ids = (clip_of_row[:, None] * num_tokens + joined).flatten(), joined.flatten()
             shape = (len(joined), joined.shape[1])
-        tokens = self._embed(clips, rows, ids, grid)
+        tokens = self._embed(clips, rows, grid)
         packing = Packing.uniform(*shape, clips.device)
         outputs = self._run(tokens, ids, grid, packing)
         outputs = [out.view(*shape, -1) for out in outputs]
@@ -229,18 +231,17 @@ class VisionTransformer(nn.Module):
                 batch = masks[index]
                 rows, ids = batch.context_rows, batch.context_ids
                 packings.append(Packing(batch.context_lengths, batch.cu_seqlens_context))
-            tokens.append(self._embed(group, rows, ids, grid))
+            tokens.append(self._embed(group, rows, grid))
             all_ids.append(ids)
             grids.append(grid)
         packing = concatenate(packings)
         return self._run(torch.cat(tokens), *join_ids(all_ids, grids), packing, final_norm)[-1], packing
 
-    def _embed(self, clips: Tensor, rows: Tensor | None, ids: Tensor, grid: Grid) -> Tensor:
-        tokens = self.patch_embed(clips, rows, self.dtype)
-        if self.pos_embed is None:
-            return tokens
-        table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
-        return tokens + table.to(tokens.dtype)[ids.long()]
+    def _embed(self, clips: Tensor, rows: Tensor | None, grid: Grid) -> Tensor:
+        table = None
+        if self.pos_embed is not None:
+            table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
+        return self.patch_embed(clips, rows, self.dtype, table)
 
     def _run(self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, final_norm: bool = True) -> list[Tensor]:
         rope = None

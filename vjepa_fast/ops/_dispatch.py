@@ -76,6 +76,18 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+assumed_capability = 90
+"""Of tensors that are not on a GPU: the interpreter ignores it, compiling ahead of time sets it."""
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, as 90 for sm_90."""
+    if device.type != "cuda":
+        return assumed_capability
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def row_block(width: int) -> dict[str, int]:
     """Launch options for a program that holds a row of `width` elements in registers."""
     block = max(16, 1 << (width - 1).bit_length())
