@@ -14,7 +14,8 @@ from vjepa_fast.train.step import TrainStep
 
 KERNELS = [
     "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel",
-    "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_rope3d_kernel", "_sum_of_squares_kernel"]
+    "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_patch_embed_bwd_kernel", "_patch_embed_fold_kernel",
+    "_patch_embed_fwd_kernel", "_patch_embed_unfold_kernel", "_rope3d_kernel", "_sum_of_squares_kernel"]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:

@@ -331,10 +331,12 @@ def _tiles(dtype: torch.dtype, rows: int, cols: int, wide: bool) -> tuple[int, i
     """Tile of a product [rows, cols], of its sum, and launch options.
 
     A tile of 128 x 256 reads least, but its sums fill the registers of 8 warps: only where the tensor cores work
-    asynchronously and little else is held (`wide`). The fp32 product runs on the ordinary units, in small tiles.
+    asynchronously and little else is held (`wide`). The fp32 product runs on the ordinary units, in tiles of at most 32
+    rows: from 64 on, Triton (3.7) gives it to the tensor cores of sm_100 as TF32 if an operand was a narrower type,
+    whatever input_precision says.
     """
     single = dtype == torch.float32
-    most = (64, 64) if single else (128, 256 if wide else 128)
+    most = (32, 64) if single else (128, 256 if wide else 128)
     tile_rows, tile_cols = (
         min(size, max(16, 1 << (n - 1).bit_length())) for n, size in zip((rows, cols), most, strict=True))
     warps = 4 if single or tile_rows * tile_cols < 128 * 128 else 8
