@@ -1,4 +1,4 @@
-"""Tubelets to tokens, for the context tokens of a batch and for all of its tokens."""
+"""Tubelets to tokens, for the context tokens of a batch and for all of its tokens, these also with positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.workload import Workload
 from vjepa_fast.ops.patch_embed import patch_embed
 
 
-@pytest.mark.parametrize("tokens", ["context", "all"])
+@pytest.mark.parametrize("tokens", ["context", "all", "all with positions"])
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 def test_patch_embed(
     measure: Callable[..., None], workload: Workload, device: torch.device, mode: str, tokens: str
@@ -25,10 +25,11 @@ def test_patch_embed(
     masks = workload.masks(device)
     rows = masks.context_rows if tokens == "context" else None
     count = masks.batch_size * masks.num_tokens if rows is None else len(rows)
+    table = torch.randn(masks.num_tokens, workload.width, device=device) if tokens == "all with positions" else None
     pixels = 3 * kernel[0] * kernel[1] * kernel[2]
 
     def forward() -> torch.Tensor:
-        return patch_embed(clips, weight, bias, rows, dtype)
+        return patch_embed(clips, weight, bias, rows, dtype, table)
 
     grad = torch.randn_like(forward())
 
@@ -37,7 +38,7 @@ def test_patch_embed(
         forward().backward(grad)
 
     flops = 2 * count * pixels * workload.width
-    num_bytes = count * pixels + weight.nbytes + grad.nbytes
+    num_bytes = count * pixels + weight.nbytes + grad.nbytes + (0 if table is None else table.nbytes)
     if mode == "forward":
         with torch.no_grad():
             measure(forward, num_bytes=num_bytes, flops=flops)

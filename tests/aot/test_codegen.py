@@ -67,6 +67,16 @@ def test_within_budget(compiled: dict[str, Any], budgets: dict[str, Any], capabi
     assert not over, "\n".join(over)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fp32_products_are_fp32(compiled: dict[str, Any], capability: str) -> None:
+    """The tensor cores would round the operands to TF32."""
+    products = {"wgmma.mma_async", "mma.sync", "tcgen05.mma"}
+    for name, by_capability in compiled.items():
+        if " fp32 " in name:
+            assert not products & set(by_capability[capability]["instructions"]), name
+
+
 def _budget(used: dict[str, Any]) -> dict[str, Any]:
     return {"registers": -(-used["registers"] // 8) * 8 + 8, "shared": used["shared"],
             "instructions": used["instructions"]}

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Clips [B, T, H, W], tubelet and patch, width.
 SIZES = [
     ((2, 4, 32, 48), (2, 16), 24), ((3, 1, 28, 42), (1, 14), 31), ((1, 8, 24, 16), (4, 8), 70),
-    ((1, 2, 64, 32), (2, 32), 7), ((1, 1, 5, 5), (1, 5), 1),
+    ((1, 1, 64, 32), (1, 32), 7), ((1, 1, 5, 5), (1, 5), 1),
 ]
 LAUNCHED = {f"_patch_embed_{name}_kernel": 1 for name in ("fold", "fwd", "bwd", "unfold")}
 
@@ -71,7 +71,7 @@ def check(
 def test_kept_tokens_with_positions(kernels, shape, kernel, width, dtype):
     num_tokens = grid_size(shape, kernel)
     table = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(4)).to(kernels)
-    check(pixels(shape, kernels), *parameters(kernel, width, kernels), rows_of(37, shape[0] * num_tokens, kernels),
+    check(pixels(shape, kernels), *parameters(kernel, width, kernels), rows_of(29, shape[0] * num_tokens, kernels),
           dtype, table)
     assert _dispatch.launches == LAUNCHED
 
@@ -118,10 +118,9 @@ def test_strided_parameters_rows_and_gradient(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_ranges_of_tokens_and_the_same_bits_again(kernels, dtype, monkeypatch):
-    monkeypatch.setattr("vjepa_fast.ops.patch_embed.num_multiprocessors", lambda device: 12)
+def test_several_ranges_of_tokens_and_the_same_bits_again(kernels, dtype):
     weight, bias = parameters((1, 4), 16, kernels)
-    clips, rows = pixels((3, 2, 24, 20), kernels), rows_of(391, 180, kernels)
+    clips, rows = pixels((3, 2, 24, 20), kernels), rows_of(277, 180, kernels)
     check(clips, weight, bias, rows, dtype)
     leaves = [weight.requires_grad_(), bias.requires_grad_()]
     first, second = (
@@ -138,8 +137,9 @@ def test_pixels_beyond_two_to_the_31_elements(kernels, far, tubelet):
     near = pixels(tuple(shape[:4]), kernels)
     strides = [FAR if i == far else stride for i, stride in enumerate(near.stride())]
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * FAR + 4096, flags=flags), dtype=torch.uint8)
-    clips = memory.as_strided(shape, strides)
+    # In front lies what an offset that overflows reaches: zeros.
+    memory = torch.frombuffer(mmap.mmap(-1, 2**31 + 2 * FAR + 4096, flags=flags), dtype=torch.uint8)
+    clips = memory.as_strided(shape, strides, 2**31)
     clips.copy_(near)
     patch = 1 if far == 2 else 2
     check(clips, *parameters((tubelet, patch), 16, kernels), None, torch.float32)
@@ -182,16 +182,15 @@ def test_pytorch_serves_what_the_kernels_do_not(kernels):
 
 def test_opcheck(kernels):
     weight, bias = parameters((2, 8), 20, kernels)
-    clips, rows = pixels((2, 4, 16, 24), kernels), rows_of(13, 24, kernels)
-    table = torch.randn(12, 20, device=kernels)
+    clips, rows = pixels((1, 4, 8, 16), kernels), rows_of(5, 4, kernels)
+    table = torch.randn(4, 20, device=kernels)
     forward, backward = torch.ops.vjepa_fast.patch_embed_fwd.default, torch.ops.vjepa_fast.patch_embed_bwd.default
-    for some_clips in (clips, clips.movedim(-1, 1).contiguous().movedim(1, -1)):
-        for some_rows, some_table in ((rows, table), (None, None)):
-            arguments = some_clips, weight, bias, some_rows, some_table, torch.bfloat16
-            torch.library.opcheck(forward, arguments)
-            tokens, places = forward(*arguments)
-            torch.library.opcheck(backward, (tokens, some_clips, places, 2, 8, torch.float32))
-            torch.library.opcheck(backward, (tokens.t().contiguous().t(), some_clips, places, 2, 8, torch.float32))
+    channels_first = clips.movedim(-1, 1).contiguous().movedim(1, -1)
+    for arguments in ((clips, weight, bias, rows, table, torch.bfloat16),
+                      (channels_first, weight, bias, None, None, torch.bfloat16)):
+        torch.library.opcheck(forward, arguments)
+        tokens, places = forward(*arguments)
+        torch.library.opcheck(backward, (tokens.t().contiguous().t(), arguments[0], places, 2, 8, torch.float32))
 
 
 def test_compiles_whole(kernels):

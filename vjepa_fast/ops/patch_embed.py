@@ -15,11 +15,12 @@ The inner index of the product runs over (tubelet, patch row, patch column, chan
 compiler proves that 16 neighbours are contiguous and reads them at once. Blocks of whole runs (48 of 64 lanes) would
 read as well and waste a quarter of the product. Other strides take the order of the weight: runs of `patch` values.
 
-Bytes, with s the size of an element of the result: forward K P + D P s + K D s (the fold, 4 D P + D P s, and with a
-table 4 N D); backward K P + K D s for the product and again K D s for the bias, 4 D P for the result and twice 4 S D P
-for partial sums. FLOPs: 2 K P D forward, 2 K P D backward, so that the tensor cores bound it. On an H200 (4.8 TB/s,
-790 TFLOP/s) at 24 clips, D = 1024, P = 1536, bf16: 196 us for all 49152 tokens, 61 us forward and 61 us backward for
-15264 context tokens (40 MB of pixels and gradient would be 11 us).
+Bytes at least, with s the size of an element of the result: forward K P + 4 D P + K D s (with a table 4 N D more),
+backward the same. The kernels add the folded weight (D P s, which stays in the cache), the gradient once more for that
+of the bias (K D s) and the partial sums (8 S D P, within the cache). FLOPs: 2 K P D forward, 2 K P D backward, which
+bound it. On an H200 (4.8 TB/s, 790 TFLOP/s) with 24 clips of N = 2048, D = 1024, P = 1536, bf16: 196 us for all tokens
+(38 us for the bytes), 61 us forward and 61 us backward for the 15264 context tokens of an 8-block and a 2-block mask
+(13 us).
 
 Partial sums of the weight gradient go over a number of token ranges S that depends on shapes and the device only, then
 over the ranges: the same bits at every run.
@@ -321,8 +322,9 @@ WORKSPACE = 32 * 2**20
 
 
 def _num_ranges(num_tiles: int, num_bytes: int, count: int, device: torch.device) -> int:
-    """Ranges of tokens that leave the fewest multiprocessors idle, of 128 tokens at least and within WORKSPACE."""
-    num = num_multiprocessors(device)
+    """Ranges of at least 128 tokens, within WORKSPACE, that leave the fewest multiprocessors idle, with two programs on
+    each."""
+    num = 2 * num_multiprocessors(device)
     most = max(1, min(WORKSPACE // num_bytes, count // 128))
     return max(range(1, most + 1), key=lambda s: num_tiles * s / (-(-num_tiles * s // num) * num))
 
