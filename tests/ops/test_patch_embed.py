@@ -76,7 +76,7 @@ def test_kept_tokens_with_positions(kernels, shape, kernel, width, dtype):
     assert _dispatch.launches == LAUNCHED
 
 
-@pytest.mark.parametrize("shape, kernel, width", SIZES)
+@pytest.mark.parametrize("shape, kernel, width", [SIZES[0], SIZES[1], SIZES[-1]])
 def test_all_tokens(kernels, shape, kernel, width):
     check(pixels(shape, kernels), *parameters(kernel, width, kernels), None, torch.bfloat16)
     assert _dispatch.launches == LAUNCHED
@@ -92,9 +92,8 @@ def test_float_clips_are_taken_as_they_are(kernels, pixel_dtype, dtype):
     assert _dispatch.launches == LAUNCHED
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(kernels, dtype):
-    kernel = (2, 8)
+def test_layouts(kernels):
+    kernel, dtype = (2, 8), torch.bfloat16
     weight, bias = parameters(kernel, 20, kernels)
     shape = (2, 4, 16, 24)
     clips, rows = pixels(shape, kernels), rows_of(13, 24, kernels)
@@ -186,11 +185,11 @@ def test_opcheck(kernels):
     table = torch.randn(4, 20, device=kernels)
     forward, backward = torch.ops.vjepa_fast.patch_embed_fwd.default, torch.ops.vjepa_fast.patch_embed_bwd.default
     channels_first = clips.movedim(-1, 1).contiguous().movedim(1, -1)
-    for arguments in ((clips, weight, bias, rows, table, torch.bfloat16),
-                      (channels_first, weight, bias, None, None, torch.bfloat16)):
-        torch.library.opcheck(forward, arguments)
-        tokens, places = forward(*arguments)
-        torch.library.opcheck(backward, (tokens.t().contiguous().t(), arguments[0], places, 2, 8, torch.float32))
+    torch.library.opcheck(forward, (channels_first, weight, bias, None, None, torch.bfloat16))
+    arguments = clips, weight, bias, rows, table, torch.bfloat16
+    torch.library.opcheck(forward, arguments)
+    tokens, places = forward(*arguments)
+    torch.library.opcheck(backward, (tokens.t().contiguous().t(), clips, places, 2, 8, torch.float32))
 
 
 def test_compiles_whole(kernels):
