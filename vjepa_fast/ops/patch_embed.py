@@ -12,8 +12,8 @@ fold reads the fp32 master, not its shadow: one small launch a call, and nothing
 
 The inner index of the product runs over (tubelet, patch row, patch column, channel) of channels-last clips: runs of
 3 * patch bytes, cut into tiles of 64 values by division by a constant. Where 16 divides 3 * patch and the strides, the
-compiler proves that 16 neighbours are contiguous and reads them at once. Blocks of whole runs (48 of 64 lanes) would
-read as well and waste a quarter of the product. Other strides take the order of the weight: runs of `patch` values.
+compiler proves that 16 neighbours are contiguous and reads 8 or 16 bytes at once. Blocks of whole runs (48 of 64 lanes)
+would read as well and waste a quarter of the product. Other strides take the order of the weight: runs of `patch` values.
 
 Bytes at least, with s the size of an element of the result: forward K P + 4 D P + K D s (with a table 4 N D more),
 backward the same. The kernels add the folded weight (D P s, which stays in the cache), the gradient once more for that
