@@ -13,7 +13,8 @@ fold reads the fp32 master, not its shadow: one small launch a call, and nothing
 The inner index of the product runs over (tubelet, patch row, patch column, channel) of channels-last clips: runs of
 3 * patch bytes, cut into tiles of 64 values by division by a constant. Where 16 divides 3 * patch and the strides, the
 compiler proves that 16 neighbours are contiguous and reads 8 or 16 bytes at once. Blocks of whole runs (48 of 64 lanes)
-would read as well and waste a quarter of the product. Other strides take the order of the weight: runs of `patch` values.
+would read as well and waste a quarter of the product. Other strides take the order of the weight, runs of `patch`
+values.
 
 Bytes at least, with s the size of an element of the result: forward K P + 4 D P + K D s (with a table 4 N D more),
 backward the same. The kernels add the folded weight (D P s, which stays in the cache), the gradient once more for that
@@ -329,20 +330,26 @@ def _num_ranges(num_tiles: int, num_bytes: int, count: int, device: torch.device
     return max(range(1, most + 1), key=lambda s: num_tiles * s / (-(-num_tiles * s // num) * num))
 
 
-def _tiles(dtype: torch.dtype, rows: int, cols: int, wide: bool) -> tuple[int, int, int, dict[str, int]]:
+def _tiles(
+    dtype: torch.dtype, rows: int, cols: int, patch: int, wide: bool
+) -> tuple[int, int, int, dict[str, int]]:
     """Tile of a product [rows, cols], of its sum, and launch options.
 
     A tile of 128 x 256 reads least, but its sums fill the registers of 8 warps: only where the tensor cores work
     asynchronously and little else is held (`wide`). The fp32 product runs on the ordinary units, in tiles of at most 32
     rows: from 64 on, Triton (3.7) gives it to the tensor cores of sm_100 as TF32 if an operand was a narrower type,
-    whatever input_precision says.
+    whatever input_precision says. Pixels that are read one by one or in pairs (`patch` not a multiple of 8) take more
+    addresses, so a thread has fewer of them.
     """
     single = dtype == torch.float32
     most = (32, 64) if single else (128, 256 if wide else 128)
     tile_rows, tile_cols = (
         min(size, max(16, 1 << (n - 1).bit_length())) for n, size in zip((rows, cols), most, strict=True))
-    warps = 4 if single or tile_rows * tile_cols < 128 * 128 else 8
-    return tile_rows, tile_cols, 16 if single else 64, {"num_warps": warps, "num_stages": 2 if single else 3}
+    if single:
+        return tile_rows, tile_cols, 16, {"num_warps": 4, "num_stages": 2}
+    in_runs = patch % 8 == 0
+    warps = 4 if in_runs and tile_rows * tile_cols < 128 * 128 else 8
+    return tile_rows, tile_cols, 64 if in_runs else 32, {"num_warps": warps, "num_stages": 3}
 
 
 def _geometry(clips: Tensor, tubelet: int, patch: int) -> dict[str, int | bool]:
@@ -402,7 +409,7 @@ def _patch_embed_fwd(
         *(_CENTRED if geometry["CENTRE"] else _AS_IT_IS), PIXELS=pixels, CHANNELS_LAST=geometry["CHANNELS_LAST"],
         BLOCK_D=4, BLOCK_P=512, num_warps=4)
     block_m, block_n, block_k, options = _tiles(
-        dtype, 128, width, capability(clips.device) >= 90 and patch % 16 == 0 and table is None)
+        dtype, 128, width, patch, capability(clips.device) >= 90 and patch % 16 == 0 and table is None)
     launch(
         _patch_embed_fwd_kernel, (-(-count // block_m) * -(-width // block_n),), clips,
         None if rows is None else rows.contiguous(), folded, folded_bias, None if table is None else table.contiguous(),
@@ -422,7 +429,7 @@ def _patch_embed_bwd(
     geometry = _geometry(clips, tubelet, patch)
     pixels = 3 * tubelet * patch * patch
     # Pixels are converted between two products, so that two small programs a multiprocessor beat a wide one.
-    block_d, block_p, block_t, options = _tiles(grad.dtype, width, pixels, False)
+    block_d, block_p, block_t, options = _tiles(grad.dtype, width, pixels, patch, False)
     num_tiles = -(-width // block_d) * -(-pixels // block_p)
     num_ranges = _num_ranges(num_tiles, 4 * width * pixels, count, clips.device)
     per_range = -(-count // (num_ranges * block_t)) * block_t
