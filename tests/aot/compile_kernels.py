@@ -22,7 +22,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vjepa_fast.ops import _dispatch, adamw_ema, ema, grad_norm, latent_loss, layer_norm, patch_embed, rope3d
+from vjepa_fast.ops import (
+    _dispatch,
+    activation,
+    adamw_ema,
+    ema,
+    grad_norm,
+    latent_loss,
+    layer_norm,
+    patch_embed,
+    rope3d,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -116,6 +126,17 @@ def patch_embed_case(
     patch_embed._patch_embed_bwd(tokens, clips, places, *kernel[:2], torch.float32)
 
 
+def gelu_case(dtype: torch.dtype, width: int) -> None:
+    x = torch.zeros(64, width, dtype=dtype)
+    activation._gelu_bwd(activation._gelu_fwd(x), x)
+
+
+def swiglu_case(dtype: torch.dtype, width: int, halves: bool) -> None:
+    x = torch.zeros(64, 2 * width, dtype=dtype)
+    gate, value = x.chunk(2, dim=1) if halves else (x, x)
+    activation._swiglu_bwd(activation._swiglu_fwd(gate, value), gate, value)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
     "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
@@ -148,6 +169,11 @@ CASES: dict[str, Callable[[], None]] = {
     "patch_embed bf16 1280 float image": lambda: patch_embed_case(
         torch.bfloat16, 1280, (1, 8, 8), (1, 28, 28), pixel_dtype=torch.bfloat16),
     "patch_embed fp32 384": lambda: patch_embed_case(torch.float32, 384, (2, 16, 16), (8, 16, 16)),
+    "gelu bf16 4096": lambda: gelu_case(torch.bfloat16, 4096),
+    "gelu fp32 1537": lambda: gelu_case(torch.float32, 1537),
+    "swiglu bf16 4096": lambda: swiglu_case(torch.bfloat16, 4096, False),
+    "swiglu bf16 halves of 8192": lambda: swiglu_case(torch.bfloat16, 4096, True),
+    "swiglu fp32 1023": lambda: swiglu_case(torch.float32, 1023, False),
 }
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.attention import attention
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
@@ -60,7 +60,7 @@ class SwiGLU(nn.Module):
         self.fc3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+        return self.fc3(swiglu(self.fc1(x), self.fc2(x)))
 
 
 def drop_path(x: Tensor, packing: Packing, rate: float) -> Tensor:
