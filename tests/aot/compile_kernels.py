@@ -32,6 +32,7 @@ from vjepa_fast.ops import (
     layer_norm,
     patch_embed,
     rope3d,
+    variance_loss,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -137,6 +138,12 @@ def swiglu_case(dtype: torch.dtype, width: int, halves: bool) -> None:
     activation._swiglu_bwd(activation._swiglu_fwd(gate, value), gate, value)
 
 
+def variance_loss_case(dtype: torch.dtype, width: int) -> None:
+    x, cu_seqlens, weights = torch.zeros(64, width, dtype=dtype), torch.zeros(49, dtype=torch.int32), torch.zeros(24)
+    loss, *statistics = variance_loss._variance_loss_fwd(x, cu_seqlens, 1305, weights)
+    variance_loss._variance_loss_bwd(loss, x, cu_seqlens, 1305, *statistics)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
     "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
@@ -174,6 +181,8 @@ CASES: dict[str, Callable[[], None]] = {
     "swiglu bf16 4096": lambda: swiglu_case(torch.bfloat16, 4096, False),
     "swiglu bf16 halves of 8192": lambda: swiglu_case(torch.bfloat16, 4096, True),
     "swiglu fp32 1023": lambda: swiglu_case(torch.float32, 1023, False),
+    "variance_loss bf16 1024": lambda: variance_loss_case(torch.bfloat16, 1024),
+    "variance_loss fp32 391": lambda: variance_loss_case(torch.float32, 391),
 }
 
 

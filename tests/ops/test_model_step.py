@@ -17,12 +17,14 @@ KERNELS = [
     "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_gelu_bwd_kernel", "_gelu_fwd_kernel",
     "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel",
     "_patch_embed_bwd_kernel", "_patch_embed_fold_kernel", "_patch_embed_fwd_kernel", "_patch_embed_unfold_kernel",
-    "_rope3d_kernel", "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel"]
+    "_rope3d_kernel", "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
+    "_variance_loss_bwd_kernel", "_variance_loss_fwd_kernel", "_variance_loss_stats_kernel"]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
     cfg = config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1,
                  use_pred_silu=True)
+    cfg.loss.reg_coeff = 0.1
     cfg.model.dtype = cfg.train.dtype = dtype
     torch.manual_seed(0)
     model = vf.VJEPA(cfg.model).to(device)

@@ -290,6 +290,8 @@ class DataConfig(Section):
 class LossConfig(Section):
     loss_exp: Annotated[float, Field(gt=0)] = 1.0
     """p of mean |prediction - target|^p / p."""
+    reg_coeff: NonNegative = 0.0
+    """Weight of V-JEPA 1's variance term, the mean of relu(1 - standard deviation over a clip's predicted tokens)."""
 
 
 class OptimizationConfig(Section):

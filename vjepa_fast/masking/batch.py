@@ -135,6 +135,11 @@ class MaskBatch:
         weights = np.array(self.with_weights(num_groups).loss_weights)
         return self._sequence_of(self.target_ids, self.target_lengths, weights)
 
+    def clip_weights(self, num_groups: int = 1) -> Tensor:
+        """float64 [batch_size]: what the target tokens of each clip weigh together; see token_weights."""
+        weights = np.array(self.with_weights(num_groups).loss_weights) * np.array(self.target_lengths)
+        return _to_device(weights.reshape(self.num_masks, self.batch_size).sum(0), self.device)
+
     def with_weights(self, num_groups: int = 1) -> MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""
         if self.loss_weights is not None:

@@ -17,6 +17,8 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
+from vjepa_fast.ops.packing import Packing
+from vjepa_fast.ops.variance_loss import variance_loss
 
 
 @dataclass
@@ -84,12 +86,14 @@ class VJEPA(nn.Module):
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set (a loaded config has them).
         loss_exp: p of the L_p loss.
+        reg_coeff: weight of V-JEPA 1's variance term; 0 leaves it out.
     """
 
-    def __init__(self, cfg: ModelConfig, loss_exp: float = 1.0) -> None:
+    def __init__(self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0) -> None:
         super().__init__()
         self.cfg = cfg
         self.loss_exp = loss_exp
+        self.reg_coeff = reg_coeff
         self.encoder = VisionTransformer(cfg)
         self.predictor = Predictor(cfg)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -124,7 +128,22 @@ class VJEPA(nn.Module):
         norm = self.target_encoder.norm
         final_norm = norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps
         loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm)
+        if self.reg_coeff != 0:
+            loss = loss + self.reg_coeff * self._variance_term(predictions, batches)
         return JEPAOutput(loss, predictions, features, rows, final_norm, batches)
+
+    @staticmethod
+    def _variance_term(predictions: Tensor, batches: Sequence[MaskBatch]) -> Tensor:
+        """variance_loss, a clip weighing what its tokens weigh in the main loss.
+
+        That is the reference's mean over clips where masks of one length are cut out of all of them. As the weights
+        add up to 1 over groups, micro-batches and processes, so does the term, however a batch is divided.
+        """
+        terms = []
+        for group, batch in zip(predictions.split([len(m.target_ids) for m in batches]), batches, strict=True):
+            packing = Packing(batch.target_lengths, batch.cu_seqlens_target)
+            terms.append(variance_loss(group, packing, batch.clip_weights(len(batches))))
+        return torch.stack(terms).sum()
 
     @torch.no_grad()
     def encode_targets(self, clips: Sequence[Tensor], masks: Sequence[MaskBatch]) -> tuple[Tensor, Tensor]:

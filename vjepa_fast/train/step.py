@@ -53,7 +53,7 @@ class TrainStep:
         self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1
     ) -> None:
         self.model = model
-        model.loss_exp = cfg.loss.loss_exp
+        model.loss_exp, model.reg_coeff = cfg.loss.loss_exp, cfg.loss.reg_coeff
         self.forward = data_parallel or model
         self.num_processes = num_processes
         self.num_micro = cfg.optimization.grad_accumulation
