@@ -8,17 +8,19 @@ import torch
 import vjepa_fast as vf
 from tests.models.test_packed import config, make_batch
 from vjepa_fast.config.schema import Dtype
-from vjepa_fast.ops import _dispatch
+from vjepa_fast.models.layers import make_blocks, run_blocks
+from vjepa_fast.ops import _dispatch, layer_norm
+from vjepa_fast.ops.packing import Packing
 from vjepa_fast.train.optim import ema_update
 from vjepa_fast.train.step import TrainStep
 
-KERNELS = [
 KERNELS = [
     "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_gelu_bwd_kernel", "_gelu_fwd_kernel",
     "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel",
     "_patch_embed_bwd_kernel", "_patch_embed_fold_kernel", "_patch_embed_fwd_kernel", "_patch_embed_unfold_kernel",
     "_rope3d_kernel", "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
-    "_variance_loss_bwd_kernel", "_variance_loss_fwd_kernel", "_variance_loss_stats_kernel"]
+    "_variance_loss_bwd_kernel", "_variance_loss_fwd_kernel", "_variance_loss_stats_kernel",
+]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
@@ -45,6 +47,20 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
     plain = one_step(kernels, dtype)
     assert not _dispatch.launches
     assert ours == pytest.approx(plain, rel=rtol)
+
+
+def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None:
+    """Three blocks have six norms, of which the first alone reads no sum."""
+    blocks = make_blocks(3, 16, 2, 2.0, 0.0, False, True).to(kernels)
+    x = torch.randn(7, 16, device=kernels, requires_grad=True)
+    packing = Packing.uniform(1, 7, kernels)
+    branches = []
+    stock = layer_norm._LayerNorm.apply
+    monkeypatch.setattr(layer_norm._LayerNorm, "apply", lambda *args: branches.append(args[1]) or stock(*args))
+    *_, (x, branch) = run_blocks(blocks, x, packing, None, False)
+    (x + branch).sum().backward()
+    assert [b is None for b in branches] == [True, *[False] * 5]
+    assert _dispatch.launches["_layer_norm_fwd_kernel"] == _dispatch.launches["_layer_norm_bwd_kernel"] == 6
 
 
 def test_the_moving_average_by_itself_has_a_kernel(kernels: torch.device) -> None:

@@ -6,9 +6,12 @@ Legend: L tokens of all sequences, D width, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.attention import attention
@@ -84,10 +87,23 @@ class Block(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.mlp: nn.Module = SwiGLU(dim, hidden, wide_swiglu) if swiglu else MLP(dim, hidden)
 
-    def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
-        """x: [L, D]."""
-        x, normed = self.norm2.add(x, self._drop(self.attn(self.norm1(x), packing, rope), packing))
-        return x + self._drop(self.mlp(normed), packing)
+    def forward(
+        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None = None, defer: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The output of the block, [L, D].
+
+        Args:
+            x: [L, D].
+            packing: where the sequences lie.
+            rope: rotates queries and keys; None: nothing does.
+            branch: [L, D], what the block before left to be added to x.
+            defer: leave the last addition to the norm that reads the output, which saves a pass over the tokens
+                forward and two backward; the result is then (x, branch), whose sum is the output.
+        """
+        x, normed = (x, self.norm1(x)) if branch is None else self.norm1.add(x, branch)
+        x, normed = self.norm2.add(x, self._drop(self.attn(normed, packing, rope), packing))
+        branch = self._drop(self.mlp(normed), packing)
+        return (x, branch) if defer else x + branch
 
     def _drop(self, x: Tensor, packing: Packing) -> Tensor:
         return drop_path(x, packing, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else x
@@ -99,6 +115,35 @@ def make_blocks(
     """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`."""
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu) for rate in rates)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _may_defer(block: nn.Module) -> bool:
+    """Whether nobody looks at what the block gets and returns, and it is ours."""
+    return type(block).forward is Block.forward and not any(getattr(block, name) for name in _HOOKS)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """After each block x and branch, whose sum is its output; the sum is x where branch is None.
+
+    A block's last addition is done by the first norm of the next. Recomputed blocks (`checkpointing`) add up for
+    themselves, as their inputs are kept: one tensor rather than two. So do blocks with hooks, which see whole outputs.
+    """
+    branch: Tensor | None = None
+    for block, following in zip_longest(blocks, blocks[1:]):
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, packing, rope, use_reentrant=False)
+        elif _may_defer(block):
+            x, branch = block(x, packing, rope, branch, defer=True)
+            if following is not None and not _may_defer(following):
+                x, branch = x + branch, None
+        else:
+            x = block(x, packing, rope)
+        yield x, branch
 
 
 def init_weights(module: nn.Module, blocks: nn.ModuleList) -> None:

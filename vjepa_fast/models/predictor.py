@@ -9,16 +9,16 @@ predictor width.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
-from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks
+from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
 from vjepa_fast.models.positions import sincos_table
 from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
@@ -130,11 +130,10 @@ class Predictor(nn.Module):
         if self.cfg.use_rope:
             rope = Rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg.rope_style,
                         self.cfg.rope_precision)
-        for block in self.predictor_blocks:
-            if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout.packing, rope, use_reentrant=False)
-            else:
-                x = block(x, layout.packing, rope)
+        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.use_activation_checkpointing)
+        [(x, branch)] = deque(stream, maxlen=1)
+        if branch is not None:
+            x = x + branch
         targets = x.index_select(0, layout.inverse[len(tokens) :])
         return self.predictor_proj(self.predictor_norm(targets))
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
-from vjepa_fast.models.layers import init_weights, make_blocks
+from vjepa_fast.models.layers import init_weights, make_blocks, run_blocks
 from vjepa_fast.models.positions import interpolate_table, sincos_table
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.packing import Packing, concatenate
@@ -249,13 +248,16 @@ class VisionTransformer(nn.Module):
             rope = Rope(ids, grid, self.embed_dim // self.num_heads, self.dtype, self.cfg.rope_style,
                         self.cfg.rope_precision)
         outputs = []
-        for index, block in enumerate(self.blocks):
-            if self.cfg.use_activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, rope, use_reentrant=False)
-            else:
-                x = block(x, packing, rope)
+        branch: Tensor | None = None
+        stream = run_blocks(self.blocks, x, packing, rope, self.cfg.use_activation_checkpointing)
+        for index, (x, branch) in enumerate(stream):
             if self.out_layers is not None and index in self.out_layers:
-                outputs.append(self.norm(x))
+                outputs.append(self._norm(x, branch))
         if self.out_layers is not None:
             return outputs
-        return [self.norm(x) if final_norm else x]
+        if final_norm:
+            return [self._norm(x, branch)]
+        return [x if branch is None else x + branch]
+
+    def _norm(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        return self.norm(x) if branch is None else self.norm.add(x, branch)[1]
