@@ -32,7 +32,9 @@ _ROWS, _TILES, _COLS = 32, 4, 64
 
 def variance_loss_ref(predictions: Tensor, packing: Packing, weights: Tensor) -> Tensor:
     """The definition, in at least fp32."""
-    wide = predictions[: packing.total].to(torch.promote_types(predictions.dtype, torch.float32))
+    if packing.total < len(predictions):
+        predictions = predictions[: packing.total]
+    wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     variances = []
     parts = wide.split([count * length for count, length in packing.runs])
     for part, (count, length) in zip(parts, packing.runs, strict=True):
