@@ -4,6 +4,8 @@
     pytest benchmarks/ --device cpu --size small        a given one
     pytest benchmarks/ --benchmark-json=out.json        with hardware, versions, command, date and commit
     pytest benchmarks/ --benchmark-disable              one call of each, no figures
+    pytest benchmarks/ --benchmark-disable --size large --floors h200 --ignore benchmarks/test_step.py
+                                                        no calls: bytes, FLOPs and the shortest time on a named GPU
 
 A figure taken on a CPU speaks for that CPU only, and its operands may lie in the cache: a share of the memory limit
 above 100 % is possible there.
@@ -32,6 +34,8 @@ from benchmarks.timing import (
 from benchmarks.workload import LARGE, SMALL, TRIAL, Workload
 
 _SIZES = {"trial": TRIAL, "small": SMALL, "large": LARGE}
+_GPUS = {"h200": Limits(4.8e12, 790e12, "bfloat16")}
+"""Memory bandwidth of the data sheet, matrix products at what large ones reach."""
 _COLUMNS = {
     "ms_p50": "ms", "ms_p20": "p20", "ms_p80": "p80", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s",
     "percent_of_limit": "% of limit", "bound": "bound", "clips_per_s": "clips/s", "core_ms_per_clip": "core-ms/clip",
@@ -42,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vjepa-fast benchmarks")
     group.addoption("--device", default="auto", choices=["auto", "cpu", "cuda"])
     group.addoption("--size", default=None, choices=sorted(_SIZES), help="default: large on a GPU, small on a CPU")
+    group.addoption("--floors", default=None, choices=sorted(_GPUS), help="print what bounds each operation, run none")
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +64,22 @@ def workload(request: pytest.FixtureRequest, device: torch.device) -> Workload:
 @pytest.fixture(scope="session")
 def limits(request: pytest.FixtureRequest, device: torch.device, workload: Workload) -> Limits:
     """Copy bandwidth and matrix product rate of this machine, measured once."""
+    if request.config.getoption("--floors"):
+        return _GPUS[request.config.getoption("--floors")]
     found = measure_limits(device, small=workload is TRIAL)
     request.config.stash[_LIMITS] = found
     return found
 
 
 _LIMITS = pytest.StashKey[Limits]()
+_FLOORS = pytest.StashKey[list[str]]()
 Measure = Callable[..., None]
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device, workload: Workload, limits: Limits) -> Iterator[Measure]:
+def measure(
+    benchmark: Any, device: torch.device, workload: Workload, limits: Limits, request: pytest.FixtureRequest
+) -> Iterator[Measure]:
     """Times a function without arguments.
 
     measure(fn, num_bytes=..., flops=..., clips=..., seconds=..., wall=...): `num_bytes` counts each operand read once
@@ -83,6 +93,13 @@ def measure(benchmark: Any, device: torch.device, workload: Workload, limits: Li
     def run(fn: Callable[[], object], *, num_bytes: float = 0, flops: float = 0, clips: int = 0,
             seconds: float = 0.3, wall: bool = False) -> None:
         benchmark.extra_info.update(workload=workload.name, device=device.type)
+        if request.config.getoption("--floors"):
+            floor, bound = limits.floor(num_bytes, flops)
+            request.config.stash.setdefault(_FLOORS, []).append(
+                f"| {request.node.name.removeprefix('test_')} | {num_bytes / 1e6:.1f} | {flops / 1e9:.2f} | "
+                f"{1e6 * floor:.1f} | {bound} |")
+            benchmark(lambda: None)
+            return
         if benchmark.disabled:
             benchmark(fn)
             return
@@ -110,6 +127,9 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """A table of times, rates and shares of the limits."""
+    for line in ["| operation | MB | GFLOP | floor, us | bound |", "|---|---|---|---|---|", *config.stash.get(
+            _FLOORS, [])] * bool(config.getoption("--floors")):
+        terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     if session is None or _LIMITS not in config.stash:
         return

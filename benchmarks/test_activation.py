@@ -37,9 +37,10 @@ def test_activation(
             x.grad = None
         function(*inputs).backward(grad)
 
-    forward_bytes = (num_inputs + 1) * grad.nbytes
+    forward_bytes, forward_flops = (num_inputs + 1) * grad.nbytes, 12 * grad.numel()
     if mode == "forward":
         with torch.no_grad():
-            measure(lambda: function(*inputs), num_bytes=forward_bytes)
+            measure(lambda: function(*inputs), num_bytes=forward_bytes, flops=forward_flops)
     else:
-        measure(forward_backward, num_bytes=forward_bytes + (2 * num_inputs + 1) * grad.nbytes)
+        measure(forward_backward, num_bytes=forward_bytes + (2 * num_inputs + 1) * grad.nbytes,
+                flops=forward_flops + 20 * grad.numel())

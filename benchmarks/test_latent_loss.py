@@ -29,6 +29,8 @@ def test_latent_loss(measure: Callable[..., None], workload: Workload, device: t
     # A slope takes a byte, written in the forward and read in the backward.
     num_bytes = 2 * predictions.nbytes + predictions.numel()
     if mode == "forward":
-        measure(lambda: latent_loss(predictions, features, weights, 1.0, rows, norm), num_bytes=num_bytes)
+        measure(lambda: latent_loss(predictions, features, weights, 1.0, rows, norm), num_bytes=num_bytes,
+                flops=16 * predictions.numel())
     else:
-        measure(forward_backward, num_bytes=num_bytes + predictions.numel() + predictions.nbytes)
+        measure(forward_backward, num_bytes=num_bytes + predictions.numel() + predictions.nbytes,
+                flops=17 * predictions.numel())

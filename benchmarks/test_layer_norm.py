@@ -26,9 +26,9 @@ def test_layer_norm(measure: Callable[..., None], workload: Workload, device: to
 
     if mode == "forward":
         with torch.no_grad():
-            measure(lambda: norm(x), num_bytes=2 * x.nbytes)
+            measure(lambda: norm(x), num_bytes=2 * x.nbytes, flops=8 * x.numel())
     else:
-        measure(forward_backward, num_bytes=5 * x.nbytes)
+        measure(forward_backward, num_bytes=5 * x.nbytes, flops=22 * x.numel())
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
@@ -56,6 +56,6 @@ def test_add_layer_norm(
 
     if mode == "forward":
         with torch.no_grad():
-            measure(forward, num_bytes=4 * x.nbytes)
+            measure(forward, num_bytes=4 * x.nbytes, flops=9 * x.numel())
     else:
-        measure(forward_backward, num_bytes=8 * x.nbytes)
+        measure(forward_backward, num_bytes=8 * x.nbytes, flops=24 * x.numel())

@@ -26,6 +26,7 @@ def test_variance_loss(measure: Callable[..., None], workload: Workload, device:
 
     if mode == "forward":
         with torch.no_grad():
-            measure(lambda: variance_loss(predictions, packing, weights), num_bytes=predictions.nbytes)
+            measure(lambda: variance_loss(predictions, packing, weights), num_bytes=predictions.nbytes,
+                    flops=6 * predictions.numel())
     else:
-        measure(forward_backward, num_bytes=3 * predictions.nbytes)
+        measure(forward_backward, num_bytes=3 * predictions.nbytes, flops=8 * predictions.numel())

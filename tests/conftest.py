@@ -23,6 +23,11 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "TRITON_INTERPRET" not in os.environ:
+        # Kernels then run on the GPU.
+        for item in items:
+            if "kernels" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -1,7 +1,7 @@
 """What the compiled kernels use, against budgets.json: registers at most, no spills, shared memory, instructions.
 
 A budget of registers is what ptxas of Triton 3.7 needs, rounded up to a multiple of 8, and 8 more: another ptxas
-allocates a little differently. Regenerate with
+allocates a little differently. Regenerate, and print what is used now, with
 
     python tests/aot/test_codegen.py
 """
@@ -82,9 +82,24 @@ def _budget(used: dict[str, Any]) -> dict[str, Any]:
             "instructions": used["instructions"]}
 
 
+def table(compiled: dict[str, Any]) -> str:
+    """What each kernel uses, in Markdown; a cell has one figure where all architectures agree."""
+    lines = [f"| kernel (case) | registers, sm_{' / '.join(CAPABILITIES)} | stack | shared, bytes | instructions |",
+             "|---|---|---|---|---|"]
+    for kernel, found in compiled.items():
+        cells = []
+        for key in ("registers", "stack", "shared", "instructions"):
+            values = [found[c][key] for c in CAPABILITIES]
+            texts = [", ".join(value) if isinstance(value, list) else str(value) for value in values]
+            cells.append(texts[0] if len(set(texts)) == 1 else " / ".join(texts))
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    lines = []
-    for kernel, found in compile_all().items():
+    lines, everything = [], compile_all()
+    print(table(everything))
+    for kernel, found in everything.items():
         rows = ",\n".join(f'    "{capability}": {json.dumps(_budget(used))}' for capability, used in found.items())
         lines.append(f'  "{kernel}": {{\n{rows}\n  }}')
     BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
