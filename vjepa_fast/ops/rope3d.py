@@ -109,21 +109,31 @@ def rope_tables(
         cos, torch.stack([-even, odd], dim=-1).flatten(-2), torch.stack([odd, -even], dim=-1).flatten(-2)])
 
 
+def _quarter_turn(x: Tensor) -> Tensor:
+    """(b, -a) of every pair (a, b) of the last dimension."""
+    even_layout = x.stride(-1) == 1 and all(n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
+    if x.dtype in (torch.float32, torch.float64) and even_layout and not torch.compiler.is_compiling():
+        # The product with -i, exact for finite numbers, is vectorised on a CPU, where exchanging elements is not.
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * -1j).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([odd, -even], dim=-1).flatten(-2)
+
+
 def rope3d_ref_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> None:
-    """x = x * cos + swap(x) * sin for the rotated elements x of queries and keys, in place.
+    """x = x * cos + quarter_turn(x) * sin for the rotated elements x of queries and keys, in place.
 
     Args:
         qkv: [L, 3 * H * head_dim].
-        cos, sin: [L, R] of the tables; in half precision every product is rounded.
+        cos, sin: [L, R] of the tables, sin with every odd element negated; in half precision every product is rounded.
         num_heads: H.
     """
     x = qkv.view(len(qkv), 3, num_heads, qkv.shape[1] // (3 * num_heads))[:, :2, :, : cos.shape[-1]]
     cos, sin = cos[:, None, None], sin[:, None, None]
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = _quarter_turn(x)
     if x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
-        x.mul_(cos).addcmul_(swapped, sin)
+        x.mul_(cos).addcmul_(turned, sin)
     else:
-        x.copy_(x * cos + swapped * sin)
+        x.copy_(x * cos + turned * sin)
 
 
 @jit
@@ -310,6 +320,10 @@ class Rope:
             frame, row, column = token_positions(ids, *grid[1:]).unbind(-1)
             rows = torch.stack([frame, grid[0] + row, grid[0] + grid[1] + column], dim=-1).flatten()
             tables = self.tables.to(dtype) if self.rounds else self.tables
+            cos, *sines = tables.unbind(0)
+            # See rope3d_ref_.
+            signs = 1 - 2 * (torch.arange(cos.shape[-1], device=ids.device) % 2)
+            tables = torch.stack([cos, *(sine * signs for sine in sines)])
             width = 3 * tables.shape[-1]
             self.by_token = tuple(table.index_select(0, rows).view(len(ids), width) for table in tables.unbind(0))
 
