@@ -1,9 +1,9 @@
-"""Triton's interpreter with bfloat16 that rounds and computes as a GPU does.
+"""Triton's interpreter with bfloat16, and rounding to float8, as on a GPU.
 
 The interpreter keeps bfloat16 as uint16 bit patterns. As shipped (Triton 3.6, 3.7) it cuts off instead of rounding to
 nearest even, adds and multiplies the patterns as integers, and multiplies matrices of them. `repair` makes casts,
 elementwise operations, scalars and tl.dot go through fp32. Reductions and atomics on bfloat16 stay wrong: kernels are
-to compute in fp32.
+to compute in fp32. Rounding to float8 (e4m3) loses carries as shipped; it goes through PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -26,6 +27,11 @@ def round_to_bf16(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = ((bits + np.uint32(0x7FFF) + last_kept) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def round_to_float8(values: np.ndarray) -> np.ndarray:
+    """Bit patterns, uint8, of fp32 numbers as e4m3, as PyTorch rounds them."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
@@ -56,6 +62,8 @@ def repair() -> None:
     }
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.float8e4nv:
+            return interpreter.TensorHandle(round_to_float8(_wide(source).data.astype(np.float32)), target.scalar)
         narrow = target.scalar == tl.bfloat16
         if not _is_bf16(source) and not narrow:
             return stock["cast_impl"](self, source, target)
@@ -64,7 +72,7 @@ def repair() -> None:
         return stock["cast_impl"](self, _wide(source), target) if target.scalar != tl.float32 else _wide(source)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if _is_bf16(source) or target.scalar == tl.bfloat16:
+        if _is_bf16(source) or target.scalar in (tl.bfloat16, tl.float8e4nv):
             return cast_impl(self, source, target)
         return stock["create_fp_to_fp"](self, source, target, rounding)
 

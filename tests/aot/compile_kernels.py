@@ -27,6 +27,7 @@ from vjepa_fast.ops import (
     activation,
     adamw_ema,
     ema,
+    fp8_linear,
     grad_norm,
     latent_loss,
     layer_norm,
@@ -37,7 +38,8 @@ from vjepa_fast.ops import (
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-         torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+         torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32",
+         torch.int64: "*i64"}
 # Instructions that a budget may ask for.
 INSTRUCTIONS = re.compile(r"ld\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|st\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|"
                           r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.cg")
@@ -181,9 +183,15 @@ CASES: dict[str, Callable[[], None]] = {
     "swiglu bf16 4096": lambda: swiglu_case(torch.bfloat16, 4096, False),
     "swiglu bf16 halves of 8192": lambda: swiglu_case(torch.bfloat16, 4096, True),
     "swiglu fp32 1023": lambda: swiglu_case(torch.float32, 1023, False),
+    "quantise_rows bf16 1024": lambda: fp8_linear._quantise_rows(torch.zeros(64, 1024, dtype=torch.bfloat16)) and None,
+    "quantise_rows fp32 4096": lambda: fp8_linear._quantise_rows(torch.zeros(64, 4096)) and None,
     "variance_loss bf16 1024": lambda: variance_loss_case(torch.bfloat16, 1024),
     "variance_loss fp32 391": lambda: variance_loss_case(torch.float32, 391),
 }
+
+
+SINCE = {"quantise_rows": 90}
+"""Compute capability from which an operator exists, of those that do not exist everywhere."""
 
 
 def main(capabilities: list[int]) -> None:
@@ -197,6 +205,8 @@ def main(capabilities: list[int]) -> None:
     found: dict[str, dict[str, Any]] = {}
     for name, case in CASES.items():
         for capability in capabilities:
+            if capability < SINCE.get(name.split()[0], 0):
+                continue
             launched.clear()
             _dispatch.assumed_capability = capability
             case()

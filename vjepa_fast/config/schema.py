@@ -80,6 +80,8 @@ class ModelConfig(Section):
     """How an angle is spread over a pair of elements: `tiled` is V-JEPA 2, `interleaved` is V-JEPA 2.1."""
     rope_precision: Literal["fp32", "reference"] = "fp32"
     """Angles and products of half-precision models: exact, or rounded wherever the reference rounds under autocast."""
+    target_precision: Literal["same", "float8"] = "same"
+    """`float8` runs the linear layers of the target encoder's blocks in float8, which is inexact; an experiment."""
     uniform_power: bool = False
     use_silu: bool = False
     use_pred_silu: bool = False

@@ -16,7 +16,9 @@ from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
+from vjepa_fast.ops import fp8_linear
 from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
+from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing
 from vjepa_fast.ops.variance_loss import variance_loss
 
@@ -97,6 +99,10 @@ class VJEPA(nn.Module):
         self.encoder = VisionTransformer(cfg)
         self.predictor = Predictor(cfg)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        if cfg.target_precision == "float8":
+            for layer in self.target_encoder.blocks.modules():
+                if isinstance(layer, Linear):
+                    layer.float8 = fp8_linear.serves(layer.weight)
 
     def forward(self, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]) -> JEPAOutput:
         """One packed pass of context encoder and predictor for all masks, and the loss.

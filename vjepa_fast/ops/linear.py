@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from vjepa_fast.ops.fp8_linear import fp8_linear
+
 _num_optimizer_steps = 0
 
 
@@ -92,5 +94,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear that follows the dtype of its input, see the module docstring."""
 
+    float8 = False
+    """Multiply in float8 where no gradient is wanted; see ops/fp8_linear.py."""
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.float8 and not torch.is_grad_enabled():
+            return fp8_linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
+from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.schedules import Schedules
 
@@ -61,6 +62,8 @@ class TrainStep:
         opt = cfg.optimization
         self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
+        if cfg.model.target_precision == "float8":
+            check_device(device)
         self.scaler = torch.amp.GradScaler(device.type) if cfg.model.dtype == "float16" else None
 
     def __call__(
