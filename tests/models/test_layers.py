@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.test_packed import config
-from vjepa_fast.models.layers import make_blocks, run_blocks
+from vjepa_fast.models.layers import Block, make_blocks, run_blocks
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops.packing import Packing
 
@@ -72,6 +72,22 @@ def test_hooks_see_whole_tensors(kind):
         torch.testing.assert_close(found, wanted_grad)
     else:
         assert isinstance(found, Tensor) and len(args[0]) == 1
+
+
+def test_wrapped_blocks_and_global_hooks_see_whole_tensors():
+    blocks, x = some_blocks(), torch.randn(7, 16)
+    plain = one_by_one(blocks, x)
+    stock, seen = blocks[1].forward, []
+    blocks[1].forward = lambda x, packing, rope: seen.append(x) or stock(x, packing, rope)
+    assert torch.equal(handed_over(blocks, x)[-1], plain[-1]) and torch.equal(seen[0], plain[0])
+    del blocks[1].forward, seen[:]
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out) if isinstance(module, Block) else None)
+    try:
+        handed_over(blocks, x)
+    finally:
+        handle.remove()
+    assert len(seen) == len(blocks) and all(torch.equal(a, b) for a, b in zip(seen, plain, strict=True))
 
 
 def test_foreign_blocks_keep_their_signature():

@@ -154,9 +154,9 @@ def test_compiles_whole(kernels, make):
     compiled = torch.autograd.grad(
         torch.compile(mlp, fullgraph=True, backend="aot_eager")(x).square().sum(), leaves)
     for ours, oracle in zip(compiled, eager, strict=True):
-        assert torch.equal(ours, oracle)
-    assert launched in (GELU, SWIGLU)
-    assert _dispatch.launches == {name: 2 for name in launched}
+        torch.testing.assert_close(ours, oracle)
+    # The compiler gets the PyTorch lines, which it can fuse with what surrounds them.
+    assert launched in (GELU, SWIGLU) and _dispatch.launches == launched
 
 
 def test_the_pytorch_path_is_pytorchs(monkeypatch):

@@ -13,7 +13,7 @@ from tests.ops.tolerance import assert_as_good
 from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import adamw_ema as module
 from vjepa_fast.ops._multi_tensor import CHUNK
-from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_serve
+from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_fit
 
 GROUPS = [(1e-3, 0.9, 0.999, 1e-8, 0.04, 0.999), (2e-2, 0.8, 0.95, 1e-6, 0.0, 0.9), (1e-4, 0.0, 0.0, 1e-3, 0.5, 0.0)]
 LISTS = [field.name for field in fields(Operands) if field.name != "groups"]
@@ -70,7 +70,7 @@ def assert_shadows_are_fresh(o: Operands) -> None:
 def test_three_steps(kernels, start):
     ours = operands(kernels, start=start)
     plain, truth = cast(ours, torch.float32), cast(ours, torch.float64)
-    assert kernels_serve(ours)
+    assert kernels_fit(ours)
     for _ in range(3):
         adamw_ema_(ours, on_device(kernels), scalar(1.0, kernels))
         for oracle in (plain, truth):
@@ -134,11 +134,15 @@ def test_what_the_kernels_do_not_serve(kernels):
         o = operands(kernels)
         for name, dtype in change.items():
             getattr(o, name)[1] = getattr(o, name)[1].to(dtype)
-        assert not kernels_serve(o)
+        assert not kernels_fit(o)
     o = operands(kernels)
     o.grads[3] = o.grads[3].t().contiguous().t()
-    assert not kernels_serve(o)
-    assert not kernels_serve(Operands())
+    assert not kernels_fit(o)
+    o = operands(kernels)
+    # Vectors of any length have equal strides.
+    o.exp_avgs[0] = torch.zeros(5, device=kernels)
+    assert not kernels_fit(o)
+    assert not kernels_fit(Operands())
 
 
 def test_elements_beyond_two_to_the_31(kernels):

@@ -23,7 +23,8 @@ KERNELS = [
 ]
 
 
-def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
+def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, gradient norm, and every gradient."""
     cfg = config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1,
                  use_pred_silu=True)
     cfg.loss.reg_coeff = 0.1
@@ -32,8 +33,13 @@ def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float]:
     model = vf.VJEPA(cfg.model).to(device)
     clips, masks = make_batch(cfg)
     step = TrainStep(model, cfg)
+    grads: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: grads.__setitem__(name, p.grad.detach().clone()))
     result = step(0, [c.to(device) for c in clips], [m.to(device) for m in masks])
-    return result.loss.item(), result.grad_norm.item()
+    return result.loss.item(), result.grad_norm.item(), grads
 
 
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -46,7 +52,14 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
     monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
     plain = one_step(kernels, dtype)
     assert not _dispatch.launches
-    assert ours == pytest.approx(plain, rel=rtol)
+    assert ours[:2] == pytest.approx(plain[:2], rel=rtol)
+    assert ours[2].keys() == plain[2].keys()
+    oracle = one_step(kernels, "float32")[2]
+    for name, expected in oracle.items():
+        # A key bias has no gradient but rounding, so errors are measured against a typical gradient too.
+        floor = rtol * (expected.norm() + 1e-2 * plain[1])
+        mine, theirs = ((found[2][name] - expected).norm() for found in (ours, plain))
+        assert mine <= 2 * theirs + floor, name
 
 
 def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None:

@@ -122,7 +122,9 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 def _may_defer(block: nn.Module) -> bool:
     """Whether nobody looks at what the block gets and returns, and it is ours."""
-    return type(block).forward is Block.forward and not any(getattr(block, name) for name in _HOOKS)
+    ours = type(block).forward is Block.forward and "forward" not in vars(block)
+    return ours and not any(getattr(block, name) for name in _HOOKS) and not any(
+        getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 
 
 def run_blocks(

@@ -3,8 +3,8 @@
 A table is made anew only when an address or a size changes. That is so at every step for gradients that autograd
 allocates, so it is written from pinned memory and nothing waits: 8 bytes for each tensor and column.
 
-Loads of 16 bytes need addresses and sizes that are multiples of 16 elements. Tensors that are not so, if there are
-any, get a launch of their own.
+Loads of 16 bytes need addresses that are multiples of 16 bytes and sizes that are multiples of 16 elements. Tensors
+that are not so, if there are any, get a launch of their own.
 
 Legend: N tensors, C columns (operands), K chunks.
 """
@@ -98,6 +98,7 @@ def table_of(
         integers: lists of N numbers that the kernel wants on the device too.
     """
     sizes = [t.numel() for t in columns[0] if t is not None]
+    assert len(sizes) == len(columns[0])
     everything = [*columns, *scalars]
     addresses = [0 if t is None or not t.numel() else t.data_ptr() for column in everything for t in column]
     key = (hash(str(device)), len(sizes), *sizes, *addresses, *(n for column in integers for n in column))
@@ -115,7 +116,7 @@ def table_of(
             *(np.array(column, np.int64) for column in integers)))
     table = Table(rows_there, sizes_there, aligned_there, others_there, tuple(integers_there), tuple(sources))
     if capturing:
-        # The replays read this memory, however long they come after.
+        # The replays read this memory, however long they come after, so it stays until the process ends.
         _captured.append(table)
         return table
     _tables[key] = table

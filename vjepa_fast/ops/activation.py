@@ -8,7 +8,8 @@ Bytes, with s the size of an element: GELU forward 2 s n, backward 3 s n; SwiGLU
 PyTorch's kernels take 5 s n forward (the product reads what silu wrote) and 9 s n backward, and keep silu's result,
 another s n. FLOPs: about 12 n (erf: 8) forward and 20 n backward, so that memory bounds it.
 
-Where a region is compiled, Inductor writes the same one-pass kernels for the PyTorch lines; these serve eager mode.
+Within a compiled region the PyTorch lines stand, for which Inductor writes the same one-pass kernels and fuses more;
+these serve eager mode.
 
 Legend: n elements, L rows, D width.
 """
@@ -244,7 +245,7 @@ def gelu(x: Tensor) -> Tensor:
     Args:
         x: [..., D], any float dtype; the result has it too.
     """
-    if use_triton(x):
+    if use_triton(x) and not torch.compiler.is_compiling():
         y: Tensor = _Gelu.apply(x)
         return y
     return gelu_ref(x)
@@ -265,7 +266,7 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     if gate.shape != value.shape or gate.dtype != value.dtype:
         raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, value {value.dtype} {list(value.shape)}; they must "
                          "have one shape and dtype")
-    if use_triton(gate, value):
+    if use_triton(gate, value) and not torch.compiler.is_compiling():
         y: Tensor = _SwiGLU.apply(gate, value)
         return y
     return swiglu_ref(gate, value)

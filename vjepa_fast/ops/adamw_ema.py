@@ -1,4 +1,4 @@
-"""AdamW, the target encoder's moving average and the half-precision copies of both, over all parameters in one launch.
+"""AdamW, the target encoder's moving average and the half-precision copies of both, all parameters in one pass.
 
 Per element, with g the gradient and t the step count of its tensor (Loshchilov and Hutter, arXiv 1711.05101; torch's
 AdamW): p *= 1 - lr * decay; m += (1 - beta1) (g - m); v += (1 - beta2) (g^2 - v);
@@ -7,7 +7,7 @@ If the sum of the squares of all gradients is not finite, p, m, v and t stay as 
 the reference under its GradScaler. That is decided on the device.
 
 Two kernels: one works out the factors of each tensor, in fp64 because 1 - 0.999^1 has three digits in fp32; the other
-moves the data.
+moves the data, in one launch, or two where some tensors are not aligned.
 
 Bytes: 28 an element (p, m, v read and written, g read); with a target 8 more, with a half-precision copy 2 for each.
 FLOPs: about 20 an element, so that memory bounds it.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from vjepa_fast.ops._dispatch import jit, launch, tl, use_triton
+from vjepa_fast.ops._dispatch import jit, launch, tl
 from vjepa_fast.ops._multi_tensor import BLOCK, CHUNK, is_dense, table_of
 from vjepa_fast.ops.ema import ema_ref
 
@@ -236,24 +236,27 @@ def _adamw_ema(
 torch.library.impl("vjepa_fast::adamw_ema_", ("cpu", "cuda"), _adamw_ema)
 
 
-def kernels_serve(operands: Operands) -> bool:
-    """Whether adamw_ema_ can run; else the caller takes adamw_ema_ref, or makes the operands fit."""
+def kernels_fit(operands: Operands) -> bool:
+    """Whether adamw_ema_ can take these operands; else the caller takes adamw_ema_ref, or makes them fit."""
     o = operands
     halves = {s.dtype for s in (*o.shadows, *o.target_shadows) if s is not None}
-    if not o.params or not use_triton(*o.params) or len(halves) > 1 or halves - {torch.bfloat16, torch.float16}:
+    if not o.params or len(halves) > 1 or halves - {torch.bfloat16, torch.float16}:
         return False
+    device = o.params[0].device
     for row in zip(o.params, o.grads, o.exp_avgs, o.exp_avg_sqs, o.targets, o.shadows, o.target_shadows, strict=True):
-        strides = row[0].stride()
-        if not is_dense(row[0]) or any(x is not None and x.stride() != strides for x in row[1:]):
+        shape, strides = row[0].shape, row[0].stride()
+        if not is_dense(row[0]):
+            return False
+        if any(x is not None and (x.stride() != strides or x.shape != shape or x.device != device) for x in row):
             return False
         if any(x is not None and x.dtype != torch.float32 for x in row[:5]):
             return False
-    return True
+    return all(step is None or (step.device == device and step.dtype == torch.float32) for step in o.steps)
 
 
 @torch.no_grad()
 def adamw_ema_(operands: Operands, group_values: Tensor, sum_of_squares: Tensor) -> None:
-    """One update in place, by kernels; see kernels_serve.
+    """One update in place, by kernels; see kernels_fit.
 
     Args:
         operands: on one device, fp32 but for the shadows.

@@ -1,4 +1,4 @@
-"""Exponential moving average over many tensors in one launch: target = momentum * target + (1 - momentum) * source.
+"""Exponential moving average over many tensors in one pass: target = momentum * target + (1 - momentum) * source.
 
 Fused: both products, their sum, and a half-precision copy of each target for the matrix products (ops/linear.py). The
 targets stay in fp32: at a momentum of 0.99925 an update is below half a unit in the last place of bfloat16.

@@ -1,4 +1,4 @@
-"""Sum of the squares of many tensors in one launch, for the norm of all gradients.
+"""Sum of the squares of many tensors in one pass, for the norm of all gradients.
 
 Its square root is what torch.nn.utils.get_total_norm returns. It is not finite if any element is not; a norm above
 1.8e19 counts as not finite too, because its square exceeds fp32.

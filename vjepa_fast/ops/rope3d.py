@@ -341,8 +341,9 @@ class Rope:
         if list(qkv.shape) != wanted or qkv.dtype != self.dtype:
             raise ValueError(f"qkv has shape {list(qkv.shape)} and dtype {qkv.dtype}; expected {wanted} and "
                              f"{self.dtype}")
-        if qkv.stride(-1) != 1:
-            raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side")
+        if qkv.stride(-1) != 1 or (len(qkv) > 1 and qkv.stride(0) < qkv.shape[1]):
+            raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side, and that "
+                             "do not overlap")
         if self.by_token is None:
             out: Tensor = _Rope3d.apply(qkv, self.ids, self.tables, self.grid, num_heads, self.rounds)
         else:

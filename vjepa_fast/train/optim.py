@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+from torch.distributed.tensor import DeviceMesh, DTensor
 
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import COMPUTE_DTYPES
-from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_ema_ref, kernels_serve
+from vjepa_fast.ops._dispatch import use_triton
+from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_ema_ref, kernels_fit
 from vjepa_fast.ops.ema import ema_
 from vjepa_fast.ops.grad_norm import sum_of_squares
 from vjepa_fast.ops.linear import Linear, vouch
@@ -39,14 +41,23 @@ def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str,
 
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * source, over all parameters, in their own precision."""
+    """target = momentum * target + (1 - momentum) * source, over all parameters, in their own precision.
+
+    Args:
+        target, source: of the same parameters; DTensors, if sharded, in the same way.
+        momentum: share of the target that is kept, 0 to 1.
+
+    Raises:
+        ValueError: parameters of different shapes or in different numbers.
+    """
     pairs = zip(target.parameters(), source.parameters(), strict=True)
     moved, followed = zip(*((local_of(k), local_of(q)) for k, q in pairs), strict=True)
     ema_(moved, followed, momentum)
 
 
 def local_of(x: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is."""
+    """This process's shard of a DTensor; any other tensor as it is. No gradient flows through."""
+    # Not to_local: it makes a view for each of hundreds of parameters at every step.
     return x._local_tensor if isinstance(x, DTensor) else x
 
 
@@ -57,7 +68,23 @@ _Shards = tuple[DeviceMesh | None, tuple[int, ...]]
 def _shards_of(x: Tensor) -> _Shards:
     if not isinstance(x, DTensor):
         return None, ()
-    return x.device_mesh, tuple(dim for dim, placement in enumerate(x.placements) if isinstance(placement, Shard))
+    assert not any(placement.is_partial() for placement in x.placements)
+    # Not is_shard: the shards of a tensor that is split twice along one dimension are of another class.
+    return x.device_mesh, tuple(dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
+
+
+@dataclass
+class _Plan:
+    """What steps have in common, so that it is not collected anew from hundreds of parameters each time."""
+
+    signature: list[Any]
+    """Where parameters and targets lie, which have gradients, which moments they have: with another, another plan."""
+    parameters: list[Tensor]
+    shards: list[_Shards]
+    operands: Operands
+    """All but the gradients, which lie elsewhere at each step."""
+    fits: bool
+    """Whether the kernels can take them."""
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -104,6 +131,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.skipped: Tensor | None = None
         """Scalar: 1 where the last step left the weights as they were, else 0."""
         self._targets = dict(zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
+        self._plan: _Plan | None = None
         self._group_values: Tensor | None = None
         self._written: list[list[float]] = []
         self._shadows: dict[Tensor, Tensor] = {}
@@ -125,9 +153,11 @@ class AdamWEMA(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        operands, shards = self._operands()
-        total = self._sum_of_squares(operands, shards)
-        if kernels_serve(operands):
+        plan = self._plan_of_step()
+        operands = plan.operands
+        total = self._sum_of_squares(operands, plan.shards)
+        fit = plan.fits and all(grad is None or grad.dtype == torch.float32 for grad in operands.grads)
+        if fit and use_triton(operands.params[0]):
             if not (operands.params[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.write_group_values()
             assert self._group_values is not None
@@ -135,16 +165,34 @@ class AdamWEMA(torch.optim.AdamW):
         else:
             adamw_ema_ref(operands, self._host_values(), total)
         self.grad_norm, self.skipped = total.sqrt(), (~torch.isfinite(total)).float()
-        for master, shadow in self._shadows.items():
-            vouch(master, shadow)  # type: ignore[arg-type]
+        # Only what this step has written: a parameter without a gradient may have changed since its shadow was.
+        for masters, shadows in ((operands.params, operands.shadows), (operands.targets, operands.target_shadows)):
+            for master, shadow in zip(masters, shadows, strict=True):
+                if shadow is not None:
+                    vouch(master, shadow)  # type: ignore[arg-type]
         return loss
+
+    def init_state(self) -> None:
+        """Make the moments of all parameters that can have a gradient.
+
+        torch.distributed.checkpoint.state_dict takes a step of learning rate 0 to fill an empty state, which would move
+        the target encoder; it takes none where there is a state.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._state_of(parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an AdamWEMA holds the model whose target encoder it moves, so it is neither copied nor "
+                        "pickled; make one for the copied model and load this one's state_dict()")
 
     def write_group_values(self) -> None:
         """Copy lr, betas, eps, weight decay and momentum of the groups to the device, without waiting for it."""
         device = local_of(self.param_groups[0]["params"][0]).device
-        if self._group_values is None:
-            self._group_values = torch.zeros(len(self.param_groups), len(GROUP_VALUES), dtype=torch.float64,
-                                             device=device)
+        shape = len(self.param_groups), len(GROUP_VALUES)
+        if self._group_values is None or self._group_values.shape != shape or self._group_values.device != device:
+            self._group_values, self._written = torch.zeros(shape, dtype=torch.float64, device=device), []
         # A learning rate that lives on the device stays there.
         on_device = {number: group["lr"] for number, group in enumerate(self.param_groups)
                      if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"}
@@ -163,26 +211,38 @@ class AdamWEMA(torch.optim.AdamW):
             for number, group in enumerate(self.param_groups)
         ]
 
-    def _operands(self) -> tuple[Operands, list[_Shards]]:
-        """What a step works on, and over which processes each parameter is sharded."""
-        found, shards = Operands(), []
+    def _plan_of_step(self) -> _Plan:
+        """The lists of the next step: as before, with the new gradients, unless something else has changed."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        signature: list[Any] = [len(group["params"]) for group in self.param_groups]
+        for parameter in parameters:
+            state, target = self.state.get(parameter, {}), self._targets.get(parameter)
+            signature += (parameter.grad is None, local_of(parameter).data_ptr(), id(state.get("exp_avg")),
+                          id(state.get("exp_avg_sq")), 0 if target is None else local_of(target).data_ptr())
+        if self._plan is None or self._plan.signature != signature:
+            self._plan = self._make_plan(signature)
+        self._plan.operands.grads = [self._grad_of(parameter) for parameter in self._plan.parameters]
+        return self._plan
+
+    def _make_plan(self, signature: list[Any]) -> _Plan:
+        operands, parameters = Operands(), []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 target = self._targets.get(parameter)
                 if parameter.grad is None and target is None:
                     continue
-                shards.append(_shards_of(parameter))
-                found.groups.append(number)
-                found.params.append(local_of(parameter))
+                parameters.append(parameter)
                 state = self._state_of(parameter) if parameter.grad is not None else {}
-                found.grads.append(self._grad_of(parameter))
-                found.exp_avgs.append(local_of(state["exp_avg"]) if state else None)
-                found.exp_avg_sqs.append(local_of(state["exp_avg_sq"]) if state else None)
-                found.steps.append(local_of(state["step"]) if state else None)
-                found.targets.append(None if target is None else local_of(target))
-                found.shadows.append(self._shadow(parameter))
-                found.target_shadows.append(None if target is None else self._shadow(target))
-        return found, shards
+                operands.groups.append(number)
+                operands.params.append(local_of(parameter))
+                operands.exp_avgs.append(local_of(state["exp_avg"]) if state else None)
+                operands.exp_avg_sqs.append(local_of(state["exp_avg_sq"]) if state else None)
+                operands.steps.append(local_of(state["step"]) if state else None)
+                operands.targets.append(None if target is None else local_of(target))
+                operands.shadows.append(self._shadow(parameter))
+                operands.target_shadows.append(None if target is None else self._shadow(target))
+        operands.grads = [None] * len(parameters)
+        return _Plan(signature, parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
 
     def _sum_of_squares(self, operands: Operands, shards: list[_Shards]) -> Tensor:
         """Over all gradients of all shards, a scalar on the device; NaN where a scaler found what is not finite."""
@@ -239,19 +299,29 @@ class AdamWEMA(torch.optim.AdamW):
         Groups without `ema_momentum` keep theirs.
 
         Raises:
-            ValueError: groups of other sizes, or options that this class does not have (amsgrad, maximize).
+            ValueError: groups of other sizes, moments of other shapes, or options that this class does not have
+                (amsgrad, maximize).
         """
         groups = state_dict["param_groups"]
         if any(group.get(option) for group in groups for option in ("amsgrad", "maximize")):
             raise ValueError("the saved optimizer uses amsgrad or maximize; AdamWEMA has neither")
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        # torch checks the sizes of the groups; their order is that of the parameters.
+        for number, parameter in zip((n for group in groups for n in group["params"]), parameters, strict=False):
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = state_dict["state"].get(number, {}).get(name)
+                if moment is not None and moment.shape != parameter.shape:
+                    raise ValueError(f"{name} of parameter {number} is saved with shape {list(moment.shape)}; the "
+                                     f"parameter has {list(parameter.shape)}")
         momenta = [group["ema_momentum"] for group in self.param_groups]
         # torch places step counts by these options of the saved groups.
         own = {"fused": True, "foreach": None, "capturable": False, "differentiable": False}
         super().load_state_dict({**state_dict, "param_groups": [{**group, **own} for group in groups]})
         for group, momentum in zip(self.param_groups, momenta, strict=True):
             group.setdefault("ema_momentum", momentum)
+        self._plan = None
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)
-                if moment is not None and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                if moment is not None and moment.stride() != parameter.stride():
                     state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
