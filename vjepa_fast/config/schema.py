@@ -95,6 +95,9 @@ class ModelConfig(Section):
     num_mask_tokens: PositiveInt | None = None
     """None: number of masks times number of datasets, as the reference counts."""
     zero_init_mask_tokens: bool = True
+    attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "xformers", "sdpa"] = "auto"
+    """What computes attention: by measurement, or FlashAttention 4, 3, 2, torch's two, xformers. The environment
+    variable VJEPA_FAST_ATTENTION comes before it; `vjepa-fast doctor` says which can be used."""
     use_activation_checkpointing: bool = False
     compile_model: bool = False
     dtype: Dtype = "float32"

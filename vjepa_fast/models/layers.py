@@ -26,9 +26,9 @@ INIT_STD = 0.02
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, backend: str = "auto") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.backend = num_heads, backend
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if rope is not None:
             qkv = rope(qkv, self.num_heads)
-        return self.proj(attention(qkv, packing, self.num_heads))
+        return self.proj(attention(qkv, packing, self.num_heads, self.backend))
 
 
 class MLP(nn.Module):
@@ -77,12 +77,13 @@ class Block(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.norm1 = LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, attention)
         self.norm2 = LayerNorm(dim, eps=1e-6)
         hidden = int(dim * mlp_ratio)
         self.mlp: nn.Module = SwiGLU(dim, hidden, wide_swiglu) if swiglu else MLP(dim, hidden)
@@ -110,11 +111,13 @@ class Block(nn.Module):
 
 
 def make_blocks(
-    depth: int, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool
+    depth: int, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
+    attention: str = "auto",
 ) -> nn.ModuleList:
-    """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`."""
+    """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`; `attention` as in the config."""
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu) for rate in rates)
+    return nn.ModuleList(
+        Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu, attention) for rate in rates)
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

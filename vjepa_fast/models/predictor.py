@@ -59,7 +59,7 @@ class Predictor(nn.Module):
             table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
             self.predictor_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.predictor_blocks = make_blocks(
-            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu)
+            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu, cfg.attention)
         self.predictor_norm = LayerNorm(width, eps=1e-6)
         self.predictor_proj = Linear(width, encoder.embed_dim)
         if not cfg.zero_init_mask_tokens:

@@ -142,7 +142,8 @@ class VisionTransformer(nn.Module):
             table = sincos_table(self.embed_dim, self.grid, cfg.uniform_power, self.is_video)
             self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = make_blocks(
-            size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu)
+            size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu,
+            cfg.attention)
         self.norm = LayerNorm(self.embed_dim, eps=1e-6)
         init_weights(self, self.blocks)
 

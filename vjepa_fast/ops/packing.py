@@ -6,8 +6,7 @@ Legend: L total tokens of all sequences, S sequences, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -16,32 +15,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences packed back to back, with their lengths known to the host."""
+    """Sequences packed back to back, with their lengths known to the host.
+
+    A buffer may have more rows than its sequences have tokens; what lies behind the last sequence belongs to nobody.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     """int32 [S + 1] on the device of the tokens."""
+    dynamic: bool = False
+    """The host knows upper bounds only: a replayed CUDA graph finds other numbers in cu_seqlens than it was captured
+    with, which count; `lengths` are then at least as large."""
+    # Worked out here and not when asked for, as a property that keeps its value breaks a compiled graph in two.
+    total: int = field(init=False)
+    """Tokens of all sequences."""
+    max_seqlen: int = field(init=False)
+    """Longest sequence, a python int so that nothing waits for the device."""
+    runs: tuple[tuple[int, int], ...] = field(init=False)
+    """Maximal runs of neighbours of one length: (number of sequences, length)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", sum(self.lengths))
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
+        runs = tuple((len(list(run)), length) for length, run in groupby(self.lengths))
+        object.__setattr__(self, "runs", runs)
 
     @classmethod
     def uniform(cls, num_sequences: int, length: int, device: torch.device) -> Packing:
         """All sequences of one length: the same layout as a dense [S, length, D] tensor."""
         cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
         return cls((length,) * num_sequences, cu_seqlens)
-
-    @property
-    def total(self) -> int:
-        """Tokens in the buffer."""
-        return sum(self.lengths)
-
-    @property
-    def max_seqlen(self) -> int:
-        """Longest sequence, a python int so that nothing waits for the device."""
-        return max(self.lengths, default=0)
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """Maximal runs of neighbours of one length: (number of sequences, length)."""
-        return tuple((len(list(run)), length) for length, run in groupby(self.lengths))
 
 
 def concatenate(parts: Sequence[Packing]) -> Packing:

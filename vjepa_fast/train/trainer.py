@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vjepa_fast
 from vjepa_fast import config as config_files
+from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.config.schema import Config
-from vjepa_fast.data.decode.index import default_cache_dir
 from vjepa_fast.data.loader import Batch, Loader, build_loader
 from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.errors import ConfigError, UserError

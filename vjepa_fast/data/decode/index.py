@@ -25,6 +25,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from vjepa_fast.cache_dir import default_cache_dir
+
 _VERSION = 1
 # A stream is cut short when its frames end before this fraction of the duration it declares.
 _MIN_COVERED = 0.9
@@ -168,11 +170,6 @@ def _count_frames(path: str, rate: float) -> VideoIndex:
     if not count:
         raise DecodeError("none of its frames can be decoded")
     return VideoIndex(count, rate, width, height, none, none, none)
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/vjepa_fast, or ~/.cache/vjepa_fast."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vjepa_fast"
 
 
 def load_index(path: str, cache_dir: Path | None = None) -> VideoIndex:
