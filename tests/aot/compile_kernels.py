@@ -34,6 +34,7 @@ from vjepa_fast.ops import (
     patch_embed,
     rope3d,
     variance_loss,
+    zero_tail,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -140,6 +141,10 @@ def swiglu_case(dtype: torch.dtype, width: int, halves: bool) -> None:
     activation._swiglu_bwd(activation._swiglu_fwd(gate, value), gate, value)
 
 
+def zero_tail_case(dtype: torch.dtype, width: int) -> None:
+    zero_tail._zero_tail(torch.zeros(64, width, dtype=dtype), torch.zeros(49, dtype=torch.int32))
+
+
 def variance_loss_case(dtype: torch.dtype, width: int) -> None:
     x, cu_seqlens, weights = torch.zeros(64, width, dtype=dtype), torch.zeros(49, dtype=torch.int32), torch.zeros(24)
     loss, *statistics = variance_loss._variance_loss_fwd(x, cu_seqlens, 1305, weights)
@@ -187,6 +192,8 @@ CASES: dict[str, Callable[[], None]] = {
     "quantise_rows fp32 4096": lambda: fp8_linear._quantise_rows(torch.zeros(64, 4096)) and None,
     "variance_loss bf16 1024": lambda: variance_loss_case(torch.bfloat16, 1024),
     "variance_loss fp32 391": lambda: variance_loss_case(torch.float32, 391),
+    "zero_tail bf16 1024": lambda: zero_tail_case(torch.bfloat16, 1024),
+    "zero_tail bf16 3072": lambda: zero_tail_case(torch.bfloat16, 3072),
 }
 
 

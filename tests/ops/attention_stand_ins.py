@@ -241,7 +241,7 @@ def only(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], cache: Any) ->
     monkeypatch.setattr(backends, "installed_version", versions.get)
     monkeypatch.setattr(cache_dir, "default_cache_dir", lambda: cache)
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setattr(backends.Backend, "refuses", lambda self, device, dtype, head_dim, deterministic: (
+    monkeypatch.setattr(backends.Backend, "refuses", lambda self, *_: (
         self.missing() if self.name in names else "not in this test"))
     for name in names:
         if name in MODULES:

@@ -204,17 +204,24 @@ def test_versions_and_signatures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_what_a_back_end_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     fa4, half, cuda = backends.BACKENDS["fa4"], torch.bfloat16, torch.device("cuda", 0)
-    assert "the tensors are on cpu" in str(fa4.refuses(torch.device("cpu"), half, 64, False))
+
+    def refused(device=cuda, dtype=half, head_dim=64, backward=True, deterministic=False) -> str:
+        return str(fa4.refuses(device, dtype, head_dim, backward, deterministic))
+
+    assert "the tensors are on cpu" in refused(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert "the device has 8.6" in str(fa4.refuses(cuda, half, 64, False))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert "bfloat16 and float16, not float32" in str(fa4.refuses(cuda, torch.float32, 64, False))
-    assert "not 36" in str(fa4.refuses(cuda, half, 36, False)) and "not 136" in str(fa4.refuses(cuda, half, 136, False))
-    assert "not deterministic" in str(fa4.refuses(cuda, half, 64, True))
     monkeypatch.setattr(backends, "installed_version", lambda package: None)
-    assert fa4.refuses(cuda, half, 64, False) == "flash-attn-4 is not installed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "the device has 8.6" in refused()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert "bfloat16 and float16, not float32" in refused(dtype=torch.float32)
+    assert "not 36" in refused(head_dim=36) and "not 136" in refused(head_dim=136)
+    assert "not deterministic" in refused(deterministic=True)
+    assert refused(deterministic=True, backward=False) == refused() == "flash-attn-4 is not installed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "does not compile for head dim 104" in refused(head_dim=104)
+    assert refused(head_dim=104, backward=False) == refused(deterministic=True) == "flash-attn-4 is not installed"
 
 
 def test_a_demand_that_cannot_be_met() -> None:

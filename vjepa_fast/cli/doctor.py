@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from packaging.requirements import Requirement
@@ -17,11 +17,15 @@ from packaging.specifiers import SpecifierSet
 
 from vjepa_fast import __version__
 from vjepa_fast.cli.console import exit_codes
+from vjepa_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Level = Literal["ok", "note", "problem"]
 
 _CODECS = ("h264", "hevc", "vp9", "av1", "mjpeg")
-_OPTIONAL = ("triton", "flash-attn", "flash-attn-4", "xformers", "transformers", "tensorboard", "wandb")
+_OPTIONAL = ("triton", "transformers", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def examine() -> Iterator[Finding]:
     yield from _extension()
     yield from _masks()
     yield from _gpus()
+    yield from _attention()
     yield _video()
     yield from _optional()
 
@@ -145,6 +150,55 @@ def _gpus() -> Iterator[Finding]:
         about = torch.cuda.get_device_properties(number)
         yield Finding("ok", "GPU", f"cuda:{number} {about.name}, sm_{about.major}{about.minor}, "
                                    f"{about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+
+
+def _first_gpu() -> torch.device:
+    import torch
+
+    return torch.device("cuda", 0)
+
+
+def _attention() -> Iterator[Finding]:
+    """Whether each back end can be used for bf16 with heads of 64 on the first GPU, and what is chosen."""
+    import torch
+
+    from vjepa_fast.ops import _attention_cache as cache
+    from vjepa_fast.ops import _attention_choice as choice
+    from vjepa_fast.ops import attention
+    from vjepa_fast.ops._attention_backends import BACKENDS
+
+    device = _first_gpu()
+    case = choice.Case(device, torch.bfloat16, head_dim=64, num_heads=4, backward=True, deterministic=False)
+    on_gpu = torch.cuda.is_available()
+    for backend in BACKENDS.values():
+        why = backend.missing() if backend.version is None else choice.refusals(case)[backend.name]
+        if why is None:
+            why = choice.check(case, backend.name, attention._attend, attention.attention_ref)
+        usable = "usable, equal to the definition" if why is None else f"not used: {why}"
+        version = "" if backend.version is None else f" ({backend.package} {backend.version})"
+        yield Finding("note" if why and on_gpu else "ok", "attention", f"{backend.name}{version}: {usable}")
+    try:
+        name, where = choice.demand(None)
+    except UserError as error:
+        yield Finding("problem", "attention", str(error))
+        return
+    if name != "auto":
+        why = choice.refusals(case)[name]
+        yield Finding("problem" if why else "ok", "attention", f"{where} cannot be used: {why}" if why else
+                      f"chosen: {name}, by {where}")
+    elif not on_gpu:
+        yield Finding("ok", "attention", "chosen: sdpa, the only candidate on the CPU")
+    else:
+        place = choice.stamp(device)
+        found = {key: one for key, one in cache.read().items() if key.startswith(place)}
+        for key, one in found.items():
+            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(one.ms.items(), key=lambda item: item[1]))
+            lost = "".join(f"; {name}: {why}" for name, why in one.dropped.items())
+            yield Finding("ok", "attention", f"chosen: {one.name} for{key.removeprefix(place + ';')}, as measured: "
+                                             f"{times}{lost}")
+        others = "all others by" if found else "by"
+        yield Finding("ok", "attention", f"chosen: {others} a short measurement at the first use, kept in "
+                                         f"{cache.cache_file()}")
 
 
 def _video() -> Finding:

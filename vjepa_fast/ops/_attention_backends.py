@@ -57,6 +57,8 @@ class Backend:
     deterministic: frozenset[int]
     """Those with a backward that gives the same bits at every run."""
     max_head_dim: int
+    no_backward: frozenset[tuple[int, int]] = frozenset()
+    """(Major compute capability, head dim) of backward kernels that do not compile."""
     dtypes: tuple[torch.dtype, ...] = HALF
     head_dim_unit: int = 8
 
@@ -75,7 +77,9 @@ class Backend:
         loaded = adapter(self.name)
         return loaded if isinstance(loaded, str) else None
 
-    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str | None:
+    def refuses(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, backward: bool, deterministic: bool
+    ) -> str | None:
         """Why it cannot serve these operands; None: it can."""
         if device.type != "cuda":
             return f"it needs a CUDA device, the tensors are on {device.type}"
@@ -90,7 +94,9 @@ class Backend:
         if head_dim % self.head_dim_unit or head_dim > self.max_head_dim:
             return (f"it serves head dims up to {self.max_head_dim} that are multiples of {self.head_dim_unit}, not "
                     f"{head_dim}")
-        if deterministic and major not in self.deterministic:
+        if backward and (major, head_dim) in self.no_backward:
+            return f"its backward does not compile for head dim {head_dim} on compute capability {major}.x"
+        if backward and deterministic and major not in self.deterministic:
             return "its backward is not deterministic, and torch.use_deterministic_algorithms is on"
         return self.missing()
 
@@ -262,7 +268,8 @@ def _majors(*numbers: int) -> frozenset[int]:
 # FlashAttention 4 returns more than two values since 4.0.0b19, and takes python ints; FlashAttention 2 has one form of
 # return value since 2.7. Where neither measurement nor choice is possible, the first usable one of UNMEASURED serves.
 BACKENDS = {backend.name: backend for backend in (
-    Backend("fa4", "flash-attn-4", ">=4.0.0b19,<5", _load_fa4, _majors(9, 10, 11, 12), _majors(9, 10, 11), 128),
+    Backend("fa4", "flash-attn-4", ">=4.0.0b19,<5", _load_fa4, _majors(9, 10, 11, 12), _majors(9, 10, 11), 128,
+            frozenset({(9, 104), (9, 112)})),
     Backend("fa3", "flash_attn_3", ">=3.0.0b1,<4", _load_fa3, _majors(9), _majors(9), 256),
     Backend("fa2", "flash-attn", ">=2.7,<3", _load_fa2, _majors(8, 9, 10, 12), _majors(8, 9, 10, 12), 256),
     Backend("varlen", "torch", ">=2.11", _load_varlen, _majors(8, 9, 10, 11, 12), _majors(8, 9, 10, 11, 12), 256),

@@ -83,7 +83,7 @@ def demand(requested: str | None) -> tuple[str, str]:
 
 def refusals(case: Case) -> dict[str, str | None]:
     """For every back end why it cannot serve the case; None: it can."""
-    found = {name: backend.refuses(case.device, case.dtype, case.head_dim, case.deterministic)
+    found = {name: backend.refuses(case.device, case.dtype, case.head_dim, case.backward, case.deterministic)
              for name, backend in BACKENDS.items()}
     return {**found, "sdpa": "it needs lengths that the host knows" if case.dynamic else None}
 

@@ -37,6 +37,11 @@ def _zero_tail_kernel(  # type: ignore[no-untyped-def]
         tl.store(x_ptr + cols, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=(cols >= used) & (cols < size))
 
 
+def _zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:
+    launch(_zero_tail_kernel, (-(-x.numel() // _BLOCK),), x, cu_seqlens, len(cu_seqlens) - 1, x.numel(),
+           WIDTH=x.shape[1], BLOCK=_BLOCK, num_warps=4)
+
+
 def zero_tail_(x: Tensor, cu_seqlens: Tensor) -> None:
     """Set x[cu_seqlens[-1]:] to 0. No gradient flows: for use within operators.
 
@@ -45,8 +50,7 @@ def zero_tail_(x: Tensor, cu_seqlens: Tensor) -> None:
         cu_seqlens: int32 [S + 1] on the same device, contiguous.
     """
     assert x.is_contiguous() and cu_seqlens.is_contiguous(), "zero_tail_ walks through memory"
-    if not use_triton(x):
+    if use_triton(x):
+        _zero_tail(x, cu_seqlens)
+    else:
         zero_tail_ref_(x, cu_seqlens)
-        return
-    launch(_zero_tail_kernel, (-(-x.numel() // _BLOCK),), x, cu_seqlens, len(cu_seqlens) - 1, x.numel(),
-           WIDTH=x.shape[1], BLOCK=_BLOCK, num_warps=4)
