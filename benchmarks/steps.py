@@ -210,7 +210,7 @@ _MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def _kind(operator: str) -> str:
-    if "scaled_dot_product" in operator or "flash_attention" in operator:
+    if any(name in operator for name in ("scaled_dot_product", "flash_attention", "vjepa_fast::attention")):
         return "attention"
     if operator in _MATMUL or "conv" in operator:
         return "matmul"

@@ -1,4 +1,8 @@
-"""Attention over packed sequences: target encoder (whole clips), context encoder and predictor."""
+"""Attention over packed sequences by every back end: target encoder (whole clips), context encoder and predictor.
+
+The shapes are those of a step: for ViT-L at 256 px 24 x 2048 tokens with heads of 64, the context of both masks, and
+context and targets of both masks with the predictor's heads of 32.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,20 @@ import torch
 from benchmarks import flops
 from benchmarks.timing import randn
 from benchmarks.workload import Workload
+from vjepa_fast.ops import _attention_choice as choice
+from vjepa_fast.ops._attention_backends import NAMES
 from vjepa_fast.ops.attention import attention
 from vjepa_fast.ops.packing import Packing
 
 
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize(("part", "mode"), [
     ("target", "forward"), ("context", "forward"), ("context", "forward_backward"), ("predictor", "forward"),
     ("predictor", "forward_backward"),
 ])
 def test_attention(
-    measure: Callable[..., None], workload: Workload, device: torch.device, part: str, mode: str
+    measure: Callable[..., None], workload: Workload, device: torch.device, part: str, mode: str, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     masks = workload.masks(device)
     width, heads = workload.width, workload.num_heads
@@ -32,11 +40,17 @@ def test_attention(
         model = workload.config.model
         assert model.pred_num_heads is not None
         width, heads = model.pred_embed_dim, model.pred_num_heads
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    where = packing.cu_seqlens.device
+    case = choice.Case(where, workload.torch_dtype, width // heads, heads, mode != "forward", deterministic=False)
+    why = choice.refusals(case)[backend]
+    if why is not None:
+        pytest.skip(why)
     qkv = randn(packing.total, 3 * width, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
     grad = randn(packing.total, width, device=device, dtype=workload.torch_dtype)
 
     def forward() -> torch.Tensor:
-        return attention(qkv, packing, heads)
+        return attention(qkv, packing, heads, backend)
 
     def forward_backward() -> None:
         qkv.grad = None

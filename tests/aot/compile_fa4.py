@@ -23,7 +23,10 @@ from vjepa_fast.ops._attention_backends import BACKENDS, adapter  # noqa: E402
 
 
 def main(head_dim: int) -> None:
-    """Forward, and backward where the table has one; then both for another longest sequence, which is no new kernel."""
+    """Forward, and backward where the table has one; then both for other longest sequences, which are no new kernels.
+
+    The shortest is that of the check of a back end: what it compiles is what training runs.
+    """
     calls = adapter("fa4")
     assert not isinstance(calls, str), calls
     from flash_attn.cute import interface
@@ -44,7 +47,7 @@ def main(head_dim: int) -> None:
         cu_seqlens = torch.empty(49, dtype=torch.int32, device="cuda:0")
         q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
         gradients = torch.empty_like(qkv).view(len(qkv), 3, heads, -1).unbind(1)
-        for longest in (1530, 997):
+        for longest in (1530, 997, 130):
             before = compiled
             began = time.perf_counter()
             out, lse = calls.forward(q, k, v, cu_seqlens, longest, head_dim**-0.5)

@@ -159,21 +159,25 @@ def choose(case: Case, lengths: Sequence[int], requested: str | None, attend: At
         if name == "sdpa":
             _checked[case, name] = None
         else:
-            _alone(lambda: check(case, name, attend, reference))
+            _alone(case.device, lambda: check(case, name, attend, reference))
     wrong = _checked[case, name]
     if wrong is not None:
         raise _unmet(case, name, where, wrong)
     return name
 
 
-def _alone(call: Callable[[], T]) -> T:
-    """The result of a call in a thread of its own.
+def _alone(device: torch.device, call: Callable[[], T]) -> T:
+    """The result of a call in a thread of its own, with this device as the current one.
 
     Whoever needs attention may have set up this thread for himself: activation checkpointing, for one, recomputes
     whatever asks for a saved tensor. Grad mode, autocast and hooks are as fresh there as in a new process.
     """
+    def run() -> T:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return call()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+        return pool.submit(run).result()
 
 
 def _remembered_or_measured(
@@ -186,7 +190,7 @@ def _remembered_or_measured(
     found = cache.read().get(key)
     if found is not None and found.name in usable:
         return found
-    measured = _alone(lambda: _measure(case, usable, lengths, attend, reference))
+    measured = _alone(case.device, lambda: _measure(case, usable, lengths, attend, reference))
     for name, why in measured.dropped.items():
         warnings.warn(f"attention back end {name} is not used for {case.describe()}: {why}", stacklevel=2)
     # A full or read-only disk costs time, not the run.

@@ -105,7 +105,8 @@ def _attention_fwd(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, padded: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _heads(qkv, num_heads)
-    out, lse = _loaded(backend).forward(q, k, v, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5)
+    with torch.cuda.device_of(qkv):
+        out, lse = _loaded(backend).forward(q, k, v, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5)
     if out.shape != q.shape or lse.shape != (num_heads, len(q)):
         raise RuntimeError(f"attention back end {backend} returned shapes {list(out.shape)} and {list(lse.shape)}; "
                            f"expected {list(q.shape)} and {[num_heads, len(q)]}")
@@ -121,9 +122,10 @@ def _attention_bwd(
 ) -> Tensor:
     q, k, v = _heads(qkv, num_heads)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _loaded(backend).backward(
-        grad.contiguous().view(q.shape), q, k, v, out.view(q.shape), lse, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5,
-        *_heads(dqkv, num_heads), deterministic)
+    with torch.cuda.device_of(qkv):
+        _loaded(backend).backward(
+            grad.contiguous().view(q.shape), q, k, v, out.view(q.shape), lse, cu_seqlens, max_seqlen,
+            q.shape[-1] ** -0.5, *_heads(dqkv, num_heads), deterministic)
     if padded:
         zero_tail_(dqkv, cu_seqlens)
     return dqkv
