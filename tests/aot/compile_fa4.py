@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from vjepa_fast.ops._attention_backends import BACKENDS, adapter  # noqa: E402
+from vjepa_fast.ops._attention_choice import _CHECKED_LENGTHS  # noqa: E402
 
 
 def main(head_dim: int) -> None:
@@ -47,7 +48,7 @@ def main(head_dim: int) -> None:
         cu_seqlens = torch.empty(49, dtype=torch.int32, device="cuda:0")
         q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
         gradients = torch.empty_like(qkv).view(len(qkv), 3, heads, -1).unbind(1)
-        for longest in (1530, 997, 130):
+        for longest in (1530, 997, max(_CHECKED_LENGTHS)):
             before = compiled
             began = time.perf_counter()
             out, lse = calls.forward(q, k, v, cu_seqlens, longest, head_dim**-0.5)
