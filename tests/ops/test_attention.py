@@ -50,18 +50,30 @@ def test_on_the_cpu(head_dim: int, behind: int) -> None:
     torch.testing.assert_close(attention_ref(qkv, packing, 2), ours(qkv, grad, packing, 2)[0])
 
 
-def test_on_the_cpu_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    plain = torch.nn.functional.scaled_dot_product_attention
-
-    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shapes.append((q.shape[0], q.shape[2]))
-        return plain(q, k, v)
-
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", counted)
+def test_on_the_cpu_nothing_is_padded() -> None:
     packing = pack(MIXED)
-    attention(draw(packing, 1, 8)[0], packing, 1)
-    assert shapes == [(2, 3), (1, 1), (1, 17), (1, 130), (2, 5)]
+    qkv = draw(packing, 1, 8)[0].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        attention(qkv, packing, 1).sum().backward()
+    for end, operand in (("", 0), ("_backward", 1)):
+        name = f"aten::_scaled_dot_product_flash_attention_for_cpu{end}"
+        shapes = [event.input_shapes[operand] for event in profile.events() if event.name == name]
+        assert [(shape[0], shape[2]) for shape in shapes] == [(2, 3), (1, 1), (1, 17), (1, 130), (2, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_by_hand_and_by_autograd_are_the_same_bits(dtype: torch.dtype) -> None:
+    packing = pack(MIXED)
+    qkv, grad = draw(packing, 2, 32, 3, dtype)
+    found = []
+    for run in (lambda x: attention(x, packing, 2, "sdpa"), lambda x: module._sdpa(x, packing, 2)):
+        leaf = qkv.clone().requires_grad_()
+        # A gradient that is spread out, as a reduction hands it over, must do too.
+        for some in (grad, grad[:1].expand_as(grad)):
+            out = run(leaf)
+            found.append((out, *torch.autograd.grad(out, leaf, some)))
+    for mine, plain in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
 
 
 @every_library

@@ -58,6 +58,59 @@ def _sdpa(qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _dense_parts(qkv: Tensor, packing: Packing, num_heads: int) -> list[Tensor]:
+    """Of each run of sequences [3, count, H, length, D], views."""
+    parts, start = [], 0
+    for count, length in packing.runs:
+        if length:
+            rows = qkv[start : start + count * length]
+            parts.append(rows.view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4))
+        start += count * length
+    return parts
+
+
+class _SdpaCpu(torch.autograd.Function):
+    """_sdpa with its kernel called by hand: each result is written once, to where it belongs in the packed buffers.
+
+    Autograd would gather the gradients of queries, keys and values, and then those of all runs, in two more copies.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:  # type: ignore[no-untyped-def]
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+        out[packing.total :].zero_()
+        saved, start = [qkv], 0
+        for part in _dense_parts(qkv, packing, num_heads):
+            dense, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part.unbind(0))
+            count, _, length, head_dim = dense.shape
+            end = start + count * length
+            out[start:end].view(count, length, num_heads, head_dim).copy_(dense.transpose(1, 2))
+            saved += [dense, lse]
+            start = end
+        ctx.save_for_backward(*saved)
+        ctx.options = packing, num_heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        qkv, *saved = ctx.saved_tensors
+        packing, num_heads = ctx.options
+        dqkv, start = torch.empty_like(qkv, memory_format=torch.contiguous_format), 0
+        dqkv[packing.total :].zero_()
+        parts = zip(_dense_parts(qkv, packing, num_heads), _dense_parts(dqkv, packing, num_heads), strict=True)
+        for number, (part, dpart) in enumerate(parts):
+            _, count, _, length, head_dim = part.shape
+            end = start + count * length
+            dense_grad = grad[start:end].reshape(count, length, num_heads, head_dim).transpose(1, 2)
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dense_grad, *part.unbind(0), *saved[2 * number : 2 * number + 2], 0.0, False)
+            for place, value in zip(dpart, grads, strict=True):
+                place.copy_(value)
+            start = end
+        return dqkv, None, None
+
+
 torch.library.define(
     "vjepa_fast::attention_fwd",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, bool padded, str backend) -> (Tensor, Tensor)")
@@ -157,6 +210,10 @@ class _Attention(torch.autograd.Function):
 def _attend(qkv: Tensor, packing: Packing, num_heads: int, name: str, deterministic: bool) -> Tensor:
     """By a given back end."""
     if name == "sdpa":
+        by_hand = qkv.device.type == "cpu" and type(qkv) is Tensor and not torch.compiler.is_compiling()
+        if by_hand and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
+            dense: Tensor = _SdpaCpu.apply(qkv, packing, num_heads)
+            return dense
         return _sdpa(qkv, packing, num_heads)
     padded = packing.dynamic or packing.total < qkv.shape[0]
     out: Tensor = _Attention.apply(
