@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 import vjepa_fast as vf
-from benchmarks.timing import ROOT, Quantiles, environment
-from benchmarks.workload import LARGE
 from vjepa_fast import extension
+from vjepa_fast.bench.reference import REFERENCE_COMMIT
+from vjepa_fast.bench.timing import ROOT, Quantiles, environment
+from vjepa_fast.bench.workload import LARGE
 from vjepa_fast.ops import mask_sample as mask_ops
 
 CALLS = 5
@@ -120,7 +121,6 @@ def main() -> None:
         parser.error("VJEPA2_REFERENCE does not name a checkout of facebookresearch/vjepa2")
     if extension.load().path is None:
         parser.error(f"the extension is not there: {extension.load().reason}")
-    from tests.parity.meta_reference import REFERENCE_COMMIT
 
     torch.set_num_threads(1)
     about = environment(torch.device("cpu"))

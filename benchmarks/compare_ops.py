@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vjepa_fast as vf
-from benchmarks.timing import ROOT, Quantiles, environment
-from benchmarks.workload import SMALL, Workload
+from vjepa_fast.bench.timing import ROOT, Quantiles, environment
+from vjepa_fast.bench.workload import SMALL, Workload
 from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.latent_loss import latent_loss
 from vjepa_fast.ops.layer_norm import LayerNorm

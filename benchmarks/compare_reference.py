@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.flops import step_flops
-from benchmarks.steps import OurStep, ReferenceStep, check_same_loss, interleave, masks_of_batches, profile_steps
-from benchmarks.timing import ROOT, Limits, Quantiles, environment, limits_as_dict, measure_limits
-from benchmarks.workload import BASE, SMALL, TINY, TRIAL, Workload
+from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep
+from vjepa_fast.bench.steps import OurStep, check_same_loss, interleave, masks_of_batches, profile_steps
+from vjepa_fast.bench.timing import ROOT, Limits, Quantiles, environment, limits_as_dict, measure_limits
+from vjepa_fast.bench.workload import BASE, SMALL, TINY, TRIAL, Workload
+from vjepa_fast.cost.flops import step_flops
 
 TOLERANCE = 1e-5
 _WORKLOADS = {"tiny": TINY, "small": SMALL, "base": BASE, "trial": TRIAL}
@@ -47,7 +48,7 @@ def compare(workload: Workload, rounds: int, num_batches: int, limits: Limits) -
     """
     cpu = torch.device("cpu")
     ours = OurStep(workload, cpu, num_batches)
-    reference = ReferenceStep(workload, ours, checkpointing=False)
+    reference = ReferenceStep(Path(os.environ["VJEPA2_REFERENCE"]), ours, checkpointing=False)
     losses = {"ours": ours(0).item(), "reference": reference(0)}
     check_same_loss(losses, TOLERANCE)
     interleave({"ours": ours, "reference": reference}, cpu, 1, first_step=1)
@@ -124,7 +125,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not os.environ.get("VJEPA2_REFERENCE"):
         parser.error("VJEPA2_REFERENCE does not name a checkout of facebookresearch/vjepa2")
-    from tests.parity.meta_reference import REFERENCE_COMMIT
 
     torch.set_num_threads(arguments.threads)
     about = environment(torch.device("cpu"))

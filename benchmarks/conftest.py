@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import (
+from vjepa_fast.bench.timing import (
     Limits,
     Quantiles,
     cpu_times,
@@ -31,7 +31,7 @@ from benchmarks.timing import (
     pick_device,
     synchronize,
 )
-from benchmarks.workload import LARGE, SMALL, TRIAL, Workload
+from vjepa_fast.bench.workload import LARGE, SMALL, TRIAL, Workload
 
 _SIZES = {"trial": TRIAL, "small": SMALL, "large": LARGE}
 _GPUS = {"h200": Limits(4.8e12, 790e12, "bfloat16")}

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.flops import step_flops
-from benchmarks.steps import OurStep, ReferenceStep, Step, check_same_loss, interleave, profile_steps
-from benchmarks.timing import (
+from vjepa_fast.bench.reference import ReferenceStep
+from vjepa_fast.bench.steps import OurStep, Step, check_same_loss, interleave, profile_steps
+from vjepa_fast.bench.timing import (
     ROOT,
     Limits,
     Quantiles,
@@ -41,7 +41,8 @@ from benchmarks.timing import (
     pick_device,
     synchronize,
 )
-from benchmarks.workload import LARGE, TRIAL, Workload
+from vjepa_fast.bench.workload import LARGE, TRIAL, Workload
+from vjepa_fast.cost.flops import step_flops
 
 _NUM_BATCHES = 8
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -150,7 +151,7 @@ def _beside_reference(
     steps: dict[str, Step] = {"ours": ours}
     losses = {}
     for name, options in variants.items():
-        steps[name] = reference = ReferenceStep(workload, ours, **options)
+        steps[name] = reference = ReferenceStep(Path(os.environ["VJEPA2_REFERENCE"]), ours, **options)
         losses[name] = reference(0)
     losses["ours"] = float(ours(0))
     check_same_loss(losses, _TOLERANCE[workload.torch_dtype])

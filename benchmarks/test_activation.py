@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.timing import randn
-from benchmarks.workload import Workload
+from vjepa_fast.bench.timing import randn
+from vjepa_fast.bench.workload import Workload
 from vjepa_fast.ops.activation import gelu, gelu_ref, swiglu, swiglu_ref
 
 _EXPRESSIONS = {"gelu": (gelu, gelu_ref, 1), "swiglu": (swiglu, swiglu_ref, 2)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from benchmarks.workload import Workload
+from vjepa_fast.bench.workload import Workload
 from vjepa_fast.ops.linear import Linear
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.workload import Workload
+from vjepa_fast.bench.workload import Workload
 from vjepa_fast.train.optim import ema_update
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from benchmarks.timing import Quantiles
-from benchmarks.workload import TRIAL, Workload
+from vjepa_fast.bench.timing import Quantiles
+from vjepa_fast.bench.workload import TRIAL, Workload
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.data.workers import auto_num_workers

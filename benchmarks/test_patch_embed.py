@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.workload import Workload
+from vjepa_fast.bench.workload import Workload
 from vjepa_fast.ops.patch_embed import patch_embed
 
 

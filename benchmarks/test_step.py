@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.flops import step_flops
-from benchmarks.steps import OurStep
-from benchmarks.workload import Workload
+from vjepa_fast.bench.steps import OurStep
+from vjepa_fast.bench.workload import Workload
+from vjepa_fast.cost.flops import step_flops
 
 
 def test_step(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.timing import randn
-from benchmarks.workload import Workload
+from vjepa_fast.bench.timing import randn
+from vjepa_fast.bench.workload import Workload
 from vjepa_fast.ops.packing import Packing
 from vjepa_fast.ops.variance_loss import variance_loss
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu_run import PARTS, TIMED, Part, Settings, as_table, run_part
-from benchmarks.timing import ROOT, pick_device
+from vjepa_fast.bench.timing import ROOT, pick_device
 
 
 def call(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

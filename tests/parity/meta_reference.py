@@ -10,9 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
-import logging
 import os
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cases import MEAN, OPTIMIZATION, STD, Batch, Case, make_batch
-from .mask_cases import MaskCase, Masks
+from vjepa_fast.bench.reference import import_environment, load_modules, normalise
 
-REFERENCE_COMMIT = "c2963a4"
+from .cases import OPTIMIZATION, Batch, Case, make_batch
+from .mask_cases import MaskCase, Masks
 
 needs_reference = pytest.mark.skipif(
     not os.environ.get("VJEPA2_REFERENCE"),
@@ -39,54 +37,14 @@ needs_reference = pytest.mark.skipif(
 ignore_sdp_warning = pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")
 
 
-def _unused_drop_path(*_: Any) -> torch.Tensor:
-    raise AssertionError("these runs have no drop path")
-
-
-@contextlib.contextmanager
-def _import_environment(root: Path) -> Iterator[None]:
-    """Put the checkout and a stand-in for timm in place, and undo that and what its modules do to the root logger."""
-    layers = types.ModuleType("timm.models.layers")
-    layers.drop_path = _unused_drop_path  # type: ignore[attr-defined]
-    stand_ins = {name: types.ModuleType(name) for name in ("timm", "timm.models")} | {layers.__name__: layers}
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    root_logger = logging.getLogger()
-    handlers, level = root_logger.handlers[:], root_logger.level
-    sys.path.insert(0, str(root))
-    sys.modules.update(stand_ins)
-    try:
-        yield
-    finally:
-        sys.path.remove(str(root))
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-        root_logger.handlers[:], root_logger.level = handlers, level
-
-
-@functools.cache
 def modules() -> types.SimpleNamespace:
-    """The reference's modules: vit, predictor, wrappers, masks, schedulers, utils, apply_masks."""
-    root = Path(os.environ["VJEPA2_REFERENCE"]).resolve()
-    names = {
-        "vit": "src.models.vision_transformer",
-        "predictor": "src.models.predictor",
-        "wrappers": "src.utils.wrappers",
-        "masks": "src.masks.multiseq_multiblock3d",
-        "mask_utils": "src.masks.utils",
-        "schedulers": "src.utils.schedulers",
-        "utils": "app.vjepa.utils",
-    }
-    with _import_environment(root):
-        found = {key: importlib.import_module(name) for key, name in names.items()}
-    return types.SimpleNamespace(**found)
+    """The reference's modules, see load_modules."""
+    return load_modules(Path(os.environ["VJEPA2_REFERENCE"]).resolve())
 
 
 def training_script() -> types.ModuleType:
     """The module app/vjepa/train.py; importing it seeds the global generators."""
-    with _import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve()):
+    with import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve()):
         return importlib.import_module("app.vjepa.train")
 
 
@@ -152,12 +110,6 @@ def _shared(case: Case) -> dict[str, Any]:
         "mlp_ratio": 4.0,
         "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
     }
-
-
-def normalise(clip: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W], (x - 255 mean) / (255 std) with the constants rounded to fp32."""
-    mean, std = (torch.tensor(values) * 255.0 for values in (MEAN, STD))
-    return ((clip.to(dtype) - mean.to(dtype)) / std.to(dtype)).permute(0, 4, 1, 2, 3)
 
 
 @dataclass

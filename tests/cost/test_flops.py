@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vjepa_fast as vf
-from benchmarks.flops import step_flops
-from benchmarks.workload import LARGE
+from vjepa_fast.bench.workload import LARGE
 from vjepa_fast.config.schema import Config
+from vjepa_fast.cost.flops import step_flops
 from vjepa_fast.masking.batch import MaskBatch
 
 

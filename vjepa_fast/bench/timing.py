@@ -26,7 +26,8 @@ from torch import Tensor
 
 import vjepa_fast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, unless the package is installed."""
 QUANTILES = (0.2, 0.5, 0.8)
 _L2_BYTES = 256 << 20
 _SLEEP_CYCLES = 1_000_000
@@ -191,7 +192,9 @@ def _version(module: str) -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, command, date and commit of a measurement."""
-    status = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+    # Installed, the package may lie inside a repository that it does not belong to.
+    own = (ROOT / "pyproject.toml").is_file()
+    status = _output_of("git", "status", "--porcelain", "--untracked-files=no") if own else None
     out: dict[str, Any] = {
         "device": f"CPU: {cpu_name()}, {torch.get_num_threads()} threads",
         "cpu": cpu_name(),
@@ -205,7 +208,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "vjepa_fast": vjepa_fast.__version__,
         "command": " ".join(["python", *(argument.removeprefix(f"{ROOT}/") for argument in sys.orig_argv[1:])]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _output_of("git", "rev-parse", "HEAD"),
+        "commit": _output_of("git", "rev-parse", "HEAD") if own else None,
         "uncommitted_changes": None if status is None else bool(status),
     }
     if device.type == "cuda":

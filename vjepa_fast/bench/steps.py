@@ -1,0 +1,138 @@
+"""Whole training steps: ours, several sides in turns, and where their time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vjepa_fast.bench.timing import synchronize
+from vjepa_fast.bench.workload import Workload, fresh
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.train.step import TrainStep
+
+
+class Step(Protocol):
+    """One side of a comparison: call it with the number of the step."""
+
+    def __call__(self, step: int) -> Any: ...
+
+
+class OurStep:
+    """vjepa_fast's step, over batches that take turns.
+
+    Args:
+        workload: what to train.
+        device: where.
+        num_batches: different batches, each with its own clips and masks.
+        cudnn_attention: allow cuDNN's attention, which torch may prefer on a GPU and which plans anew for each shape.
+        seed: of the weights.
+    """
+
+    def __init__(
+        self, workload: Workload, device: torch.device, num_batches: int, *, cudnn_attention: bool = True, seed: int = 0
+    ) -> None:
+        self.workload = workload
+        self.model = workload.model(device, seed)
+        self.train_step = TrainStep(self.model, workload.config)
+        self.clips = [workload.clips(device, index) for index in range(num_batches)]
+        self.masks = [workload.masks(device, index) for index in range(num_batches)]
+        self.cudnn_attention = cudnn_attention
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """The loss, on the device."""
+        torch.backends.cuda.enable_cudnn_sdp(self.cudnn_attention)
+        index = step % len(self.masks)
+        return self.train_step(step, self.clips[index], fresh(self.masks[index])).loss
+
+
+def check_same_loss(losses: dict[str, float], tolerance: float) -> None:
+    """Refuse to time steps that do not compute the same thing.
+
+    Args:
+        losses: of the first step of each side, from the same weights on the same batch.
+        tolerance: relative.
+
+    Raises:
+        ArithmeticError: two losses differ by more.
+    """
+    low, high = min(losses.values()), max(losses.values())
+    if not high - low <= tolerance * abs(high):
+        raise ArithmeticError(f"the losses of the first step differ by more than {tolerance:g}: {losses}; no time is "
+                              "worth reporting")
+
+
+def interleave(
+    steps: dict[str, Step], device: torch.device, rounds: int, first_step: int = 0, budget_s: float = float("inf"),
+    min_rounds: int = 3,
+) -> dict[str, list[float]]:
+    """Seconds of each side's steps, taken in turns: A B A B.
+
+    Args:
+        steps: the sides.
+        device: synchronised around each step.
+        rounds: steps of each side.
+        first_step: number of the first one.
+        budget_s: stop early after this time, but not before `min_rounds`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    for number in range(first_step, first_step + rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            began = time.perf_counter()
+            step(number)
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+        if time.perf_counter() - started > budget_s and number - first_step + 1 >= min_rounds:
+            break
+    return seconds
+
+
+def masks_of_batches(masks: Sequence[MaskBatch]) -> dict[str, list[int]]:
+    """Tokens of all sequences, batch by batch."""
+    return {"context": [sum(m.context_lengths) for m in masks], "target": [sum(m.target_lengths) for m in masks]}
+
+
+_MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def _kind(operator: str) -> str:
+    if "scaled_dot_product" in operator or "flash_attention" in operator:
+        return "attention"
+    if operator in _MATMUL or "conv" in operator:
+        return "matmul"
+    return "other"
+
+
+def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Where the time of some steps goes.
+
+    Returns:
+        Milliseconds a step by kind: `matmul` (with the patch embedding's convolution), `attention`, `other`; and the
+        operators with the largest self time.
+    """
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities) as recorded:
+        for number in numbers:
+            step(number)
+        synchronize(device)
+    kinds = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
+    operators: list[tuple[float, str, int]] = []
+    for event in recorded.key_averages():
+        # Kernels are listed once more by themselves; what launched them already has their time.
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        micros = event.self_device_time_total if gpu else event.self_cpu_time_total
+        kinds[_kind(event.key)] += micros / 1e3 / len(numbers)
+        operators.append((micros / 1e3 / len(numbers), event.key, event.count // len(numbers)))
+    operators.sort(reverse=True)
+    return {
+        "ms_by_kind": kinds,
+        "operators": [{"name": name, "ms": ms, "calls": calls} for ms, name, calls in operators[:25]],
+        "num_operators": sum(calls for _, name, calls in operators if name.startswith("aten::")),
+    }
