@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vjepa_fast import __version__
-from vjepa_fast.cli import doctor, masks, train
+from vjepa_fast.cli import doctor, masks, plan, train
 
 app = typer.Typer(
     name="vjepa-fast",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("doctor")(doctor.doctor)
 app.command("masks", epilog=masks.EPILOG)(masks.masks)
+app.command("plan", epilog=plan.EPILOG)(plan.plan)
 
 
 def _version(value: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
@@ -127,9 +128,17 @@ class VJEPA(nn.Module):
             if len(group) != batch.batch_size or self.encoder.grid_of(group) != tuple(batch.grid):
                 raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
                                  f"{batch.batch_size} clips of {tuple(batch.grid)}")
-        features, rows = self.encode_targets(groups, batches)
-        context, _ = self.encoder.forward_packed(groups, batches)
-        predictions = self.predictor.forward_packed(context, batches)
+        with label("target encoder"):
+            features, rows = self.encode_targets(groups, batches)
+        with label("context encoder"):
+            context, _ = self.encoder.forward_packed(groups, batches)
+            context = label_backward(context, "context encoder")
+        with label("predictor"):
+            predictions = label_backward(self.predictor.forward_packed(context, batches), "predictor")
+        with label("loss"):
+            return self._with_loss(predictions, features, rows, batches)
+
+    def _with_loss(self, predictions: Tensor, features: Tensor, rows: Tensor, batches: list[MaskBatch]) -> JEPAOutput:
         weights = torch.cat([batch.token_weights(len(batches)) for batch in batches])
         norm = self.target_encoder.norm
         final_norm = norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps

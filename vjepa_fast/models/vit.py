@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError
+from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import init_weights, make_blocks, run_blocks
 from vjepa_fast.models.positions import interpolate_table, sincos_table
@@ -241,7 +242,8 @@ class VisionTransformer(nn.Module):
         table = None
         if self.pos_embed is not None:
             table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
-        return self.patch_embed(clips, rows, self.dtype, table)
+        with label("patch embedding"):
+            return label_backward(self.patch_embed(clips, rows, self.dtype, table), "patch embedding")
 
     def _run(self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, final_norm: bool = True) -> list[Tensor]:
         rope = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vjepa_fast.config.schema import Config
+from vjepa_fast.labels import BACKWARD, label
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.fp8_linear import check_device
@@ -86,12 +87,13 @@ class TrainStep:
                 group["weight_decay"] = weight_decay
 
         loss, output = self._backward(groups, batches)
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        self.optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        with label("optimizer"):
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            self.optimizer.step()
+            if self.scaler is not None:
+                self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
         assert grad_norm is not None and skipped is not None
         return StepResult(loss, grad_norm, skipped, lr, weight_decay, momentum, output)
@@ -108,7 +110,8 @@ class TrainStep:
                 output = self.forward(some_clips, some_masks)
                 # Data parallelism averages gradients; the loss weights already add up to 1 over all processes.
                 loss = output.loss * self.num_processes
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                with label(BACKWARD):
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total, replace(

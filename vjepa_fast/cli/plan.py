@@ -1,0 +1,81 @@
+"""`vjepa-fast plan`: what a config costs on a named GPU, before it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
+from vjepa_fast.cli.console import exit_codes
+from vjepa_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vjepa_fast.cost.gpus import Gpu
+
+EPILOG = """
+Examples:
+
+  vjepa-fast plan --recipe vitl16-256 --gpu h200
+
+  vjepa-fast plan --recipe vitg16-256 --gpu h100 --gpus 128 --price 2.5 optimization.epochs=100
+
+  vjepa-fast plan --config vitl16.yaml --gpu rtx4090 data.batch_size=4 model.use_activation_checkpointing=true
+
+Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
+"""
+
+
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", show_default=False,
+                       help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train."),
+    ] = None,
+    recipe: RecipeOption = None,
+    config: ConfigOption = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="b200, h200, h100, a100-80gb, l40s, rtx4090, ...")] = "h200",
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many; each has its own batch.")] = 1,
+    price: Annotated[
+        float | None, typer.Option(metavar="X", min=0.0, help="Of one GPU for an hour; then the cost is printed."),
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measured rates of this GPU: gpu_run.json of benchmarks."),
+    ] = None,
+    loader_rate: Annotated[
+        float | None, typer.Option(metavar="X", min=0.001, help="Clips a second that the loader gives to one GPU."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="On plain PyTorch instead of our kernels.")] = False,
+) -> None:
+    """Print shapes, tokens, FLOPs, memory, time and cost of a config on a GPU. Needs neither data nor a GPU."""
+    with exit_codes():
+        cfg = load(recipe, config, list(overrides or ()))
+        # Imported here: torch takes seconds, which --help need not wait for.
+        from vjepa_fast.cost.gpus import gpu_named
+        from vjepa_fast.cost.plan import describe, draw_masks
+        from vjepa_fast.cost.prediction import predict
+
+        chosen = gpu_named(gpu)
+        if rates is not None:
+            chosen = _measured(chosen, rates)
+        try:
+            batch_size = cfg.data.per_process(gpus)
+        except ValueError as error:
+            raise ConfigError(f"{error}; --gpus says how many there are") from None
+        steps = draw_masks(cfg, batch_size)
+        prediction = predict(cfg, chosen, steps, kernels=not plain, loader_clips_per_s=loader_rate)
+        typer.echo(describe(cfg, prediction, steps, num_gpus=gpus, price=price))
+
+
+def _measured(gpu: Gpu, path: Path) -> Gpu:
+    from vjepa_fast.cost.gpus import with_measured
+
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--rates {path}: {error}; expected a JSON file of measured rates") from None
+    if not isinstance(report, dict):
+        raise ConfigError(f"--rates {path} holds no JSON object; expected a file as gpu_run writes it")
+    return with_measured(gpu, report)

@@ -1,0 +1,226 @@
+"""The operations of a training step on our kernels: arithmetic, bytes and launches of each.
+
+Bytes are those of the formulas in the files of vjepa_fast/ops; of a matrix product, operands and result once. Attention
+is counted as one launch over all packed sequences.
+
+Legend: L tokens of all sequences, D width, F hidden width of the MLP, P predictor width, s bytes of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vjepa_fast.config.schema import Config
+from vjepa_fast.cost.parameters import Parameters, count_parameters
+from vjepa_fast.labels import backward_of
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.vit import size_of
+
+Kind = Literal["matmul", "attention", "memory"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of kernel of one part, all its calls in a step together."""
+
+    part: str
+    """As vjepa_fast.labels names it; the backward is a part of its own."""
+    kind: Kind
+    name: str
+    num_bytes: float
+    flops: float = 0.0
+    launches: int = 1
+    features: int = 0
+    """Of a matrix product: its narrower side. Of attention: the head dim."""
+    length: float = 0.0
+    """Of attention: tokens of a sequence, weighted by their work."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sequences that a network works on; a mean over steps need not be whole."""
+
+    tokens: float
+    squares: float
+    """Sum of the squares of the lengths."""
+
+    @classmethod
+    def of(cls, lengths: Iterable[int]) -> Load:
+        lengths = list(lengths)
+        return cls(sum(lengths), sum(length * length for length in lengths))
+
+    @classmethod
+    def mean(cls, loads: Sequence[Load]) -> Load:
+        return cls(sum(x.tokens for x in loads) / len(loads), sum(x.squares for x in loads) / len(loads))
+
+    @property
+    def length(self) -> float:
+        """Of a sequence, weighted by its tokens."""
+        return self.squares / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Tokens of a step, or their means over steps."""
+
+    clips: float
+    whole: Load
+    """All tokens of all clips."""
+    context: Load
+    target: Load
+    both: Load
+    """Context and target of a sequence together, as the predictor sees them."""
+
+    @classmethod
+    def of(cls, steps: Sequence[Sequence[MaskBatch]]) -> Loads:
+        """Means over steps, each a list of one MaskBatch a frames-per-clip group."""
+        def mean(lengths: str) -> Load:
+            return Load.mean([Load.of(n for batch in step for n in getattr(batch, lengths)) for step in steps])
+
+        clips = [sum(batch.batch_size for batch in step) for step in steps]
+        whole = [Load.of(batch.num_tokens for batch in step for _ in range(batch.batch_size)) for step in steps]
+        return cls(sum(clips) / len(steps), Load.mean(whole), mean("context_lengths"), mean("target_lengths"),
+                   mean("total_lengths"))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A stack of transformer blocks."""
+
+    width: int
+    depth: int
+    num_heads: int
+    hidden: int
+    swiglu: bool
+    rope: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def rotated(self) -> int:
+        """Elements of a head that RoPE turns (vjepa_fast/ops/rope3d.py)."""
+        return 3 * 2 * ((self.head_dim // 3) // 2) if self.rope else 0
+
+
+def networks_of(cfg: Config) -> tuple[Network, Network]:
+    """Encoder and predictor of a config."""
+    model, size = cfg.model, size_of(cfg.model)
+
+    def hidden(width: int, ratio: float, swiglu: bool) -> int:
+        wide = int(width * ratio)
+        return (int(2 * wide / 3) + 7) // 8 * 8 if swiglu and model.wide_silu else wide
+
+    encoder = Network(size.embed_dim, size.depth, size.num_heads,
+                      hidden(size.embed_dim, size.mlp_ratio, model.use_silu), model.use_silu, model.use_rope)
+    width = model.pred_embed_dim
+    return encoder, Network(width, model.pred_depth, model.pred_num_heads or size.num_heads,
+                            hidden(width, 4.0, model.use_pred_silu), model.use_pred_silu, model.use_rope)
+
+
+def _product(part: str, name: str, tokens: float, inputs: int, outputs: int, s: int, calls: int = 1) -> Operation:
+    return Operation(
+        part, "matmul", name, calls * s * (tokens * (inputs + outputs) + inputs * outputs),
+        calls * 2.0 * tokens * inputs * outputs, calls, min(inputs, outputs))
+
+
+def _memory(part: str, name: str, num_bytes: float, launches: int = 1) -> Operation:
+    return Operation(part, "memory", name, num_bytes, launches=launches)
+
+
+def _linears(net: Network) -> list[tuple[str, int, int]]:
+    d, f = net.width, net.hidden
+    mlp = [("fc1", d, f), ("fc2", d, f), ("fc3", f, d)] if net.swiglu else [("fc1", d, f), ("fc2", f, d)]
+    return [("qkv", d, 3 * d), ("proj", d, d), *mlp]
+
+
+def blocks_forward(part: str, net: Network, load: Load, s: int) -> list[Operation]:
+    """All blocks; the first norm of the first block has nothing to add."""
+    tokens, d, n = load.tokens, net.width, net.depth
+    out = [_product(part, name, tokens, i, o, s, n) for name, i, o in _linears(net)]
+    out.append(_memory(part, "layer norm and residual", (2 * n * 4 - 2) * s * d * tokens, 2 * n))
+    out.append(_memory(part, "activation", n * (3 if net.swiglu else 2) * s * net.hidden * tokens, n))
+    out.append(Operation(part, "attention", "attention", n * 4 * s * d * tokens, n * 4.0 * load.squares * d, n,
+                         net.head_dim, load.length))
+    if net.rotated:
+        out.append(_memory(part, "rope", n * (4 * net.num_heads * net.rotated * s + 4) * tokens, n))
+    return out
+
+
+def _linear_backward(part: str, name: str, tokens: float, i: int, o: int, s: int, calls: int = 1) -> list[Operation]:
+    """Gradients of input, weight and bias. A half-precision weight gradient is cast for its fp32 master."""
+    out = [_product(part, f"{name}, input", tokens, i, o, s, calls),
+           _product(part, f"{name}, weight", tokens, i, o, s, calls),
+           _memory(part, "bias gradients", calls * (s * tokens * o + 4 * o), calls)]
+    if s < 4:
+        out.append(_memory(part, "weight gradient casts", calls * i * o * (s + 4), calls))
+    return out
+
+
+def blocks_backward(part: str, net: Network, load: Load, s: int) -> list[Operation]:
+    """All blocks."""
+    tokens, d, n = load.tokens, net.width, net.depth
+    out = [op for name, i, o in _linears(net) for op in _linear_backward(part, name, tokens, i, o, s, n)]
+    out.append(_memory(part, "layer norm and residual", 2 * n * 4 * s * d * tokens, 2 * n * 4))
+    out.append(_memory(part, "activation", n * (5 if net.swiglu else 3) * s * net.hidden * tokens, n))
+    # Reads queries, keys, values, output and its gradient; writes the gradients of queries, keys and values.
+    out.append(Operation(part, "attention", "attention", n * 8 * s * d * tokens, n * 10.0 * load.squares * d, n,
+                         net.head_dim, load.length))
+    if net.rotated:
+        out.append(_memory(part, "rope", n * (6 * d * s + 4) * tokens, n))
+    return out
+
+
+def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
+    """Every operation of a training step on our kernels, with activation checkpointing where the config has it."""
+    encoder, predictor = networks_of(cfg)
+    model, s = cfg.model, 4 if cfg.model.dtype == "float32" else 2
+    assert model.patch_size is not None and model.tubelet_size is not None and model.num_frames is not None
+    pixels = 3 * (model.tubelet_size if model.num_frames > 1 else 1) * model.patch_size**2
+    d, p = encoder.width, predictor.width
+    context, target, both = loads.context, loads.target, loads.both
+
+    def patches(part: str, tokens: float, launches: int) -> Operation:
+        return Operation(part, "matmul", "patch embedding", tokens * pixels + 4 * d * pixels + tokens * d * s,
+                         2.0 * tokens * pixels * d, launches, min(pixels, d))
+
+    out = [patches("patch embedding", loads.whole.tokens, 2), patches("patch embedding", context.tokens, 2),
+           patches(backward_of("patch embedding"), context.tokens, 3)]
+    out += blocks_forward("target encoder", encoder, loads.whole, s)
+    # The final norm of the target encoder is the loss's.
+    out.append(_memory("target encoder", "last residual", 3 * s * d * loads.whole.tokens))
+    out += blocks_forward("context encoder", encoder, context, s)
+    out.append(_memory("context encoder", "final norm", 4 * s * d * context.tokens))
+    part = backward_of("context encoder")
+    out += [_memory(part, "final norm", 3 * s * d * context.tokens, 4), *blocks_backward(part, encoder, context, s)]
+    part = "predictor"
+    out += [_product(part, "embed", context.tokens, d, p, s), _product(part, "proj", target.tokens, p, d, s)]
+    out += blocks_forward(part, predictor, both, s)
+    # Tokens and mask tokens are joined and put in order; then the last sum, and target rows alone are normed.
+    out.append(_memory(part, "order", 4 * s * p * both.tokens + 2 * s * p * target.tokens, 3))
+    out.append(_memory(part, "final norm", 3 * s * p * both.tokens + 4 * s * p * target.tokens, 3))
+    back = backward_of(part)
+    out += _linear_backward(back, "proj", target.tokens, p, d, s) + _linear_backward(
+        back, "embed", context.tokens, d, p, s)
+    out += blocks_backward(back, predictor, both, s)
+    out.append(_memory(back, "order", s * p * (3 * both.tokens + 5 * target.tokens), 5))
+    out.append(_memory(back, "final norm", 3 * s * p * target.tokens, 4))
+    if model.use_activation_checkpointing:
+        for name, net, load in (("context encoder", encoder, context), ("predictor", predictor, both)):
+            again = blocks_forward(backward_of(name), net, load, s)
+            out += [replace(op, name=f"{op.name}, again") for op in again]
+    slope = 1 if cfg.loss.loss_exp == 1 else 4
+    out.append(_memory("loss", "latent loss", target.tokens * d * (2 * s + slope), 5))
+    out.append(_memory(backward_of("loss"), "latent loss", target.tokens * d * (slope + s), 2))
+    return out + optimizer_operations(count_parameters(cfg.model), s)
+
+
+def optimizer_operations(parameters: Parameters, s: int) -> list[Operation]:
+    """Norm of the gradients, AdamW, moving average and shadows."""
+    shadows = (parameters.linear + parameters.target_linear) * s if s < 4 else 0
+    moved = 28 * parameters.trained + 8 * parameters.target + shadows
+    return [_memory("optimizer", "norm of the gradients", 4 * parameters.trained, 3),
+            _memory("optimizer", "AdamW and moving average", moved, 10)]

@@ -1,0 +1,48 @@
+"""How many parameters a model has, counted on modules without memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.models.jepa import VJEPA
+from vjepa_fast.ops.linear import Linear
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of elements."""
+
+    encoder: int
+    """Trained."""
+    predictor: int
+    """Trained."""
+    target: int
+    """Of the target encoder, fixed position tables included."""
+    linear: int
+    """Those of `trained` that have a shadow in half precision."""
+    target_linear: int
+    """Those of `target` that do."""
+
+    @property
+    def trained(self) -> int:
+        return self.encoder + self.predictor
+
+
+def count_parameters(cfg: ModelConfig) -> Parameters:
+    """Of encoder, predictor and target encoder."""
+    with torch.device("meta"):
+        model = VJEPA(cfg)
+
+    def trained(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    def linear(module: nn.Module) -> int:
+        return sum(p.numel() for m in module.modules() if isinstance(m, Linear) for p in m.parameters())
+
+    return Parameters(
+        trained(model.encoder), trained(model.predictor), sum(p.numel() for p in model.target_encoder.parameters()),
+        linear(model.encoder) + linear(model.predictor), linear(model.target_encoder))
