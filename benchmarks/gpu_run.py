@@ -42,7 +42,10 @@ from vjepa_fast.bench.timing import (
     synchronize,
 )
 from vjepa_fast.bench.workload import LARGE, TRIAL, Workload
+from vjepa_fast.cost import check
 from vjepa_fast.cost.flops import step_flops
+from vjepa_fast.cost.gpus import gpu_of_device, with_measured
+from vjepa_fast.cost.prediction import predict
 
 _NUM_BATCHES = 8
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -186,11 +189,17 @@ def run_reference_compiled(settings: Settings) -> dict[str, Any]:
 
 
 def run_profile(settings: Settings) -> dict[str, Any]:
-    """Where our step's time goes."""
+    """Where our step's time goes, beside what the cost model expects at the rates measured here."""
     step = OurStep(settings.workload, settings.device, 2)
     for number in range(4):
         step(number)
-    return profile_steps(step, range(2), settings.device)
+    found = profile_steps(step, range(2), settings.device)
+    gpu = gpu_of_device(torch.cuda.get_device_name()) if settings.device.type == "cuda" else None
+    if gpu is not None:
+        gpu = with_measured(gpu, {"limits": limits_as_dict(settings.limits())})
+        predicted = predict(settings.workload.config, gpu, [[masks] for masks in step.masks])
+        found["predicted_ms_by_part"] = predicted.milliseconds()
+    return found
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,9 @@ def as_table(report: dict[str, Any]) -> str:
             f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items()))
         lines += [f"  {op['ms']:8.2f} ms {op['calls']:6d} x {op['name']}" for op in
                   results["profile"]["operators"][:12]]
+    if "predicted_ms_by_part" in results["profile"]:
+        found = results["profile"]
+        lines.append(check.as_table(check.compare(found["predicted_ms_by_part"], found["ms_by_part"])))
     return "\n".join(lines)
 
 

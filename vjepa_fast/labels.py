@@ -28,6 +28,16 @@ def backward_of(part: str) -> str:
     return f"{part}, {BACKWARD}"
 
 
+def kind_of(operator: str) -> str:
+    """`matmul` (with convolutions and the patch embedding), `attention` or `other`, by the operator's name."""
+    name = operator.rpartition("::")[2]
+    if "scaled_dot_product" in name or "flash_attention" in name or name.startswith("attention"):
+        return "attention"
+    if name in ("mm", "addmm", "bmm", "baddbmm") or "conv" in name or name.startswith("patch_embed"):
+        return "matmul"
+    return "other"
+
+
 def _recording() -> bool:
     return _listener is not None or bool(torch.autograd.profiler._is_profiler_enabled)
 

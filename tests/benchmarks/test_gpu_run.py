@@ -46,6 +46,15 @@ def test_a_part_that_hangs_or_fails_is_reported(tmp_path: Path, monkeypatch) -> 
     assert "stopped after 0 s" in as_table({**everything, "step": hung})
 
 
+def test_table_sets_the_prediction_beside_the_profile() -> None:
+    nothing = {"seconds": 0.0, "error": None, "result": None}
+    found = {"ms_by_kind": {"matmul": 60.0}, "operators": [], "ms_by_part": {"target encoder": 84.0},
+             "predicted_ms_by_part": {"target encoder": 70.0}}
+    text = as_table({**{name: nothing for name in PARTS}, "profile": {**nothing, "result": found}})
+    assert [line.split() for line in text.splitlines() if line.startswith("target encoder")] == [
+        ["target", "encoder", "70.00", "84.00", "1.20", "*"]]
+
+
 def test_time_limits_fit_the_call() -> None:
     assert sum(PARTS[name].limit_s for name in TIMED) < 9 * 60
     assert sum(PARTS[name].limit_s for name in ("environment", "tests")) < 9 * 60

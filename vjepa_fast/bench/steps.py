@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from vjepa_fast.bench.timing import synchronize
 from vjepa_fast.bench.workload import Workload, fresh
+from vjepa_fast.labels import kind_of
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.train.profiling import LABELS, times_by_part
 from vjepa_fast.train.step import TrainStep
 
 
@@ -97,23 +99,12 @@ def masks_of_batches(masks: Sequence[MaskBatch]) -> dict[str, list[int]]:
     return {"context": [sum(m.context_lengths) for m in masks], "target": [sum(m.target_lengths) for m in masks]}
 
 
-_MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-
-
-def _kind(operator: str) -> str:
-    if "scaled_dot_product" in operator or "flash_attention" in operator:
-        return "attention"
-    if operator in _MATMUL or "conv" in operator:
-        return "matmul"
-    return "other"
-
-
 def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Where the time of some steps goes.
 
     Returns:
-        Milliseconds a step by kind: `matmul` (with the patch embedding's convolution), `attention`, `other`; and the
-        operators with the largest self time.
+        Milliseconds a step by kind: `matmul` (with the patch embedding's convolution), `attention`, `other`; by part
+        of the step (vjepa_fast.labels), where the step has labels; and the operators with the largest self time.
     """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
@@ -125,14 +116,15 @@ def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: to
     operators: list[tuple[float, str, int]] = []
     for event in recorded.key_averages():
         # Kernels are listed once more by themselves; what launched them already has their time.
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != torch.autograd.DeviceType.CPU or event.key in LABELS:
             continue
         micros = event.self_device_time_total if gpu else event.self_cpu_time_total
-        kinds[_kind(event.key)] += micros / 1e3 / len(numbers)
+        kinds[kind_of(event.key)] += micros / 1e3 / len(numbers)
         operators.append((micros / 1e3 / len(numbers), event.key, event.count // len(numbers)))
     operators.sort(reverse=True)
+    by_part = times_by_part(recorded.events() or (), gpu)
     return {
-        "ms_by_kind": kinds,
+        "ms_by_kind": kinds, "ms_by_part": {part: ms / len(numbers) for part, ms in by_part.items()},
         "operators": [{"name": name, "ms": ms, "calls": calls} for ms, name, calls in operators[:25]],
         "num_operators": sum(calls for _, name, calls in operators if name.startswith("aten::")),
     }

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from vjepa_fast.config.schema import Config
-from vjepa_fast.labels import Tracker
+from vjepa_fast.labels import Tracker, kind_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models import predictor
 from vjepa_fast.models.jepa import VJEPA
@@ -57,16 +57,6 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         return Tally(self.launches + other.launches, self.num_bytes + other.num_bytes,
                      self.operators + other.operators, self.elementwise_bytes + other.elementwise_bytes)
-
-
-def kind_of(operator: str) -> str:
-    """`matmul` (with convolutions and the patch embedding), `attention` or `other`, by the operator's name."""
-    name = operator.removeprefix("aten::").removeprefix("vjepa_fast::")
-    if "scaled_dot_product" in name or "flash_attention" in name or name.startswith("attention"):
-        return "attention"
-    if name in ("mm", "addmm", "bmm", "baddbmm") or "conv" in name or name.startswith("patch_embed"):
-        return "matmul"
-    return "other"
 
 
 def _returns_view(function: Any) -> bool:
