@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import json
 import os
@@ -29,8 +28,8 @@ from typing import Any
 
 import torch
 
-from vjepa_fast.bench.reference import ReferenceStep
-from vjepa_fast.bench.steps import OurStep, Step, check_same_loss, interleave, profile_steps
+from vjepa_fast.bench.compare import ON_GPU, beside_reference, step_figures
+from vjepa_fast.bench.steps import OurStep, interleave, profile_steps
 from vjepa_fast.bench.timing import (
     ROOT,
     Limits,
@@ -43,12 +42,11 @@ from vjepa_fast.bench.timing import (
 )
 from vjepa_fast.bench.workload import LARGE, TRIAL, Workload
 from vjepa_fast.cost import check
-from vjepa_fast.cost.flops import step_flops
 from vjepa_fast.cost.gpus import gpu_of_device, with_measured
 from vjepa_fast.cost.prediction import predict
 
 _NUM_BATCHES = 8
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+_COMPILED = "reference, and compiled"
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,6 @@ def run_operations(settings: Settings) -> dict[str, Any]:
     return out
 
 
-def _figures(settings: Settings, workload: Workload, step: OurStep, seconds: list[float]) -> dict[str, Any]:
-    times = Quantiles.of(seconds)
-    flops = sum(step_flops(workload.config.model, masks).total for masks in step.masks) / len(step.masks)
-    return asdict(times) | {
-        "clips_per_s": workload.batch_size / times.p50, "model_tflop_per_s": flops / times.p50 / 1e12,
-        "share_of_matmul_rate": flops / times.p50 / settings.limits().flops_per_s}
-
-
 def run_step(settings: Settings) -> dict[str, Any]:
     """Our whole step: one at a time, and many without waiting in between, as training runs it."""
     workload, device = settings.workload, settings.device
@@ -139,7 +129,7 @@ def run_step(settings: Settings) -> dict[str, Any]:
             step(number)
         synchronize(device)
         free = (time.perf_counter() - began) / count
-        out[name] = _figures(settings, workload, step, seconds) | {
+        out[name] = step_figures(workload, step, seconds, settings.limits()) | {
             "unseen_shapes": asdict(Quantiles.of(unseen)),
             "free_running_clips_per_s": workload.batch_size / free,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
@@ -149,43 +139,20 @@ def run_step(settings: Settings) -> dict[str, Any]:
 def _beside_reference(
     settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float
 ) -> dict[str, Any]:
-    workload, device = settings.workload, settings.device
-    ours = OurStep(workload, device, settings.num_batches)
-    steps: dict[str, Step] = {"ours": ours}
-    losses = {}
-    for name, options in variants.items():
-        steps[name] = reference = ReferenceStep(Path(os.environ["VJEPA2_REFERENCE"]), ours, **options)
-        losses[name] = reference(0)
-    losses["ours"] = float(ours(0))
-    check_same_loss(losses, _TOLERANCE[workload.torch_dtype])
-    # Nearly every batch of a real run has token counts that were never seen before, so the first pass over the batches
-    # is reported beside the later ones: what plans or compiles by shape pays there.
-    unseen = interleave(steps, device, max(1, settings.num_batches - 1), first_step=1, budget_s=warmup_s)
-    gc.collect()
-    seconds = interleave(steps, device, settings.rounds, budget_s=budget_s)
-    out: dict[str, Any] = {"first_loss": losses}
-    for name, values in seconds.items():
-        ratios = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
-        out[name] = _figures(settings, workload, ours, values) | {
-            "over_ours": asdict(Quantiles.of(ratios)), "unseen_shapes": asdict(Quantiles.of(unseen[name])),
-            "all_seconds": values}
-    return out
+    return beside_reference(
+        settings.workload, settings.device, Path(os.environ["VJEPA2_REFERENCE"]), variants, settings.limits(),
+        num_batches=settings.num_batches, rounds=settings.rounds, warmup_s=warmup_s, budget_s=budget_s)
 
 
 def run_reference(settings: Settings) -> dict[str, Any]:
     """Beside the reference as configured, with its attention-plan stalls avoided, and without recomputing."""
-    return _beside_reference(settings, {
-        "reference as configured": {"checkpointing": True},
-        "reference, cuDNN attention off": {"checkpointing": True, "cudnn_attention": False},
-        "reference, and no checkpointing": {"checkpointing": False, "cudnn_attention": False},
-    }, warmup_s=35, budget_s=25)
+    return _beside_reference(settings, {name: options for name, options in ON_GPU.items() if name != _COMPILED},
+                             warmup_s=35, budget_s=25)
 
 
 def run_reference_compiled(settings: Settings) -> dict[str, Any]:
     """Beside the reference at its best: compiled, no recomputing, no attention-plan stalls."""
-    return _beside_reference(settings, {
-        "reference compiled": {"checkpointing": False, "cudnn_attention": False, "compiled": True},
-    }, warmup_s=60, budget_s=15)
+    return _beside_reference(settings, {_COMPILED: ON_GPU[_COMPILED]}, warmup_s=60, budget_s=15)
 
 
 def run_profile(settings: Settings) -> dict[str, Any]:

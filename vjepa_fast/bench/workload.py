@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import vjepa_fast as vf
-from vjepa_fast.config.schema import Config, Dtype
+from vjepa_fast.config.schema import Config, DataConfig, Dtype
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.vit import size_of
 
@@ -27,10 +29,14 @@ class Workload:
     dtype: Dtype = "float32"
     num_frames: int = 16
     pred_depth: int = 12
+    given: Config | None = None
+    """The config itself, where it is not the one of this class."""
 
     @cached_property
     def config(self) -> Config:
         """As a recipe would give it, without activation checkpointing."""
+        if self.given is not None:
+            return self.given
         return Config.model_validate({
             "model": {"model_name": self.model_name, "pred_depth": self.pred_depth, "pred_num_heads": 12,
                       "uniform_power": True},
@@ -46,8 +52,8 @@ class Workload:
     def grid(self) -> tuple[int, int, int]:
         """Tokens of a clip."""
         data = self.config.data
-        side = self.crop_size // data.patch_size
-        return self.num_frames // data.tubelet_size, side, side
+        height, width = (side // data.patch_size for side in data.crop_size)
+        return self.num_frames // data.tubelet_size, height, width
 
     @property
     def width(self) -> int:
@@ -59,9 +65,20 @@ class Workload:
 
     def clips(self, device: torch.device, seed: int = 0) -> Tensor:
         """uint8 [B, T, H, W, 3], noise."""
-        shape = (self.batch_size, self.num_frames, self.crop_size, self.crop_size, 3)
+        shape = (self.batch_size, self.num_frames, *self.config.data.crop_size, 3)
         drawn = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         return drawn.to(device)
+
+    def data_of(self, manifest: Path) -> DataConfig:
+        """How training would read this workload's batches from a manifest."""
+        own = self.config.data.model_dump(exclude={"datasets", "datasets_weights", "dataset_fpcs", "global_batch_size"})
+        return DataConfig.model_validate({
+            **own, "datasets": [str(manifest)], "dataset_fpcs": [self.num_frames], "batch_size": self.batch_size})
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a result says about it."""
+        return {"name": self.name, "model": self.model_name, "crop_size": self.crop_size, "dtype": self.dtype,
+                "num_frames": self.num_frames, "batch_size": self.batch_size, "pred_depth": self.pred_depth}
 
     def masks(self, device: torch.device, step: int = 0) -> MaskBatch:
         """The masks of one step, by the rule and with the seed of the configuration."""
@@ -74,6 +91,18 @@ class Workload:
         torch.manual_seed(seed)
         with device:
             return vf.VJEPA(self.config.model)
+
+
+def of_config(name: str, cfg: Config) -> Workload:
+    """The step of a config, with the clips of one process and of its longest frames-per-clip group.
+
+    Args:
+        name: what results call it.
+        cfg: of the run.
+    """
+    data, model = cfg.data, cfg.model
+    return Workload(name, model.model_name, data.crop_size[0], data.per_process(1), model.dtype,
+                    num_frames=max(data.dataset_fpcs), pred_depth=model.pred_depth, given=cfg)
 
 
 def fresh(masks: MaskBatch) -> MaskBatch:

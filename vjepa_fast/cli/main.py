@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vjepa_fast import __version__
-from vjepa_fast.cli import doctor, masks, plan, train
+from vjepa_fast.cli import bench, doctor, masks, plan, train
 
 app = typer.Typer(
     name="vjepa-fast",
@@ -23,6 +23,7 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("doctor")(doctor.doctor)
 app.command("masks", epilog=masks.EPILOG)(masks.masks)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
+app.command("bench", epilog=bench.EPILOG)(bench.bench)
 
 
 def _version(value: bool) -> None:
