@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vjepa_fast.cost import flops
 from vjepa_fast.bench.timing import randn
 from vjepa_fast.bench.workload import Workload
+from vjepa_fast.cost import flops
 from vjepa_fast.ops.linear import Linear
 
 _OUTPUTS_AND_INPUTS = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}

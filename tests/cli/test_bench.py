@@ -64,8 +64,8 @@ def test_page_of_settings_that_failed() -> None:
     ratio = {"p20": 1.8, "p50": 2.0, "p80": 2.1}
     found = pages.as_markdown({
         "environment": {"device": "NVIDIA H200", "cpu": "x", "cores": 8, "load_average": 0.0, "python": "3",
-                        "torch": "2", "triton": "3", "vjepa_fast": "0", "commit": None, "uncommitted_changes": None, "command": "c",
-                        "date": "d"},
+                        "torch": "2", "triton": "3", "vjepa_fast": "0", "commit": None, "uncommitted_changes": None,
+                        "command": "c", "date": "d"},
         "limits": {"bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"}, "workload": TRIAL.as_dict(),
         "load_average_after": 0.0, "step": {"figures": times, "profile": {"ms_by_part": {"optimizer": 3.0}}},
         "reference": {"reference as configured": {**times, "over_ours": ratio},

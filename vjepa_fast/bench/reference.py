@@ -147,9 +147,7 @@ class ReferenceStep:
         modules, workload = load_modules(root), ours.workload
         cfg = workload.config
         device = ours.clips[0].device
-        with device:
-            self.networks = build_networks(modules, cfg)
-        self._load(ours)
+        self.networks = self._networks(modules, ours)
         for network in self.networks.values():
             backbone: Any = network.backbone
             backbone.use_activation_checkpointing = checkpointing
@@ -173,11 +171,14 @@ class ReferenceStep:
         self.masks = [masks.to_meta() for masks in ours.masks]
         self.cudnn_attention = cudnn_attention
 
-    def _load(self, ours: OurStep) -> None:
+    def _networks(self, modules: types.SimpleNamespace, ours: OurStep) -> nn.ModuleDict:
+        with ours.clips[0].device:
+            networks = build_networks(modules, ours.workload.config)
         for part in _PARTS:
-            backbone: Any = self.networks[part].backbone
+            backbone: Any = networks[part].backbone
             missing, unexpected = backbone.load_state_dict(getattr(ours.model, part).state_dict(), strict=False)
             assert not unexpected and all(key.endswith("pos_embed") for key in missing), (missing, unexpected)
+        return networks
 
     def __call__(self, step: int) -> float:
         """The loss."""
