@@ -111,8 +111,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{REFERENCE_COMMIT}",
         f"- command: `VJEPA2_REFERENCE=... {about['command']}`", f"- date: {about['date']}", "",
         "Counted on fake tensors as torch dispatches operators: each that computes or copies is a launch, views are",
-        "none; bytes are those of its inputs and outputs. Forward, backward, AdamW and EMA of the second step on one batch.",
-        "Both sides under the rules in benchmarks/count_step.py; nothing here was run on a GPU.", "",
+        "none; bytes are those of its inputs and outputs. Forward, backward, AdamW and EMA of the second step on one",
+        "batch, under the rules in benchmarks/count_step.py. Nothing here was run on a GPU.", "",
         "| config | side | launches | GB | GB outside matrix products and attention | launches over ours |",
         "|---|---|---|---|---|---|",
     ]
