@@ -70,26 +70,23 @@ def _dense_parts(qkv: Tensor, packing: Packing, num_heads: int) -> list[Tensor]:
 
 
 class _SdpaCpu(torch.autograd.Function):
-    """_sdpa with its kernel called by hand: each result is written once, to where it belongs in the packed buffers.
+    """_sdpa with its kernel called by hand, so that each gradient is written once, to where it belongs in the buffer.
 
     Autograd would gather the gradients of queries, keys and values, and then those of all runs, in two more copies.
     """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:  # type: ignore[no-untyped-def]
-        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        out[packing.total :].zero_()
-        saved, start = [qkv], 0
+        saved, outputs, width = [qkv], [], qkv.shape[1] // 3
         for part in _dense_parts(qkv, packing, num_heads):
             dense, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part.unbind(0))
-            count, _, length, head_dim = dense.shape
-            end = start + count * length
-            out[start:end].view(count, length, num_heads, head_dim).copy_(dense.transpose(1, 2))
             saved += [dense, lse]
-            start = end
+            outputs.append(dense.transpose(1, 2).reshape(-1, width))
+        if packing.total < len(qkv):
+            outputs.append(qkv.new_zeros(len(qkv) - packing.total, width))
         ctx.save_for_backward(*saved)
         ctx.options = packing, num_heads
-        return out
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     @once_differentiable
@@ -210,7 +207,9 @@ class _Attention(torch.autograd.Function):
 def _attend(qkv: Tensor, packing: Packing, num_heads: int, name: str, deterministic: bool) -> Tensor:
     """By a given back end."""
     if name == "sdpa":
-        by_hand = qkv.device.type == "cpu" and type(qkv) is Tensor and not torch.compiler.is_compiling()
+        by_hand = qkv.device.type == "cpu" and type(qkv) in (Tensor, FakeTensor) and not torch.compiler.is_compiling()
+        # The switch holds for the CPU's kernel too.
+        by_hand = by_hand and torch.backends.cuda.flash_sdp_enabled()
         if by_hand and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
             dense: Tensor = _SdpaCpu.apply(qkv, packing, num_heads)
             return dense

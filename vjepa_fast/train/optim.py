@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from vjepa_fast.models.jepa import VJEPA
@@ -59,6 +60,12 @@ def local_of(x: Tensor) -> Tensor:
     """This process's shard of a DTensor; any other tensor as it is. No gradient flows through."""
     # Not to_local: it makes a view for each of hundreds of parameters at every step.
     return x._local_tensor if isinstance(x, DTensor) else x
+
+
+def _place(x: Tensor) -> int:
+    """Differs where a tensor lies elsewhere than before."""
+    local = local_of(x)
+    return id(local) if isinstance(local, FakeTensor) else local.data_ptr()
 
 
 _Shards = tuple[DeviceMesh | None, tuple[int, ...]]
@@ -217,8 +224,8 @@ class AdamWEMA(torch.optim.AdamW):
         signature: list[Any] = [len(group["params"]) for group in self.param_groups]
         for parameter in parameters:
             state, target = self.state.get(parameter, {}), self._targets.get(parameter)
-            signature += (parameter.grad is None, local_of(parameter).data_ptr(), id(state.get("exp_avg")),
-                          id(state.get("exp_avg_sq")), 0 if target is None else local_of(target).data_ptr())
+            signature += (parameter.grad is None, _place(parameter), id(state.get("exp_avg")),
+                          id(state.get("exp_avg_sq")), None if target is None else _place(target))
         if self._plan is None or self._plan.signature != signature:
             self._plan = self._make_plan(signature)
         self._plan.operands.grads = [self._grad_of(parameter) for parameter in self._plan.parameters]
