@@ -81,7 +81,7 @@ class ModelConfig(Section):
     rope_precision: Literal["fp32", "reference"] = "fp32"
     """Angles and products of half-precision models: exact, or rounded wherever the reference rounds under autocast."""
     target_precision: Literal["same", "float8"] = "same"
-    """`float8` runs the linear layers of the target encoder's blocks in float8, which is inexact; an experiment."""
+    """`float8` runs the linear layers of the target encoder's blocks in float8: inexact, an experiment."""
     uniform_power: bool = False
     use_silu: bool = False
     use_pred_silu: bool = False
