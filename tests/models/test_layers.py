@@ -27,12 +27,12 @@ def one_by_one(blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def handed_over(blocks: nn.ModuleList, x: Tensor, checkpointing: bool = False) -> list[Tensor]:
+def handed_over(blocks: nn.ModuleList, x: Tensor, checkpointing: str = "none") -> list[Tensor]:
     stream = run_blocks(blocks, x, PACKING, None, checkpointing)
     return [x if branch is None else x + branch for x, branch in stream]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_same_bits_as_one_block_after_another(drop_path, checkpointing):
     results = []
@@ -47,10 +47,10 @@ def test_same_bits_as_one_block_after_another(drop_path, checkpointing):
 
 def test_additions_are_deferred_except_where_that_would_cost_memory():
     blocks, x = some_blocks(), torch.randn(7, 16, requires_grad=True)
-    assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, False)] == [False] * 3
-    assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, True)] == [True] * 3
+    assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, "none")] == [False] * 3
+    assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, "full")] == [True] * 3
     with torch.no_grad():
-        assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, True)] == [False] * 3
+        assert [branch is None for _, branch in run_blocks(blocks, x, PACKING, None, "full")] == [False] * 3
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])

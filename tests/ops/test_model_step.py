@@ -70,7 +70,7 @@ def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None
     branches = []
     stock = layer_norm._LayerNorm.apply
     monkeypatch.setattr(layer_norm._LayerNorm, "apply", lambda *args: branches.append(args[1]) or stock(*args))
-    *_, (x, branch) = run_blocks(blocks, x, packing, None, False)
+    *_, (x, branch) = run_blocks(blocks, x, packing, None)
     (x + branch).sum().backward()
     assert [b is None for b in branches] == [True, *[False] * 5]
     assert _dispatch.launches["_layer_norm_fwd_kernel"] == _dispatch.launches["_layer_norm_bwd_kernel"] == 6

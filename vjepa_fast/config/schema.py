@@ -59,6 +59,9 @@ class Section(BaseModel):
         return value
 
 
+Checkpointing = Literal["none", "full", "selective"]
+
+
 class ModelConfig(Section):
     """Encoder, predictor and target encoder."""
 
@@ -99,9 +102,19 @@ class ModelConfig(Section):
     """What computes attention: by measurement, or FlashAttention 4, 3, 2, torch's two, xformers. The environment
     variable VJEPA_FAST_ATTENTION comes before it; `vjepa-fast doctor` says which can be used."""
     use_activation_checkpointing: bool = False
+    """The reference's key; see activation_checkpointing."""
+    activation_checkpointing: Checkpointing | None = None
+    """What a block keeps for the backward: `none` recomputes nothing, `full` keeps its input only, `selective` also
+    the results of matrix products and attention. None: full if use_activation_checkpointing, else none."""
     compile_model: bool = False
+    """Compile the parts of a block around attention, for all layers at once (the reference: whole networks)."""
     dtype: Dtype = "float32"
     """Compute dtype; the parameters are fp32. Taken from train.dtype."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What holds, by both keys."""
+        return self.activation_checkpointing or ("full" if self.use_activation_checkpointing else "none")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

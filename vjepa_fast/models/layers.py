@@ -11,8 +11,9 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from vjepa_fast.models import regions
+from vjepa_fast.models.recompute import Checkpointing, checkpoint, keeps_products
 from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.attention import attention
 from vjepa_fast.ops.layer_norm import LayerNorm
@@ -35,7 +36,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
         qkv = self.qkv(x)
         if rope is not None:
-            qkv = rope(qkv, self.num_heads)
+            # Rotated in place, which must not happen to a product that is kept for the backward.
+            qkv = rope(qkv.clone() if keeps_products() else qkv, self.num_heads)
         return self.proj(attention(qkv, packing, self.num_heads, self.backend))
 
 
@@ -66,22 +68,34 @@ class SwiGLU(nn.Module):
         return self.fc3(swiglu(self.fc1(x), self.fc2(x)))
 
 
+def drop_path_scale(packing: Packing, rate: float, like: Tensor) -> Tensor:
+    """[L, 1] of the dtype and device of `like`: 0 for whole sequences with probability `rate`, else 1 / (1 - rate)."""
+    keep = torch.empty(len(packing.lengths), device=like.device).bernoulli_(1 - rate) / (1 - rate)
+    # Lengths from the device's own offsets: a list would be copied to it, for which the host waits.
+    per_token = keep.repeat_interleave(packing.cu_seqlens.diff(), output_size=packing.total)
+    return per_token[:, None].to(like.dtype)
+
+
 def drop_path(x: Tensor, packing: Packing, rate: float) -> Tensor:
     """Zeroes whole sequences with probability `rate` and scales the others by 1 / (1 - rate)."""
-    keep = torch.empty(len(packing.lengths), device=x.device).bernoulli_(1 - rate) / (1 - rate)
-    lengths = torch.tensor(packing.lengths, device=x.device)
-    return x * keep.repeat_interleave(lengths, output_size=packing.total)[:, None].to(x.dtype)
+    return x * drop_path_scale(packing, rate, x)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    Attributes:
+        compiled: run the parts around attention compiled; see vjepa_fast.models.regions. A block with hooks or foreign
+            modules inside runs eagerly all the same.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
-        attention: str = "auto",
+        attention: str = "auto", compiled: bool = False,
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
+        self.compiled = compiled
         self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, attention)
         self.norm2 = LayerNorm(dim, eps=1e-6)
@@ -101,23 +115,49 @@ class Block(nn.Module):
             defer: leave the last addition to the norm that reads the output, which saves a pass over the tokens
                 forward and two backward; the result is then (x, branch), whose sum is the output.
         """
-        x, normed = (x, self.norm1(x)) if branch is None else self.norm1.add(x, branch)
-        x, normed = self.norm2.add(x, self._drop(self.attn(normed, packing, rope), packing))
-        branch = self._drop(self.mlp(normed), packing)
+        if self.compiled and _may_compile(self, x):
+            x, branch = self._compiled_forward(x, packing, rope, branch)
+        else:
+            x, normed = (x, self.norm1(x)) if branch is None else self.norm1.add(x, branch)
+            x, normed = self.norm2.add(x, self._drop(self.attn(normed, packing, rope), packing))
+            branch = self._drop(self.mlp(normed), packing)
         return (x, branch) if defer else x + branch
 
+    def _compiled_forward(
+        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x, qkv = regions.before_attention(self, x, branch)
+        if rope is not None:
+            qkv = rope(qkv, self.attn.num_heads)
+        attended = attention(qkv, packing, self.attn.num_heads)
+        scales = None
+        if self._drops:
+            scales = drop_path_scale(packing, self.drop_path_rate, x), drop_path_scale(packing, self.drop_path_rate, x)
+        return regions.after_attention(self, x, attended, scales)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.drop_path_rate > 0
+
     def _drop(self, x: Tensor, packing: Packing) -> Tensor:
-        return drop_path(x, packing, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else x
+        return drop_path(x, packing, self.drop_path_rate) if self._drops else x
 
 
 def make_blocks(
     depth: int, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
-    attention: str = "auto",
+    attention: str = "auto", compiled: bool = False,
 ) -> nn.ModuleList:
     """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`; `attention` as in the config."""
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu, attention) for rate in rates)
+        Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu, attention, compiled) for rate in rates)
+
+
+def set_compiled(module: nn.Module, compiled: bool) -> None:
+    """Turn the compiled parts of all blocks within `module` on or off."""
+    for child in module.modules():
+        if isinstance(child, Block):
+            child.compiled = compiled
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -130,18 +170,35 @@ def _may_defer(block: nn.Module) -> bool:
         getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 
 
+_COMPILED_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})
+
+
+def _may_compile(block: Block, x: Tensor) -> bool:
+    """Whether all within the block is ours and nobody looks at it, and the compiled code is for that many tokens.
+
+    What is being traced already, or recorded op by op for selective recomputation, is not compiled separately.
+    """
+    if len(x) < 2 or torch.compiler.is_compiling() or keeps_products() or nn.modules.module._has_any_global_hook():
+        return False
+    inner = block.modules()
+    next(inner)
+    return all(
+        type(module) in _COMPILED_MODULES and not any(getattr(module, name) for name in _HOOKS) for module in inner)
+
+
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: bool
+    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: Checkpointing = "none"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """After each block x and branch, whose sum is its output; the sum is x where branch is None.
 
-    A block's last addition is done by the first norm of the next. Recomputed blocks (`checkpointing`) add up for
-    themselves, as their inputs are kept: one tensor rather than two. So do blocks with hooks, which see whole outputs.
+    A block's last addition is done by the first norm of the next. Recomputed blocks (see vjepa_fast.models.recompute)
+    add up for themselves, as their inputs are kept: one tensor rather than two. So do blocks with hooks, which see
+    whole outputs.
     """
     branch: Tensor | None = None
     for block, following in zip_longest(blocks, blocks[1:]):
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, packing, rope, use_reentrant=False)
+        if checkpointing != "none" and torch.is_grad_enabled():
+            x = checkpoint(block, x, packing, rope, checkpointing)
         elif _may_defer(block):
             x, branch = block(x, packing, rope, branch, defer=True)
             if following is not None and not _may_defer(following):

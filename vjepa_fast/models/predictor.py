@@ -59,7 +59,8 @@ class Predictor(nn.Module):
             table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
             self.predictor_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.predictor_blocks = make_blocks(
-            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu, cfg.attention)
+            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu, cfg.attention,
+            cfg.compile_model is True)
         self.predictor_norm = LayerNorm(width, eps=1e-6)
         self.predictor_proj = Linear(width, encoder.embed_dim)
         if not cfg.zero_init_mask_tokens:
@@ -130,7 +131,7 @@ class Predictor(nn.Module):
         if self.cfg.use_rope:
             rope = Rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg.rope_style,
                         self.cfg.rope_precision)
-        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.use_activation_checkpointing)
+        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.checkpointing)
         [(x, branch)] = deque(stream, maxlen=1)
         if branch is not None:
             x = x + branch

@@ -144,7 +144,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = make_blocks(
             size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu,
-            cfg.attention)
+            cfg.attention, cfg.compile_model is True)
         self.norm = LayerNorm(self.embed_dim, eps=1e-6)
         init_weights(self, self.blocks)
 
@@ -252,7 +252,7 @@ class VisionTransformer(nn.Module):
                         self.cfg.rope_precision)
         outputs = []
         branch: Tensor | None = None
-        stream = run_blocks(self.blocks, x, packing, rope, self.cfg.use_activation_checkpointing)
+        stream = run_blocks(self.blocks, x, packing, rope, self.cfg.checkpointing)
         for index, (x, branch) in enumerate(stream):
             if self.out_layers is not None and index in self.out_layers:
                 outputs.append(self._norm(x, branch))

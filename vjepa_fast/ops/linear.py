@@ -58,15 +58,16 @@ def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _ShadowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        low = shadow_of(weight, x.dtype)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, low)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, low, None if bias is None else shadow_of(bias, x.dtype))
+        return F.linear(x, low, low_bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         x, low = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -75,7 +76,31 @@ class _ShadowLinear(torch.autograd.Function):
         grad_bias = None
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = flat_grad.sum(0, dtype=bias_dtype)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+Affine = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Weight and bias of a linear layer, and their shadows; shadows that are None: the masters serve."""
+
+
+def operands(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Affine:
+    """What `linear_by` multiplies inputs of `dtype` with.
+
+    Shadows are looked up by attributes, version counters and addresses, none of which a compiler can trace; what is
+    done with them it can.
+    """
+    if dtype == weight.dtype:
+        return weight, bias, None, None
+    return weight, bias, shadow_of(weight, dtype), None if bias is None else shadow_of(bias, dtype)
+
+
+def linear_by(x: Tensor, affine: Affine) -> Tensor:
+    """`linear`, with the shadows at hand: x [..., I] to [..., O]."""
+    weight, bias, low, low_bias = affine
+    if low is None:
+        return F.linear(x, weight, bias)
+    out: Tensor = _ShadowLinear.apply(x, weight, bias, low, low_bias)
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,9 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [O, I], of x's dtype or wider; its gradient has its own dtype.
         bias: [O] or None.
     """
-    if x.dtype == weight.dtype:
-        return F.linear(x, weight, bias)
-    return _ShadowLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias) if x.dtype == weight.dtype else linear_by(x, operands(weight, bias, x.dtype))
 
 
 class Linear(nn.Linear):
@@ -101,3 +124,7 @@ class Linear(nn.Linear):
         if self.float8 and not torch.is_grad_enabled():
             return fp8_linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
+
+    def operands(self, dtype: torch.dtype) -> Affine:
+        """For linear_by."""
+        return operands(self.weight, self.bias, dtype)
