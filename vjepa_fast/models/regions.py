@@ -43,18 +43,18 @@ def _add_norm_qkv(x: Tensor, branch: Tensor, norm: Norm, qkv: Affine) -> tuple[T
 
 
 def _proj_norm_mlp(
-    x: Tensor, attended: Tensor, scales: tuple[Tensor, Tensor] | None, proj: Affine, norm: Norm,
+    x: Tensor, attended: Tensor, scale: Tensor | None, mlp_scale: Tensor | None, proj: Affine, norm: Norm,
     mlp: tuple[Affine, ...],
 ) -> tuple[Tensor, Tensor]:
-    """`scales` [L, 1] are those of drop path, for the two branches; an MLP has two layers, SwiGLU three."""
+    """The scales [L, 1] are those of drop path, for the two branches; an MLP has two layers, SwiGLU three."""
     branch = linear_by(attended, proj)
-    if scales is not None:
-        branch = branch * scales[0]
+    if scale is not None:
+        branch = branch * scale
     x, normed = add_layer_norm(x, branch, *norm)
     hidden = [linear_by(normed, layer) for layer in mlp[:-1]]
     branch = linear_by(swiglu(*hidden) if len(hidden) == 2 else gelu(hidden[0]), mlp[-1])
-    if scales is not None:
-        branch = branch * scales[1]
+    if mlp_scale is not None:
+        branch = branch * mlp_scale
     return x, branch
 
 
@@ -71,24 +71,27 @@ def require_compiler(device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise UserError("model.compile_model is set, but there is no C++ compiler, which compiling for a CPU "
-                            f"needs; install one (on Debian and Ubuntu: g++), name it in the variable CXX, {hint}") from error
+            raise UserError("model.compile_model is set, but no C++ compiler was found, which compiling for a CPU "
+                            f"needs; install one (on Debian and Ubuntu: g++) or name it in CXX, {hint}") from error
     elif triton is None:
         raise UserError("model.compile_model is set, but Triton, which compiling for a GPU needs, is not installed; "
                         f"install it, {hint}")
 
 
-def _call(function: Callable[..., Any], tokens: tuple[Tensor, ...], affine: Affine, *others: Any, variant: Any = None) -> Any:
+def _call(
+    function: Callable[..., Any], tokens: tuple[Tensor | None, ...], affine: Affine, *others: Any, variant: Any = None
+) -> Any:
     """function(*tokens, *others) by the compiled variant for these operands.
 
     Args:
         function: one of the parts.
-        tokens: its [L, ...] arguments, L at least 2.
+        tokens: its [L, ...] arguments, L at least 2; the first is not None.
         affine: one of its layers, which tells one width from another.
         others: its other arguments.
         variant: whatever else makes a variant.
     """
     first, weight = tokens[0], affine[0]
+    assert first is not None
     key = (
         function, variant, tuple(weight.shape), weight.dtype, weight.requires_grad, first.dtype, first.device,
         first.requires_grad, torch.is_grad_enabled(), use_triton(first))
@@ -104,7 +107,8 @@ def _call(function: Callable[..., Any], tokens: tuple[Tensor, ...], affine: Affi
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
     for x in tokens:
-        torch._dynamo.mark_dynamic(x, 0)
+        if x is not None:
+            torch._dynamo.mark_dynamic(x, 0)
     try:
         # DistributedDataParallel has gradient buckets of its own; Dynamo would cut the graph along them.
         with torch._dynamo.config.patch(optimize_ddp=False):
@@ -145,6 +149,6 @@ def after_attention(
     proj = block.attn.proj.operands(attended.dtype)
     mlp = tuple(layer.operands(x.dtype) for layer in layers)
     out: tuple[Tensor, Tensor] = _call(
-        _proj_norm_mlp, (x, attended), proj, scales, proj, _norm_of(block.norm2), mlp,
+        _proj_norm_mlp, (x, attended, *(scales or (None, None))), proj, proj, _norm_of(block.norm2), mlp,
         variant=(scales is None, *(layer.weight.shape for layer in layers)))
     return out
