@@ -23,7 +23,7 @@ from vjepa_fast.models.positions import sincos_table
 from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
-from vjepa_fast.ops.packing import Packing, permute_rows
+from vjepa_fast.ops.packing import Packing, concatenate, permute_rows
 from vjepa_fast.ops.rope3d import Rope, join_ids
 
 
@@ -123,7 +123,7 @@ class Predictor(nn.Module):
                     raise ValueError(f"the predictor's positions are for at most {self.grid} tokens, the masks have "
                                      f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes")
             table = self.predictor_pos_embed[0].to(dtype)
-            places = table[ids.long()]
+            places = table.index_select(0, ids)
             tokens, queries = tokens + places[: len(tokens)], queries + places[len(tokens) :]
         layout = _Interleave(masks, context.device)
         x = permute_rows(torch.cat([tokens, queries]), layout.order, layout.inverse)
@@ -140,24 +140,20 @@ class Predictor(nn.Module):
 
 
 class _Interleave:
-    """Order that puts each sequence's context and target tokens side by side.
+    """Order that puts each sequence's context and target tokens side by side, worked out where the tokens are.
 
     order: rows of [all contexts; all targets] in packed order; inverse: the other way.
     """
 
     def __init__(self, masks: Sequence[MaskBatch], device: torch.device) -> None:
-        context_lengths = [n for m in masks for n in m.context_lengths]
-        target_lengths = [n for m in masks for n in m.target_lengths]
-        lengths = torch.tensor([context_lengths, target_lengths])
-        totals = lengths.sum(0)
-        starts = totals.cumsum(0) - totals
+        self.packing = concatenate([Packing(m.total_lengths, m.cu_seqlens) for m in masks])
+        lengths = [[m.cu_seqlens_context.diff() for m in masks], [m.cu_seqlens_target.diff() for m in masks]]
+        context, target = (torch.cat(parts) for parts in lengths)
         # Where each token of [all contexts; all targets] goes: the start of its part plus its number within the part.
-        part_starts = torch.cat([starts, starts + lengths[0]])
-        flat = lengths.flatten()
-        within = torch.arange(int(flat.sum())) - (flat.cumsum(0) - flat).repeat_interleave(flat)
-        inverse = part_starts.repeat_interleave(flat) + within
-        order = torch.empty_like(inverse)
-        order[inverse] = torch.arange(len(inverse))
-        self.order, self.inverse = order.to(device), inverse.to(device)
-        cu_seqlens = torch.cat([totals.new_zeros(1), totals.cumsum(0)]).to(device, torch.int32)
-        self.packing = Packing(tuple(totals.tolist()), cu_seqlens)
+        starts = self.packing.cu_seqlens[:-1]
+        flat = torch.cat([context, target])
+        first = flat.cumsum(0) - flat
+        shift = torch.cat([starts, starts + context]) - first
+        tokens = torch.arange(self.packing.total, device=device)
+        self.inverse = shift.repeat_interleave(flat, output_size=self.packing.total) + tokens
+        self.order = torch.empty_like(self.inverse).scatter_(0, self.inverse, tokens)
