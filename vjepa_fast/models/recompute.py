@@ -3,6 +3,10 @@
 `full` keeps the input of a block and runs all of it again. `selective` also keeps the results of matrix products and of
 attention, and runs only what is between them again: norms, rotation, activations, additions. It works on operators as
 they are called, so a block that is recomputed selectively runs eagerly (vjepa_fast.models.regions).
+
+Kept for the backward by a block of width 384 with an MLP of four times that, in multiples of its input, fp32 on a CPU
+(tests/models/test_recompute.py counts it): 18.0 without recomputation, 11.5 selectively, 1.5 in full; SwiGLU 20.7,
+12.8, 1.5. Half an input of each is the output of the last of the two blocks that were counted.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from vjepa_fast.interop import meta
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
+from vjepa_fast.models.regions import require_compiler
 from vjepa_fast.rng import Stream, pack_tag, random_words
 from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.checkpoint import write_atomically
@@ -113,6 +114,8 @@ class Trainer:
         if cfg.optimization.ipe is None:
             cfg.optimization.ipe = max(1, self.loader.num_videos // self.global_batch)
         torch.manual_seed(cfg.train.seed)
+        if cfg.model.compile_model:
+            require_compiler(self.device)
         self.model = VJEPA(cfg.model).to(self.device)
         self.masks = StepMasks(
             cfg.mask, fpcs=self.loader.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
@@ -376,7 +379,7 @@ class Trainer:
             f"{self.device.type}{many}, {cfg.train.dtype}\n"
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
         if cfg.model.compile_model:
-            self.console.print("model.compile_model is set, but nothing is compiled yet: the step runs eagerly",
+            self.console.print("model.compile_model is set: the first step compiles, which may take a minute or two",
                                highlight=False, soft_wrap=True)
 
     def _summarise(self, summary: RunSummary) -> None:
