@@ -183,7 +183,8 @@ def _may_compile(block: Block, x: Tensor) -> bool:
     inner = block.modules()
     next(inner)
     return all(
-        type(module) in _COMPILED_MODULES and not any(getattr(module, name) for name in _HOOKS) for module in inner)
+        type(module) in _COMPILED_MODULES and "forward" not in vars(module) and not getattr(module, "float8", False)
+        and not any(getattr(module, name) for name in _HOOKS) for module in inner)
 
 
 def run_blocks(
