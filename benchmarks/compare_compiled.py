@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.steps import OurStep, interleave
-from benchmarks.timing import ROOT, Quantiles, environment, pick_device, synchronize
-from benchmarks.workload import BASE, LARGE, SMALL, TINY, TRIAL, Workload
+from vjepa_fast.bench.steps import OurStep, interleave
+from vjepa_fast.bench.timing import ROOT, Quantiles, environment, pick_device, synchronize
+from vjepa_fast.bench.workload import BASE, LARGE, SMALL, TINY, TRIAL, Workload
 from vjepa_fast.models.layers import set_compiled
 
 _WORKLOADS = {"tiny": TINY, "small": SMALL, "base": BASE, "large": LARGE, "trial": TRIAL}

@@ -129,7 +129,7 @@ class Block(nn.Module):
         x, qkv = regions.before_attention(self, x, branch)
         if rope is not None:
             qkv = rope(qkv, self.attn.num_heads)
-        attended = attention(qkv, packing, self.attn.num_heads)
+        attended = attention(qkv, packing, self.attn.num_heads, self.attn.backend)
         scales = None
         if self._drops:
             scales = drop_path_scale(packing, self.drop_path_rate, x), drop_path_scale(packing, self.drop_path_rate, x)
