@@ -2,7 +2,7 @@
 
     VJEPA2_REFERENCE=<checkout of facebookresearch/vjepa2> python -m benchmarks.compare_ops [--rounds N] [--threads N]
 
-ViT-S at 128 px, 8 x 8 x 8 tokens, 4 clips, both masks; fp32; forward and backward; in turns. Where the reference has a
+ViT-S at 128 px, 4 x 8 x 8 tokens, 4 clips, both masks; fp32; forward and backward; in turns. Where the reference has a
 module for it, that module runs; else the lines of its training loop. Results agree to 1e-5 or nothing is timed. They
 go to benchmarks/results/ops_vs_reference_cpu_<date>.json and .md.
 """

@@ -19,7 +19,7 @@ from vjepa_fast.models.vit import size_of
 
 @dataclass(frozen=True)
 class Workload:
-    """A pretraining step of the V-JEPA 2 recipe: 16 frames, tubelets of 2 x 16 x 16, predictor 12 x 384 with 12 heads,
+    """A pretraining step of the V-JEPA 2 recipe: 16 frames by default, tubelets of 2 x 16 x 16, predictor 12 x 384 with 12 heads,
     an 8-block and a 2-block mask."""
 
     name: str
@@ -110,8 +110,8 @@ def fresh(masks: MaskBatch) -> MaskBatch:
     return replace(masks)
 
 
-TINY = Workload("ViT-tiny 64 px", "vit_tiny", 64, 4)
-SMALL = Workload("ViT-S 128 px", "vit_small", 128, 4)
+TINY = Workload("ViT-tiny 64 px", "vit_tiny", 64, 8, num_frames=8)
+SMALL = Workload("ViT-S 128 px", "vit_small", 128, 4, num_frames=8)
 BASE = Workload("ViT-B 224 px", "vit_base", 224, 2)
 LARGE = Workload("ViT-L 256 px", "vit_large", 256, 24, "bfloat16")
 
