@@ -19,8 +19,8 @@ from vjepa_fast.models.vit import size_of
 
 @dataclass(frozen=True)
 class Workload:
-    """A pretraining step of the V-JEPA 2 recipe: 16 frames by default, tubelets of 2 x 16 x 16, predictor 12 x 384 with 12 heads,
-    an 8-block and a 2-block mask."""
+    """A pretraining step of the V-JEPA 2 recipe: 16 frames unless said otherwise, tubelets of 2 x 16 x 16, predictor
+    12 x 384 with 12 heads, an 8-block and a 2-block mask."""
 
     name: str
     model_name: str
