@@ -90,8 +90,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"- date: {about['date']}", "",
         "fp32, SDPA on, activation checkpointing off, predictor 12 x 384 with 12 heads, 8 frames (ViT-B: 16); forward,",
         "backward, AdamW and EMA, masks drawn beforehand; steps in turns, each side on the same clips and masks. The",
-        "reference's clips are normalised beforehand, ours in the step. Times are medians with quantiles 20 to 80; the ratio is",
-        "the median of the ratios of neighbouring steps. Ceiling: the reference's time over its time in matrix",
+        "reference's clips are normalised beforehand, ours in the step. Times are medians with quantiles 20 to 80; the",
+        "ratio is the median of the ratios of neighbouring steps. Ceiling: the reference's time over that in matrix",
         "products (with the patch embedding's convolution) and attention.", "",
         "| config | batch | ours, ms | reference, ms | ratio | ceiling | ratio / ceiling | clips/s | "
         "GFLOP/s (of matrix product rate) |",
