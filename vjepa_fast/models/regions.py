@@ -8,8 +8,8 @@ their only symbolic dimension: once each variant has been compiled, none is comp
 A variant is a set of widths and dtypes, gradients on or off, and with or without a branch and drop path: encoder,
 target encoder and predictor make nine of them.
 
-Norms and activations by our kernels are opaque to the compiler; where PyTorch serves, Inductor writes loops of its own.
-On a CPU these are no faster than PyTorch's own (docs/benchmarks.md).
+Norms by our kernels are opaque to the compiler. For activations, and where PyTorch serves, Inductor writes loops of its
+own; on a CPU these are no faster than PyTorch's (docs/benchmarks.md).
 
 Legend: L tokens, D width.
 """
