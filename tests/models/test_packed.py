@@ -99,6 +99,40 @@ def test_packed_step_equals_a_loop_over_masks_and_clips(case):
         assert difference <= 1e-5 * oracle[name].norm() or difference <= 1e-7 * whole, name
 
 
+@pytest.mark.parametrize("case", [
+    {}, {"truncate": "none"}, {"use_rope": False}, {"use_silu": True, "use_pred_silu": True},
+    {"use_activation_checkpointing": True}, {"drop_path_rate": 0.5},
+], ids=str)
+def test_room_behind_the_tokens_changes_nothing(case):
+    cfg = config(**case)
+    torch.manual_seed(0)
+    model = VJEPA(cfg.model, reg_coeff=0.1)
+    clips, (masks,) = make_batch(cfg)
+    totals = sum(masks.context_lengths), sum(masks.target_lengths)
+    results = []
+    for some in (masks, masks.padded((totals[0] + 13, totals[1] + 5))):
+        torch.manual_seed(1)
+        out = model(clips, some)
+        assert len(out.packed_predictions) == len(some.target_ids)
+        results.append((out, gradients(model, out.loss)))
+    (plain, expected), (padded, ours) = results
+    torch.testing.assert_close(padded.loss, plain.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(padded.packed_predictions[: totals[1]], plain.packed_predictions, rtol=1e-4, atol=1e-6)
+    if cfg.mask.truncate == "batch_min":
+        for a, b in zip(padded.predictions[0], plain.predictions[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    whole = torch.linalg.vector_norm(torch.stack([g.norm() for g in expected.values()]))
+    for name, grad in ours.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7 * whole, name
+
+
+def test_room_between_groups_is_refused():
+    cfg = config(fpcs=(8, 4))
+    clips, masks = make_batch(cfg)
+    with pytest.raises(ValueError, match="one frames-per-clip group"):
+        VJEPA(cfg.model)(clips, [masks[0].padded((9999, 9999)), masks[1]])
+
+
 def test_a_clip_alone_gives_the_same_predictions_as_in_a_batch():
     cfg = config(truncate="none")
     model = VJEPA(cfg.model)

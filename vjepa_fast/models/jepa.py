@@ -66,9 +66,10 @@ class JEPAOutput:
             if len(set(rows)) > 1:
                 raise ValueError("clips of one mask differ in length (truncate: none); read packed_predictions and "
                                  "packed_targets instead")
-        groups = packed.split([sum(m.target_lengths) for m in self.masks])
+        groups = packed.split([len(m.target_ids) for m in self.masks])
         return [
-            [ids_of_mask.view(m.batch_size, -1, packed.shape[-1]) for ids_of_mask in group.split(_mask_totals(m))]
+            [ids_of_mask.view(m.batch_size, -1, packed.shape[-1])
+             for ids_of_mask in group[: sum(m.target_lengths)].split(_mask_totals(m))]
             for group, m in zip(groups, self.masks, strict=True)
         ]
 
@@ -120,6 +121,9 @@ class VJEPA(nn.Module):
         batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
         if len(groups) != len(batches) or not groups:
             raise ValueError(f"{len(groups)} groups of clips but {len(batches)} of masks; expected one each")
+        if len(batches) > 1 and any(batch.capacity for batch in batches):
+            raise ValueError("masks with a capacity serve one frames-per-clip group; several are packed back to back, "
+                             "with no room between them")
         groups = [self.encoder.to_clips(group) for group in groups]
         for group, batch in zip(groups, batches, strict=True):
             if tuple(batch.grid[1:]) != tuple(batches[0].grid[1:]):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa_fast.models import regions
@@ -18,7 +19,7 @@ from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.attention import attention
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
-from vjepa_fast.ops.packing import Packing
+from vjepa_fast.ops.packing import Packing, sequence_of_rows
 from vjepa_fast.ops.rope3d import Rope
 
 INIT_STD = 0.02
@@ -71,8 +72,8 @@ class SwiGLU(nn.Module):
 def drop_path_scale(packing: Packing, rate: float, like: Tensor) -> Tensor:
     """[L, 1] of the dtype and device of `like`: 0 for whole sequences with probability `rate`, else 1 / (1 - rate)."""
     keep = torch.empty(len(packing.lengths), device=like.device).bernoulli_(1 - rate) / (1 - rate)
-    # Lengths from the device's own offsets: a list would be copied to it, for which the host waits.
-    per_token = keep.repeat_interleave(packing.cu_seqlens.diff(), output_size=packing.total)
+    # Rows behind the last sequence are of one more that is always dropped.
+    per_token = F.pad(keep, (0, 1)).index_select(0, sequence_of_rows(packing.cu_seqlens, len(like)))
     return per_token[:, None].to(like.dtype)
 
 

@@ -23,7 +23,7 @@ from vjepa_fast.models.positions import sincos_table
 from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
-from vjepa_fast.ops.packing import Packing, concatenate, permute_rows
+from vjepa_fast.ops.packing import Packing, concatenate, permute_rows, sequence_of_rows
 from vjepa_fast.ops.rope3d import Rope, join_ids
 
 
@@ -142,18 +142,22 @@ class Predictor(nn.Module):
 class _Interleave:
     """Order that puts each sequence's context and target tokens side by side, worked out where the tokens are.
 
-    order: rows of [all contexts; all targets] in packed order; inverse: the other way.
+    order: rows of [all contexts; all targets] in packed order; inverse: the other way. Tokens behind the sums of the
+    lengths (masks with a capacity) come behind all sequences.
     """
 
     def __init__(self, masks: Sequence[MaskBatch], device: torch.device) -> None:
         self.packing = concatenate([Packing(m.total_lengths, m.cu_seqlens) for m in masks])
-        lengths = [[m.cu_seqlens_context.diff() for m in masks], [m.cu_seqlens_target.diff() for m in masks]]
-        context, target = (torch.cat(parts) for parts in lengths)
-        # Where each token of [all contexts; all targets] goes: the start of its part plus its number within the part.
-        starts = self.packing.cu_seqlens[:-1]
-        flat = torch.cat([context, target])
-        first = flat.cumsum(0) - flat
-        shift = torch.cat([starts, starts + context]) - first
-        tokens = torch.arange(self.packing.total, device=device)
-        self.inverse = shift.repeat_interleave(flat, output_size=self.packing.total) + tokens
-        self.order = torch.empty_like(self.inverse).scatter_(0, self.inverse, tokens)
+        context = concatenate([Packing(m.context_lengths, m.cu_seqlens_context) for m in masks]).cu_seqlens
+        target = concatenate([Packing(m.target_lengths, m.cu_seqlens_target) for m in masks]).cu_seqlens
+        sizes = [sum(len(m.context_ids) for m in masks), sum(len(m.target_ids) for m in masks)]
+        # How far the tokens of each sequence move. What lies behind is one sequence more, that begins at the totals.
+        begin = self.packing.cu_seqlens
+        shift = begin - context
+        lengths = torch.cat([context.diff(), sizes[0] - context[-1:]])
+        moved = [
+            offset.index_select(0, sequence_of_rows(own, size)) + torch.arange(size, device=device)
+            for offset, own, size in zip((shift, begin + lengths - target), (context, target), sizes, strict=True)]
+        self.inverse = torch.cat(moved)
+        self.order = torch.empty_like(self.inverse).scatter_(
+            0, self.inverse, torch.arange(sum(sizes), device=device))

@@ -47,6 +47,19 @@ class Packing:
         return cls((length,) * num_sequences, cu_seqlens)
 
 
+def sequence_of_rows(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """int64 [num_rows]: to which sequence each row of a buffer belongs; S, their number, behind the last one.
+
+    Worked out on the device, and of a shape that does not depend on the lengths.
+
+    Args:
+        cu_seqlens: int32 [S + 1].
+        num_rows: at least the last of them.
+    """
+    rows = torch.arange(num_rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+
+
 def concatenate(parts: Sequence[Packing]) -> Packing:
     """The packing of several buffers put one after another."""
     if len(parts) == 1:
