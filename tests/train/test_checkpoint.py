@@ -130,7 +130,7 @@ def test_optimizer_state_of_another_shape(saved: Path) -> None:
                                            "exp_avg_sq": torch.zeros(3)}
     torch.save(contents, saved)
     model = small_model()
-    with pytest.raises(UserError, match=r"exp_avg is \[3\] for a parameter of"):
+    with pytest.raises(UserError, match=r"exp_avg of parameter \d+ is saved with shape \[3\]; the parameter has"):
         meta.load_checkpoint(saved, model, AdamWEMA(model))
 
 
