@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import mmap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,19 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     _dispatch.launches.clear()
     torch._dynamo.reset()
     yield device
+
+
+@pytest.fixture
+def own_attention_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Attention back ends are chosen as if for the first time, and what is chosen is kept in a folder of the test's."""
+    from tests.ops import attention_stand_ins
+    from vjepa_fast.ops import _attention_choice
+
+    monkeypatch.delenv(_attention_choice.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    attention_stand_ins.forget()
+    yield
+    attention_stand_ins.forget()
 
 
 FAR = 2**30 + 32

@@ -18,16 +18,8 @@ from vjepa_fast.ops.attention import attention, attention_ref
 from vjepa_fast.ops.packing import Packing
 
 LIBRARIES = tuple(backends.BACKENDS)
+pytestmark = pytest.mark.usefixtures("own_attention_cache")
 MIXED = (3, 3, 1, 0, 17, 130, 5, 5)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stand_ins.forget()
-    yield
-    stand_ins.forget()
 
 
 @pytest.fixture

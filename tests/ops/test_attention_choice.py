@@ -23,15 +23,7 @@ from vjepa_fast.ops.attention import attention, select_backend
 from vjepa_fast.ops.packing import Packing
 
 LIBRARIES = tuple(backends.BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stand_ins.forget()
-    yield
-    stand_ins.forget()
+pytestmark = pytest.mark.usefixtures("own_attention_cache")
 
 
 @pytest.fixture

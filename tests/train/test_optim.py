@@ -49,18 +49,21 @@ def give_gradients(model: nn.Module, grads: dict[str, Tensor]) -> None:
         parameter.grad = grads[name].clone() if name in grads else None
 
 
-def settings(step: int) -> tuple[float, float, float]:
-    """lr, weight decay and momentum of a step."""
-    return 1e-3 * (1 + step % 5), 0.04 + 1e-3 * step, 0.99 + 1e-4 * step
+def set_values(optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Learning rate and weight decay of a step, and its momentum, which is returned too."""
+    momentum = 0.99 + 1e-4 * step
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3 * (1 + step % 5)
+        if "ema_momentum" in group:
+            group["ema_momentum"] = momentum
+        if not group.get("WD_exclude"):
+            group["weight_decay"] = 0.04 + 1e-3 * step
+    return momentum
 
 
 def reference_step(optimizer: torch.optim.Optimizer, model: VJEPA, step: int) -> None:
     """torch's AdamW, then the two passes of the reference's moving average."""
-    lr, weight_decay, momentum = settings(step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if not group.get("WD_exclude"):
-            group["weight_decay"] = weight_decay
+    momentum = set_values(optimizer, step)
     optimizer.step()
     with torch.no_grad():
         for k, q in zip(model.target_encoder.parameters(), model.encoder.parameters(), strict=True):
@@ -69,11 +72,7 @@ def reference_step(optimizer: torch.optim.Optimizer, model: VJEPA, step: int) ->
 
 
 def our_step(optimizer: AdamWEMA, step: int) -> None:
-    lr, weight_decay, momentum = settings(step)
-    for group in optimizer.param_groups:
-        group["lr"], group["ema_momentum"] = lr, momentum
-        if not group.get("WD_exclude"):
-            group["weight_decay"] = weight_decay
+    set_values(optimizer, step)
     optimizer.step()
 
 
@@ -457,11 +456,7 @@ def test_a_captured_step_sees_new_values():
         grads = gradients_of_step(make_model(), step)
         for name, grad in grads.items():
             static[name].copy_(torch.full_like(grad, torch.nan) if step == 3 else grad)
-        lr, weight_decay, momentum = settings(step)
-        for group in optimizer.param_groups:
-            group["lr"], group["ema_momentum"] = lr, momentum
-            if not group.get("WD_exclude"):
-                group["weight_decay"] = weight_decay
+        set_values(optimizer, step)
         optimizer.write_group_values()
         graph.replay()
         give_gradients(plain, static)

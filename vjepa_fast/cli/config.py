@@ -12,6 +12,11 @@ from vjepa_fast.cli.console import say
 from vjepa_fast.config import Config, load_config, load_recipe, recipe_names
 from vjepa_fast.errors import ConfigError
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", show_default=False,
+                   help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train."),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", metavar="NAME", help=f"A packaged recipe: {', '.join(recipe_names())}. Default: demo."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 import typer
 
-from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
+from vjepa_fast.cli.config import ConfigOption, Overrides, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
 from vjepa_fast.config import Config
 from vjepa_fast.errors import ConfigError, UserError
@@ -32,11 +32,7 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
 
 
 def masks(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", show_default=False,
-                       help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train."),
-    ] = None,
+    overrides: Overrides = None,
     recipe: RecipeOption = None,
     config: ConfigOption = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to draw: a .png, .pdf or .svg.")] = Path("masks.png"),

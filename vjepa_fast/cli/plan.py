@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
+from vjepa_fast.cli.config import ConfigOption, Overrides, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
 from vjepa_fast.errors import ConfigError
 
@@ -29,11 +29,7 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
 
 
 def plan(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", show_default=False,
-                       help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train."),
-    ] = None,
+    overrides: Overrides = None,
     recipe: RecipeOption = None,
     config: ConfigOption = None,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="b200, h200, h100, a100-80gb, l40s, rtx4090, ...")] = "h200",
