@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import vjepa_fast as vf
+from tests.flops import CountFlops
 from vjepa_fast.bench.workload import LARGE
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.flops import step_flops
@@ -35,9 +35,9 @@ def test_equals_what_torch_counts(model: dict[str, Any]) -> None:
     clips = torch.randint(256, (3, 8, 32, 32, 3), dtype=torch.uint8)
     net = vf.VJEPA(cfg.model)
     # torch counts the plain form of attention exactly: two products forward, four backward.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
         net(clips, masks).loss.backward()
-    assert step_flops(cfg.model, masks).total == counter.get_total_flops()
+    assert step_flops(cfg.model, masks).total == counter.total
 
 
 def test_vit_large() -> None:

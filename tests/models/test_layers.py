@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.flops import CountFlops
 from tests.models.test_packed import config
 from vjepa_fast.models.layers import Block, make_blocks, run_blocks
 from vjepa_fast.models.vit import VisionTransformer
@@ -43,6 +46,37 @@ def test_same_bits_as_one_block_after_another(drop_path, checkpointing):
         outputs = run(blocks, x)
         results.append([*outputs, *torch.autograd.grad(outputs[-1].square().sum(), leaves)])
     assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("look", ["at nothing", "at the block", "within"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_last_block_for_some_tokens_only(drop_path, look, checkpointing):
+    rows, results, sizes = torch.tensor([1, 5, 6, 2]), [], []
+    for wanted in (None, rows):
+        blocks, x = some_blocks(drop_path), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+        leaves = [x.requires_grad_(), *blocks.parameters()]
+        blocks[-1].mlp.fc1.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))) if (
+            look == "within") else None
+        if look == "at the block":
+            blocks[-1].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+        torch.manual_seed(2)
+        *_, (x_out, branch) = run_blocks(blocks, x, PACKING, None, checkpointing, wanted)
+        out = x_out if branch is None else x_out + branch
+        out = out[rows] if wanted is None else out
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(results[1], results[0])
+    assert set(sizes) <= {7}
+
+
+def test_last_block_does_less_for_some_tokens():
+    blocks, x = some_blocks(), torch.randn(7, 16)
+    with CountFlops() as whole:
+        handed_over(blocks, x)
+    with CountFlops() as part:
+        deque(run_blocks(blocks, x, PACKING, None, last_rows=torch.tensor([1, 5, 6, 2])))
+    # Projection and MLP of three tokens: five products of width x width, a multiply-add as two.
+    assert whole.total - part.total == 3 * 5 * 2 * 16 * 16
 
 
 def test_additions_are_deferred_except_where_that_would_cost_memory():

@@ -6,7 +6,7 @@ import torch
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.models.jepa import VJEPA
-from vjepa_fast.models.layers import drop_path
+from vjepa_fast.models.layers import drop_path_scale
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops.packing import Packing
@@ -85,7 +85,7 @@ def test_out_layers():
 def test_drop_path_drops_whole_sequences_and_keeps_the_mean():
     torch.manual_seed(0)
     packing = Packing.uniform(4000, 2, torch.device("cpu"))
-    out = drop_path(torch.ones(8000, 3), packing, 0.25).view(4000, 6)
+    out = drop_path_scale(packing, 0.25, 8000, torch.ones(())).view(4000, 2)
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert (out == out[:, :1]).all()
     assert out.mean() == pytest.approx(1, abs=0.03)

@@ -29,14 +29,19 @@ def attention(lengths: Sequence[int], width: int) -> int:
 
 
 def transformer(
-    lengths: Sequence[int], width: int, depth: int, mlp_ratio: float, swiglu: bool = False, wide_swiglu: bool = True
+    lengths: Sequence[int], width: int, depth: int, mlp_ratio: float, swiglu: bool = False, wide_swiglu: bool = True,
+    last: int | None = None,
 ) -> int:
-    """Forward of all blocks over packed sequences."""
+    """Forward of all blocks over packed sequences, the last one's projection and MLP for `last` tokens (None: all)."""
     tokens, hidden = sum(lengths), int(width * mlp_ratio)
     if swiglu and wide_swiglu:
         hidden = (int(2 * hidden / 3) + 7) // 8 * 8
-    products = linear(tokens, width, 4 * width) + (3 if swiglu else 2) * linear(tokens, width, hidden)
-    return depth * (products + attention(lengths, width))
+
+    def after_attention(tokens: int) -> int:
+        return linear(tokens, width, width) + (3 if swiglu else 2) * linear(tokens, width, hidden)
+
+    before = depth * (linear(tokens, width, 3 * width) + attention(lengths, width))
+    return before + (depth - 1) * after_attention(tokens) + after_attention(tokens if last is None else last)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch]) -> Step
 
     predictor = (
         linear(sum(context), size.embed_dim, cfg.pred_embed_dim)
-        + transformer(both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu)
+        + transformer(
+            both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu, sum(target))
         + linear(sum(target), cfg.pred_embed_dim, size.embed_dim)
     )
     return StepFlops(

@@ -131,18 +131,26 @@ def _memory(part: str, name: str, num_bytes: float, launches: int = 1) -> Operat
     return Operation(part, "memory", name, num_bytes, launches=launches)
 
 
-def _linears(net: Network) -> list[tuple[str, int, int]]:
+def _linears(net: Network, tokens: float, last: float) -> list[tuple[str, int, int, float]]:
+    """Name, inputs, outputs and mean tokens a block; what follows attention works on `last` tokens in the last."""
     d, f = net.width, net.hidden
     mlp = [("fc1", d, f), ("fc2", d, f), ("fc3", f, d)] if net.swiglu else [("fc1", d, f), ("fc2", f, d)]
-    return [("qkv", d, 3 * d), ("proj", d, d), *mlp]
+    after = _mean_tokens(net, tokens, last)
+    return [("qkv", d, 3 * d, tokens), *((name, i, o, after) for name, i, o in [("proj", d, d), *mlp])]
 
 
-def blocks_forward(part: str, net: Network, load: Load, s: int) -> list[Operation]:
-    """All blocks; the first norm of the first block has nothing to add."""
+def _mean_tokens(net: Network, tokens: float, last: float) -> float:
+    return (tokens * (net.depth - 1) + last) / net.depth
+
+
+def blocks_forward(part: str, net: Network, load: Load, s: int, last: float | None = None) -> list[Operation]:
+    """All blocks; the first norm of the first block has nothing to add, the last ends with `last` tokens."""
     tokens, d, n = load.tokens, net.width, net.depth
-    out = [_product(part, name, tokens, i, o, s, n) for name, i, o in _linears(net)]
-    out.append(_memory(part, "layer norm and residual", (2 * n * 4 - 2) * s * d * tokens, 2 * n))
-    out.append(_memory(part, "activation", n * (3 if net.swiglu else 2) * s * net.hidden * tokens, n))
+    last = tokens if last is None else last
+    after = _mean_tokens(net, tokens, last)
+    out = [_product(part, name, rows, i, o, s, n) for name, i, o, rows in _linears(net, tokens, last)]
+    out.append(_memory(part, "layer norm and residual", ((4 * n - 2) * tokens + 4 * n * after) * s * d, 2 * n))
+    out.append(_memory(part, "activation", n * (3 if net.swiglu else 2) * s * net.hidden * after, n))
     out.append(Operation(part, "attention", "attention", n * 4 * s * d * tokens, n * 4.0 * load.squares * d, n,
                          net.head_dim, load.length))
     if net.rotated:
@@ -160,12 +168,15 @@ def _linear_backward(part: str, name: str, tokens: float, i: int, o: int, s: int
     return out
 
 
-def blocks_backward(part: str, net: Network, load: Load, s: int) -> list[Operation]:
-    """All blocks."""
+def blocks_backward(part: str, net: Network, load: Load, s: int, last: float | None = None) -> list[Operation]:
+    """All blocks; the last ends with `last` tokens."""
     tokens, d, n = load.tokens, net.width, net.depth
-    out = [op for name, i, o in _linears(net) for op in _linear_backward(part, name, tokens, i, o, s, n)]
-    out.append(_memory(part, "layer norm and residual", 2 * n * 4 * s * d * tokens, 2 * n * 4))
-    out.append(_memory(part, "activation", n * (5 if net.swiglu else 3) * s * net.hidden * tokens, n))
+    last = tokens if last is None else last
+    after = _mean_tokens(net, tokens, last)
+    out = [op for name, i, o, rows in _linears(net, tokens, last)
+           for op in _linear_backward(part, name, rows, i, o, s, n)]
+    out.append(_memory(part, "layer norm and residual", n * 4 * s * d * (tokens + after), 2 * n * 4))
+    out.append(_memory(part, "activation", n * (5 if net.swiglu else 3) * s * net.hidden * after, n))
     # Reads queries, keys, values, output and its gradient; writes the gradients of queries, keys and values.
     out.append(Operation(part, "attention", "attention", n * 8 * s * d * tokens, n * 10.0 * load.squares * d, n,
                          net.head_dim, load.length))
@@ -198,15 +209,16 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
     out += [_memory(part, "final norm", 3 * s * d * context.tokens, 4), *blocks_backward(part, encoder, context, s)]
     part = "predictor"
     out += [_product(part, "embed", context.tokens, d, p, s), _product(part, "proj", target.tokens, p, d, s)]
-    out += blocks_forward(part, predictor, both, s)
-    # Tokens and mask tokens are joined and put in order; then the last sum, and target rows alone are normed.
-    out.append(_memory(part, "order", 4 * s * p * both.tokens + 2 * s * p * target.tokens, 3))
-    out.append(_memory(part, "final norm", 3 * s * p * both.tokens + 4 * s * p * target.tokens, 3))
+    out += blocks_forward(part, predictor, both, s, target.tokens)
+    # Tokens and mask tokens are joined and put in order; the last block takes the target rows of two tensors.
+    out.append(_memory(part, "order", 4 * s * p * both.tokens + 4 * s * p * target.tokens, 4))
+    out.append(_memory(part, "final norm", 4 * s * p * target.tokens))
     back = backward_of(part)
     out += _linear_backward(back, "proj", target.tokens, p, d, s) + _linear_backward(
         back, "embed", context.tokens, d, p, s)
-    out += blocks_backward(back, predictor, both, s)
-    out.append(_memory(back, "order", s * p * (3 * both.tokens + 5 * target.tokens), 5))
+    out += blocks_backward(back, predictor, both, s, target.tokens)
+    # The gradients of those rows are written into zeros.
+    out.append(_memory(back, "order", s * p * (4 * both.tokens + 8 * target.tokens), 7))
     out.append(_memory(back, "final norm", 3 * s * p * target.tokens, 4))
     if model.use_activation_checkpointing:
         for name, net, load in (("context encoder", encoder, context), ("predictor", predictor, both)):

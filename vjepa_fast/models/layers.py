@@ -34,12 +34,17 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rope: Rope | None, rows: Tensor | None = None) -> Tensor:
+        """[L, D], or [R, D] for `rows` int64 [R] of them."""
         qkv = self.qkv(x)
         if rope is not None:
             # Rotated in place, which must not happen to a product that is kept for the backward.
             qkv = rope(qkv.clone() if keeps_products() else qkv, self.num_heads)
-        return self.proj(attention(qkv, packing, self.num_heads, self.backend))
+        return self.proj(_select(attention(qkv, packing, self.num_heads, self.backend), rows))
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 class MLP(nn.Module):
@@ -69,17 +74,25 @@ class SwiGLU(nn.Module):
         return self.fc3(swiglu(self.fc1(x), self.fc2(x)))
 
 
-def drop_path_scale(packing: Packing, rate: float, like: Tensor) -> Tensor:
-    """[L, 1] of the dtype and device of `like`: 0 for whole sequences with probability `rate`, else 1 / (1 - rate)."""
+def drop_path_scale(
+    packing: Packing, rate: float, length: int, like: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """What drop path multiplies each token with: 0 for whole sequences with probability `rate`, else 1 / (1 - rate).
+
+    Args:
+        packing: of the tokens.
+        rate: of sequences that are dropped.
+        length: L.
+        like: whose dtype and device the result has.
+        rows: int64 [R]; None: all L tokens.
+
+    Returns:
+        [L, 1] or [R, 1].
+    """
     keep = torch.empty(len(packing.lengths), device=like.device).bernoulli_(1 - rate) / (1 - rate)
     # Rows behind the last sequence are of one more that is always dropped.
-    per_token = F.pad(keep, (0, 1)).index_select(0, sequence_of_rows(packing.cu_seqlens, len(like)))
+    per_token = F.pad(keep, (0, 1)).index_select(0, _select(sequence_of_rows(packing.cu_seqlens, length), rows))
     return per_token[:, None].to(like.dtype)
-
-
-def drop_path(x: Tensor, packing: Packing, rate: float) -> Tensor:
-    """Zeroes whole sequences with probability `rate` and scales the others by 1 / (1 - rate)."""
-    return x * drop_path_scale(packing, rate, x)
 
 
 class Block(nn.Module):
@@ -104,44 +117,49 @@ class Block(nn.Module):
         self.mlp: nn.Module = SwiGLU(dim, hidden, wide_swiglu) if swiglu else MLP(dim, hidden)
 
     def forward(
-        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None = None, defer: bool = False
+        self, x: Tensor, packing: Packing, rope: Rope | None, rows: Tensor | None = None,
+        branch: Tensor | None = None, defer: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The output of the block, [L, D].
+        """The output of the block, [L, D], or [R, D] with `rows`.
 
         Args:
             x: [L, D].
             packing: where the sequences lie.
             rope: rotates queries and keys; None: nothing does.
+            rows: int64 [R], the tokens whose output is wanted; all L serve as keys and values, but what follows
+                attention is done for these alone. None: all.
             branch: [L, D], what the block before left to be added to x.
             defer: leave the last addition to the norm that reads the output, which saves a pass over the tokens
                 forward and two backward; the result is then (x, branch), whose sum is the output.
         """
-        if self.compiled and _may_compile(self, x):
-            x, branch = self._compiled_forward(x, packing, rope, branch)
+        scales = self._drop_scales(x, packing, rows)
+        if self.compiled and _may_compile(self, x, rows):
+            x, branch = self._compiled_forward(x, packing, rope, branch, rows, scales)
         else:
             x, normed = (x, self.norm1(x)) if branch is None else self.norm1.add(x, branch)
-            x, normed = self.norm2.add(x, self._drop(self.attn(normed, packing, rope), packing))
-            branch = self._drop(self.mlp(normed), packing)
+            attended = self.attn(normed, packing, rope, rows)
+            x, normed = self.norm2.add(_select(x, rows), attended if scales is None else attended * scales[0])
+            branch = self.mlp(normed)
+            if scales is not None:
+                branch = branch * scales[1]
         return (x, branch) if defer else x + branch
 
     def _compiled_forward(
-        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None
+        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None, rows: Tensor | None,
+        scales: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         x, qkv = regions.before_attention(self, x, branch)
         if rope is not None:
             qkv = rope(qkv, self.attn.num_heads)
         attended = attention(qkv, packing, self.attn.num_heads, self.attn.backend)
-        scales = None
-        if self._drops:
-            scales = drop_path_scale(packing, self.drop_path_rate, x), drop_path_scale(packing, self.drop_path_rate, x)
-        return regions.after_attention(self, x, attended, scales)
+        return regions.after_attention(self, _select(x, rows), _select(attended, rows), scales)
 
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.drop_path_rate > 0
-
-    def _drop(self, x: Tensor, packing: Packing) -> Tensor:
-        return drop_path(x, packing, self.drop_path_rate) if self._drops else x
+    def _drop_scales(self, x: Tensor, packing: Packing, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Of drop path for the two branches; None: nothing is dropped."""
+        if not self.training or self.drop_path_rate == 0:
+            return None
+        first, second = (drop_path_scale(packing, self.drop_path_rate, len(x), x, rows) for _ in range(2))
+        return first, second
 
 
 def make_blocks(
@@ -171,27 +189,39 @@ def _may_defer(block: nn.Module) -> bool:
         getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 
 
-_COMPILED_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})
+_BLOCK_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})
 
 
-def _may_compile(block: Block, x: Tensor) -> bool:
+def _may_compile(block: Block, x: Tensor, rows: Tensor | None) -> bool:
     """Whether all within the block is ours and nobody looks at it, and the compiled code is for that many tokens.
 
     What is being traced already, or recorded op by op for selective recomputation, is not compiled separately.
     """
-    if len(x) < 2 or torch.compiler.is_compiling() or keeps_products() or nn.modules.module._has_any_global_hook():
+    traced = torch.compiler.is_compiling() or keeps_products()
+    if traced or len(x if rows is None else rows) < 2 or nn.modules.module._has_any_global_hook():
         return False
-    inner = block.modules()
-    next(inner)
+    inner = _inner(block)
+    return _are_ours(inner) and not any(getattr(module, "float8", False) for module in inner)
+
+
+def _inner(block: nn.Module) -> list[nn.Module]:
+    return list(block.modules())[1:]
+
+
+def _are_ours(modules: list[nn.Module]) -> bool:
+    """Whether nobody looks at what these get and return, and they are as `Block` made them."""
     return all(
-        type(module) in _COMPILED_MODULES and "forward" not in vars(module) and not getattr(module, "float8", False)
-        and not any(getattr(module, name) for name in _HOOKS) for module in inner)
+        type(module) in _BLOCK_MODULES and "forward" not in vars(module)
+        and not any(getattr(module, name) for name in _HOOKS) for module in modules)
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: Checkpointing = "none"
+    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: Checkpointing = "none",
+    last_rows: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """After each block x and branch, whose sum is its output; the sum is x where branch is None.
+
+    With `last_rows`, int64 [R], the last block yields these tokens only.
 
     A block's last addition is done by the first norm of the next. Recomputed blocks (see vjepa_fast.models.recompute)
     add up for themselves, as their inputs are kept: one tensor rather than two. So do blocks with hooks, which see
@@ -199,14 +229,19 @@ def run_blocks(
     """
     branch: Tensor | None = None
     for block, following in zip_longest(blocks, blocks[1:]):
+        rows = last_rows if following is None else None
+        # What somebody looks at is computed for all tokens.
+        inside = (rows,) if rows is not None and _may_defer(block) and _are_ours(_inner(block)) else ()
+        outside = None if inside else rows
         if checkpointing != "none" and torch.is_grad_enabled():
-            x = checkpoint(block, x, packing, rope, checkpointing)
+            x = checkpoint(block, x, packing, rope, checkpointing, *inside)
         elif _may_defer(block):
-            x, branch = block(x, packing, rope, branch, defer=True)
-            if following is not None and not _may_defer(following):
+            x, branch = block(x, packing, rope, *inside, branch=branch, defer=True)
+            if outside is not None or (following is not None and not _may_defer(following)):
                 x, branch = x + branch, None
         else:
             x = block(x, packing, rope)
+        x = _select(x, outside)
         yield x, branch
 
 

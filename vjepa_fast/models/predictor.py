@@ -131,12 +131,11 @@ class Predictor(nn.Module):
         if self.cfg.use_rope:
             rope = Rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg.rope_style,
                         self.cfg.rope_precision)
-        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.checkpointing)
+        targets = layout.inverse[len(tokens) :]
+        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.checkpointing, targets)
         [(x, branch)] = deque(stream, maxlen=1)
-        if branch is not None:
-            x = x + branch
-        targets = x.index_select(0, layout.inverse[len(tokens) :])
-        return self.predictor_proj(self.predictor_norm(targets))
+        normed = self.predictor_norm(x) if branch is None else self.predictor_norm.add(x, branch)[1]
+        return self.predictor_proj(normed)
 
 
 class _Interleave:

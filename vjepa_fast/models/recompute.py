@@ -48,10 +48,10 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 
 def _selective(block: nn.Module) -> Callable[..., Tensor]:
-    def run(x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
+    def run(x: Tensor, packing: Packing, rope: Rope | None, *rows: Tensor) -> Tensor:
         token = _keeps_products.set(True)
         try:
-            out: Tensor = block(x, packing, rope)
+            out: Tensor = block(x, packing, rope, *rows)
             return out
         finally:
             _keeps_products.reset(token)
@@ -59,17 +59,20 @@ def _selective(block: nn.Module) -> Callable[..., Tensor]:
     return run
 
 
-def checkpoint(block: nn.Module, x: Tensor, packing: Packing, rope: Rope | None, kind: Checkpointing) -> Tensor:
-    """block(x, packing, rope) with less kept for the backward.
+def checkpoint(
+    block: nn.Module, x: Tensor, packing: Packing, rope: Rope | None, kind: Checkpointing, *rows: Tensor
+) -> Tensor:
+    """block(x, packing, rope, *rows) with less kept for the backward.
 
     Args:
-        block: takes [L, D] tokens, their packing and rotation, and returns [L, D].
+        block: takes [L, D] tokens, their packing and rotation, and returns one tensor.
         x, packing, rope: its arguments.
         kind: full or selective.
+        rows: one more argument, or none.
     """
     out: Tensor
     if kind == "selective":
-        out = torch_checkpoint(_selective(block), x, packing, rope, use_reentrant=False, context_fn=_contexts)
+        out = torch_checkpoint(_selective(block), x, packing, rope, *rows, use_reentrant=False, context_fn=_contexts)
     else:
-        out = torch_checkpoint(block, x, packing, rope, use_reentrant=False)
+        out = torch_checkpoint(block, x, packing, rope, *rows, use_reentrant=False)
     return out
