@@ -15,17 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vjepa_fast.ops.packing import Packing
+
 Grid = tuple[int, int, int]
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """From pinned memory, so that nobody waits for a GPU."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return _to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    return to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
 @dataclass
@@ -102,6 +104,21 @@ class MaskBatch:
         return _cumulative(self.total_lengths, self.device) if self.offsets is None else self.offsets[2]
 
     @property
+    def context_packing(self) -> Packing:
+        """How the context tokens lie."""
+        return Packing(self.context_lengths, self.cu_seqlens_context)
+
+    @property
+    def target_packing(self) -> Packing:
+        """How the target tokens lie."""
+        return Packing(self.target_lengths, self.cu_seqlens_target)
+
+    @property
+    def packing(self) -> Packing:
+        """How context and target tokens of all sequences lie, as the predictor sees them."""
+        return Packing(self.total_lengths, self.cu_seqlens)
+
+    @property
     def total_lengths(self) -> tuple[int, ...]:
         """Context and target tokens of each sequence together."""
         return tuple(c + t for c, t in zip(self.context_lengths, self.target_lengths, strict=True))
@@ -109,7 +126,7 @@ class MaskBatch:
     def _sequence_of(self, ids: Tensor, lengths: Sequence[int], values: np.ndarray) -> Tensor:
         """values[s] for each packed id, with s its sequence; zeros behind the sum."""
         repeated = np.repeat(values, lengths)
-        return _to_device(np.pad(repeated, (0, len(ids) - len(repeated))), ids.device)
+        return to_device(np.pad(repeated, (0, len(ids) - len(repeated))), ids.device)
 
     def _clip_rows(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         clips = np.tile(np.arange(self.batch_size) * self.num_tokens, self.num_masks)
@@ -138,7 +155,7 @@ class MaskBatch:
     def clip_weights(self, num_groups: int = 1) -> Tensor:
         """float64 [batch_size]: what the target tokens of each clip weigh together; see token_weights."""
         weights = np.array(self.with_weights(num_groups).loss_weights) * np.array(self.target_lengths)
-        return _to_device(weights.reshape(self.num_masks, self.batch_size).sum(0), self.device)
+        return to_device(weights.reshape(self.num_masks, self.batch_size).sum(0), self.device)
 
     def with_weights(self, num_groups: int = 1) -> MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""

@@ -20,7 +20,6 @@ from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops import fp8_linear
 from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
 from vjepa_fast.ops.linear import Linear
-from vjepa_fast.ops.packing import Packing
 from vjepa_fast.ops.variance_loss import variance_loss
 
 
@@ -160,8 +159,7 @@ class VJEPA(nn.Module):
         """
         terms = []
         for group, batch in zip(predictions.split([len(m.target_ids) for m in batches]), batches, strict=True):
-            packing = Packing(batch.target_lengths, batch.cu_seqlens_target)
-            terms.append(variance_loss(group, packing, batch.clip_weights(len(batches))))
+            terms.append(variance_loss(group, batch.target_packing, batch.clip_weights(len(batches))))
         return torch.stack(terms).sum()
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from vjepa_fast.models.positions import sincos_table
 from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
-from vjepa_fast.ops.packing import Packing, concatenate, permute_rows, sequence_of_rows
+from vjepa_fast.ops.packing import concatenate, permute_rows, sequence_of_rows
 from vjepa_fast.ops.rope3d import Rope, join_ids
 
 
@@ -146,9 +146,9 @@ class _Interleave:
     """
 
     def __init__(self, masks: Sequence[MaskBatch], device: torch.device) -> None:
-        self.packing = concatenate([Packing(m.total_lengths, m.cu_seqlens) for m in masks])
-        context = concatenate([Packing(m.context_lengths, m.cu_seqlens_context) for m in masks]).cu_seqlens
-        target = concatenate([Packing(m.target_lengths, m.cu_seqlens_target) for m in masks]).cu_seqlens
+        self.packing = concatenate([m.packing for m in masks])
+        context = concatenate([m.context_packing for m in masks]).cu_seqlens
+        target = concatenate([m.target_packing for m in masks]).cu_seqlens
         sizes = [sum(len(m.context_ids) for m in masks), sum(len(m.target_ids) for m in masks)]
         # How far the tokens of each sequence move. What lies behind is one sequence more, that begins at the totals.
         begin = self.packing.cu_seqlens

@@ -231,7 +231,7 @@ class VisionTransformer(nn.Module):
             else:
                 batch = masks[index]
                 rows, ids = batch.context_rows, batch.context_ids
-                packings.append(Packing(batch.context_lengths, batch.cu_seqlens_context))
+                packings.append(batch.context_packing)
             tokens.append(self._embed(group, rows, grid))
             all_ids.append(ids)
             grids.append(grid)

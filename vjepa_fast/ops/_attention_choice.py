@@ -111,6 +111,19 @@ def _unmet(case: Case, name: str, where: str, why: str) -> UserError:
     return UserError(f"{where} cannot be used for {case.describe()}: {why}; {usable}")
 
 
+def refusal_of(case: Case, requested: str | None) -> str | None:
+    """Why attention cannot serve the case, as the end of a sentence; None: it can.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    name, where = demand(requested)
+    found = refusals(case)
+    if name != "auto":
+        return None if found[name] is None else f"{where} cannot serve {case.describe()}: {found[name]}"
+    return None if None in found.values() else f"no attention back end serves {case.describe()}: {_reasons(case)}"
+
+
 def _demanded(case: Case, name: str, where: str) -> str:
     why = refusals(case)[name]
     if why is not None:

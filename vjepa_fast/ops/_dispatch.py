@@ -88,6 +88,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now is recorded into a CUDA graph, so that the host must neither measure nor wait."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def row_block(width: int) -> dict[str, int]:
     """Launch options for a program that holds a row of `width` elements in registers."""
     block = max(16, 1 << (width - 1).bit_length())

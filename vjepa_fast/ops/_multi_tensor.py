@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa_fast.ops._dispatch import is_capturing
+
 CHUNK = 8192
 """Elements of one program."""
 
@@ -102,7 +104,7 @@ def table_of(
     everything = [*columns, *scalars]
     addresses = [0 if t is None or not t.numel() else t.data_ptr() for column in everything for t in column]
     key = (hash(str(device)), len(sizes), *sizes, *addresses, *(n for column in integers for n in column))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = is_capturing(device)
     if key in _tables and not capturing:
         _tables.move_to_end(key)
         return _tables[key]

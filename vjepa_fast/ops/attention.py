@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from vjepa_fast.ops import _attention_choice as choice
 from vjepa_fast.ops._attention_backends import Adapter, adapter
 from vjepa_fast.ops._attention_choice import Case
+from vjepa_fast.ops._dispatch import is_capturing
 from vjepa_fast.ops.packing import Packing
 from vjepa_fast.ops.zero_tail import zero_tail_
 
@@ -229,10 +230,6 @@ def _traced_choice(
     return choice.without_measuring(case, requested)
 
 
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _within_backward() -> bool:
     """Whether the caller recomputes something for a backward pass, which is not the time to run another one."""
     return torch._C._current_graph_task_id() != -1
@@ -297,7 +294,7 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, backend: str | None
         case = Case(qkv.device, qkv.dtype, head_dim, num_heads, backward, deterministic, packing.dynamic)
         if isinstance(qkv, FakeTensor):
             name = choice.for_fake(case, backend)
-        elif _is_capturing(qkv) or _within_backward():
+        elif is_capturing(qkv.device) or _within_backward():
             name = choice.without_measuring(case, backend)
         else:
             name = choice.choose(case, packing.lengths, backend, _attend, attention_ref)

@@ -17,11 +17,12 @@ Legend: K predicted tokens, D width, M masks, B clips, S = M B sequences, C chun
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
-from vjepa_fast.ops.packing import Packing
+from vjepa_fast.ops.packing import Packing, sequence_of_rows
 
 EPS = 1e-4
 """Added to the variance before the root."""
@@ -32,19 +33,31 @@ _ROWS, _TILES, _COLS = 32, 4, 64
 
 def variance_loss_ref(predictions: Tensor, packing: Packing, weights: Tensor) -> Tensor:
     """The definition, in at least fp32."""
-    if packing.total < len(predictions):
-        predictions = predictions[: packing.total]
     wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-    variances = []
-    parts = wide.split([count * length for count, length in packing.runs])
-    for part, (count, length) in zip(parts, packing.runs, strict=True):
-        if length > 1:
-            variances.append(part.view(count, length, -1).var(1))
-        else:
-            variances.append(wide.new_zeros(count, wide.shape[-1]))
-    std = (torch.cat(variances) + EPS).sqrt()
+    variances = _variances_by_device(wide, packing) if packing.dynamic else _variances(wide, packing)
+    std = (variances + EPS).sqrt()
     per_clip = std.view(-1, len(weights), wide.shape[-1]).mean(0)
     return ((1.0 - per_clip).relu().mean(-1) * weights.to(wide.dtype)).sum()
+
+
+def _variances(x: Tensor, packing: Packing) -> Tensor:
+    """[S, D], unbiased, over the tokens of each sequence."""
+    variances = []
+    parts = x[: packing.total].split([count * length for count, length in packing.runs])
+    for part, (count, length) in zip(parts, packing.runs, strict=True):
+        variances.append(part.view(count, length, -1).var(1) if length > 1 else x.new_zeros(count, x.shape[-1]))
+    return torch.cat(variances)
+
+
+def _variances_by_device(x: Tensor, packing: Packing) -> Tensor:
+    """The same where the host does not know the lengths."""
+    lengths = packing.cu_seqlens.diff()[:, None]
+    # What lies behind is one sequence more, which is left out.
+    sequence = sequence_of_rows(packing.cu_seqlens, len(x))
+    nothing = x.new_zeros(len(lengths) + 1, x.shape[-1])
+    mean = nothing.index_add(0, sequence, x)[:-1] / lengths.clamp_min(1)
+    centred = x - F.pad(mean, (0, 0, 0, 1)).index_select(0, sequence)
+    return nothing.index_add(0, sequence, centred.square())[:-1] / (lengths - 1).clamp_min(1)
 
 
 @jit
@@ -285,7 +298,7 @@ def variance_loss(predictions: Tensor, packing: Packing, weights: Tensor) -> Ten
     if weights.ndim != 1 or num_clips == 0 or num_sequences == 0 or num_sequences % num_clips:
         raise ValueError(f"{num_sequences} sequences and weights of shape {list(weights.shape)}; expected [B], with M "
                          "sequences for each of B clips")
-    if predictions.ndim != 2 or packing.total > len(predictions):
+    if predictions.ndim != 2 or (packing.total > len(predictions) and not packing.dynamic):
         raise ValueError(f"predictions have shape {list(predictions.shape)}, the sequences {packing.total} tokens; "
                          "expected [K, D] with a row for each token")
     if use_triton(predictions):

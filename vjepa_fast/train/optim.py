@@ -14,7 +14,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import COMPUTE_DTYPES
-from vjepa_fast.ops._dispatch import use_triton
+from vjepa_fast.ops._dispatch import is_capturing, use_triton
 from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_ema_ref, kernels_fit
 from vjepa_fast.ops.ema import ema_
 from vjepa_fast.ops.grad_norm import sum_of_squares
@@ -62,7 +62,7 @@ def local_of(x: Tensor) -> Tensor:
     return x._local_tensor if isinstance(x, DTensor) else x
 
 
-def _place(x: Tensor) -> int:
+def place_of(x: Tensor) -> int:
     """Differs where a tensor lies elsewhere than before."""
     local = local_of(x)
     return id(local) if isinstance(local, FakeTensor) else local.data_ptr()
@@ -165,10 +165,12 @@ class AdamWEMA(torch.optim.AdamW):
         total = self._sum_of_squares(operands, plan.shards)
         fit = plan.fits and all(grad is None or grad.dtype == torch.float32 for grad in operands.grads)
         if fit and use_triton(operands.params[0]):
-            if not (operands.params[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            if not is_capturing(operands.params[0].device):
                 self.write_group_values()
             assert self._group_values is not None
             adamw_ema_(operands, self._group_values, total.float())
+        elif is_capturing(operands.params[0].device):
+            raise RuntimeError("a step of AdamWEMA is captured by its kernels only, which take float32 on CUDA tensors")
         else:
             adamw_ema_ref(operands, self._host_values(), total)
         self.grad_norm, self.skipped = total.sqrt(), (~torch.isfinite(total)).float()
@@ -177,7 +179,25 @@ class AdamWEMA(torch.optim.AdamW):
             for master, shadow in zip(masters, shadows, strict=True):
                 if shadow is not None:
                     vouch(master, shadow)  # type: ignore[arg-type]
+        # Kept for the next step, they would be in memory beside its own.
+        operands.grads = []
         return loss
+
+    @property
+    def layout(self) -> object:
+        """Another object after a step that has found parameters, targets or moments elsewhere, or others of them."""
+        return self._plan
+
+    @torch.no_grad()
+    def write_shadows(self) -> None:
+        """Make the half-precision copies anew, where parameters were written to by somebody else.
+
+        A step does without: what it multiplies with are these copies or, where they are out of date, fresh ones. A
+        captured CUDA graph multiplies with these copies, whatever they hold.
+        """
+        for master, shadow in self._shadows.items():
+            shadow.copy_(master)
+            vouch(master, shadow)  # type: ignore[arg-type]
 
     def init_state(self) -> None:
         """Make the moments of all parameters that can have a gradient.
@@ -224,8 +244,8 @@ class AdamWEMA(torch.optim.AdamW):
         signature: list[Any] = [len(group["params"]) for group in self.param_groups]
         for parameter in parameters:
             state, target = self.state.get(parameter, {}), self._targets.get(parameter)
-            signature += (parameter.grad is None, _place(parameter), id(state.get("exp_avg")),
-                          id(state.get("exp_avg_sq")), None if target is None else _place(target))
+            signature += (parameter.grad is None, place_of(parameter), id(state.get("exp_avg")),
+                          id(state.get("exp_avg_sq")), None if target is None else place_of(target))
         if self._plan is None or self._plan.signature != signature:
             self._plan = self._make_plan(signature)
         self._plan.operands.grads = [self._grad_of(parameter) for parameter in self._plan.parameters]

@@ -76,8 +76,14 @@ class TrainStep:
             step: counts from 0; places the schedules.
             clips, masks: as VJEPA.forward.
         """
-        groups = [clips] if isinstance(clips, Tensor) else list(clips)
-        batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
+        scheduled = self.set_schedules(step)
+        loss, output = self.update(clips, masks)
+        grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
+        assert grad_norm is not None and skipped is not None
+        return StepResult(loss, grad_norm, skipped, *scheduled, output)
+
+    def set_schedules(self, step: int) -> tuple[float, float, float]:
+        """Learning rate, weight decay and momentum of a step, which the optimizer gets to know."""
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
         momentum = self.schedules.momentum(step)
         for group in self.optimizer.param_groups:
@@ -85,7 +91,14 @@ class TrainStep:
             group["ema_momentum"] = momentum
             if not group.get("WD_exclude"):
                 group["weight_decay"] = weight_decay
+        return lr, weight_decay, momentum
 
+    def update(
+        self, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]
+    ) -> tuple[Tensor, JEPAOutput]:
+        """Forward, backward and update with the optimizer's present values; loss and output as of StepResult."""
+        groups = [clips] if isinstance(clips, Tensor) else list(clips)
+        batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
         loss, output = self._backward(groups, batches)
         with label("optimizer"):
             if self.scaler is not None:
@@ -94,9 +107,7 @@ class TrainStep:
             if self.scaler is not None:
                 self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-        grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
-        assert grad_norm is not None and skipped is not None
-        return StepResult(loss, grad_norm, skipped, lr, weight_decay, momentum, output)
+        return loss, output
 
     def _backward(self, groups: list[Tensor], batches: list[MaskBatch]) -> tuple[Tensor, JEPAOutput]:
         total: Tensor | None = None
