@@ -480,3 +480,17 @@ def test_a_step_waits_for_nothing():
             our_step(optimizer, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_moments_that_were_thrown_away_begin_anew():
+    model, plain = make_model(), make_model()
+    optimizer, oracle = AdamWEMA(model, lr=1e-3), AdamWEMA(plain, lr=1e-3)
+    give_gradients(model, gradients_of_step(make_model(), 0))
+    optimizer.step()
+    optimizer.state.clear()
+    model.load_state_dict(plain.state_dict())
+    for step in range(2):
+        for some, own in ((model, optimizer), (plain, oracle)):
+            give_gradients(some, gradients_of_step(make_model(), step))
+            own.step()
+    assert_equal_runs(model, plain)

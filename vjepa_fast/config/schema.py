@@ -60,6 +60,7 @@ class Section(BaseModel):
 
 
 Checkpointing = Literal["none", "full", "selective"]
+Switch = bool | Literal["auto"]
 
 
 class ModelConfig(Section):
@@ -106,8 +107,9 @@ class ModelConfig(Section):
     activation_checkpointing: Checkpointing | None = None
     """What a block keeps for the backward: `none` recomputes nothing, `full` keeps its input only, `selective` also
     the results of matrix products and attention. None: full if use_activation_checkpointing, else none."""
-    compile_model: bool = False
-    """Compile the parts of a block around attention, for all layers at once (the reference: whole networks)."""
+    compile_model: Switch = False
+    """Compile the parts of a block around attention, for all layers at once (the reference: whole networks). `auto`:
+    if that is faster in a few steps that training times at its beginning; elsewhere it means false."""
     dtype: Dtype = "float32"
     """Compute dtype; the parameters are fp32. Taken from train.dtype."""
 
@@ -367,6 +369,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 239
     dtype: Dtype = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: Switch = False
+    """Capture forward, backward and update as CUDA graphs and replay them, where the run allows. `auto`: if that is
+    faster in a few steps at the beginning."""
     max_steps: Annotated[int, Field(ge=0)] | None = None
     """Stop after this many steps; the schedules keep their length."""
     log_every: PositiveInt = 10

@@ -61,11 +61,15 @@ def _proj_norm_mlp(
     return x, branch
 
 
+class NotCompiled(UserError):
+    """Blocks are to be compiled, and cannot be."""
+
+
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raises UserError where nothing can be compiled for the device."""
+    """Raises NotCompiled where nothing can be compiled for the device."""
     hint = "or set model.compile_model=false"
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -74,11 +78,11 @@ def require_compiler(device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise UserError("model.compile_model is set, but no C++ compiler was found, which compiling for a CPU "
-                            f"needs; install one (on Debian and Ubuntu: g++) or name it in CXX, {hint}") from error
+            raise NotCompiled("model.compile_model is set, but no C++ compiler was found, which compiling for a CPU "
+                              f"needs; install one (on Debian and Ubuntu: g++) or name it in CXX, {hint}") from error
     elif triton is None:
-        raise UserError("model.compile_model is set, but Triton, which compiling for a GPU needs, is not installed; "
-                        f"install it, {hint}")
+        raise NotCompiled("model.compile_model is set, but Triton, which compiling for a GPU needs, is not installed; "
+                          f"install it, {hint}")
 
 
 def _call(
@@ -117,8 +121,8 @@ def _call(
         with torch._dynamo.config.patch(optimize_ddp=False):
             out = compiled(*tokens, *others)
     except BackendCompilerFailed as error:
-        raise UserError(f"model.compile_model is set, but the compiler failed; set model.compile_model=false to go on "
-                        f"without: {error}") from error
+        raise NotCompiled(f"model.compile_model is set, but the compiler failed; set model.compile_model=false to go "
+                          f"on without: {error}") from error
     _compiled[key] = compiled
     return out
 

@@ -240,18 +240,22 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _plan_of_step(self) -> _Plan:
         """The lists of the next step: as before, with the new gradients, unless something else has changed."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        signature: list[Any] = [len(group["params"]) for group in self.param_groups]
-        for parameter in parameters:
-            state, target = self.state.get(parameter, {}), self._targets.get(parameter)
-            signature += (parameter.grad is None, place_of(parameter), id(state.get("exp_avg")),
-                          id(state.get("exp_avg_sq")), None if target is None else place_of(target))
-        if self._plan is None or self._plan.signature != signature:
-            self._plan = self._make_plan(signature)
+        if self._plan is None or self._plan.signature != self._signature():
+            self._plan = self._make_plan()
+            # Making it makes moments too.
+            self._plan.signature = self._signature()
         self._plan.operands.grads = [self._grad_of(parameter) for parameter in self._plan.parameters]
         return self._plan
 
-    def _make_plan(self, signature: list[Any]) -> _Plan:
+    def _signature(self) -> list[Any]:
+        signature: list[Any] = [len(group["params"]) for group in self.param_groups]
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            state, target = self.state.get(parameter, {}), self._targets.get(parameter)
+            signature += (parameter.grad is None, place_of(parameter), id(state.get("exp_avg")),
+                          id(state.get("exp_avg_sq")), None if target is None else place_of(target))
+        return signature
+
+    def _make_plan(self) -> _Plan:
         operands, parameters = Operands(), []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -269,7 +273,7 @@ class AdamWEMA(torch.optim.AdamW):
                 operands.shadows.append(self._shadow(parameter))
                 operands.target_shadows.append(None if target is None else self._shadow(target))
         operands.grads = [None] * len(parameters)
-        return _Plan(signature, parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
+        return _Plan([], parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
 
     def _sum_of_squares(self, operands: Operands, shards: list[_Shards]) -> Tensor:
         """Over all gradients of all shards, a scalar on the device; NaN where a scaler found what is not finite."""

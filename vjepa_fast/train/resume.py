@@ -12,6 +12,7 @@ _HARMLESS = frozenset({
     # How the clips of a step are spread over processes; their number is compared by the trainer.
     "data.batch_size", "data.global_batch_size",
     "model.use_activation_checkpointing", "model.activation_checkpointing", "model.compile_model", "model.attention",
+    "train.cuda_graphs",
     "optimization.grad_accumulation",
     # Copies of keys of other sections.
     "data.seed", "model.crop_size", "model.num_frames", "model.patch_size", "model.tubelet_size", "model.dtype",

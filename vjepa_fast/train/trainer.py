@@ -23,6 +23,7 @@ from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.interop import meta
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.masking.dynamic import Sizes
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.models.regions import require_compiler
@@ -38,10 +39,14 @@ from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import changed_keys
 from vjepa_fast.train.run_folder import LATEST, choose_folder
 from vjepa_fast.train.signals import StopSignals
+from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
 
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
+
+NUM_EXPECTED = 64
+"""Steps whose masks tell for which sizes CUDA graphs are captured."""
 
 _CLOSED = 1
 """Exit code when nobody reads the output any more."""
@@ -114,7 +119,7 @@ class Trainer:
         if cfg.optimization.ipe is None:
             cfg.optimization.ipe = max(1, self.loader.num_videos // self.global_batch)
         torch.manual_seed(cfg.train.seed)
-        if cfg.model.compile_model:
+        if cfg.model.compile_model is True:
             require_compiler(self.device)
         self.model = VJEPA(cfg.model).to(self.device)
         self.masks = StepMasks(
@@ -124,6 +129,8 @@ class Trainer:
             sum_over_processes=self.processes.sum_on_host,
         )
         self.train_step = TrainStep(self.model, cfg, self._data_parallel(), self.processes.world_size)
+        self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
+        self._run: StepCallable | None = None
         self.step = 0
         self._saved_step: int | None = None
         self._recent_loss = float("nan")
@@ -224,7 +231,30 @@ class Trainer:
         # Drop path is the only thing that draws from torch's generator; this makes a resumed run draw the same.
         words = random_words(self.cfg.train.seed, self.processes.rank, batch.step, pack_tag(Stream.DROP_PATH))
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-        return self.train_step(batch.step, batch.clips, masks)
+        if self._run is None:
+            self._run = self._choose_step(batch, masks)
+        return self._run(batch.step, batch.clips, masks)
+
+    def _choose_step(self, batch: Batch, masks: list[MaskBatch]) -> StepCallable:
+        """Compiled blocks and CUDA graphs, as configured or as measured on this batch; training is as it would be."""
+        one_length = len(self.loader.fpcs) == 1 and self.masks.reference is None
+        trials: list[Trial] = []
+        if self.speed_ups.measures:
+            # Masks of the next steps too, where they can be had without a trace: token counts differ.
+            trials.append(Trial(batch.step, batch.clips, masks))
+            for step in range(batch.step + 1, batch.step + 4) if one_length else ():
+                ids = [group + (step - batch.step) * self.global_batch for group in batch.sample_ids]
+                trials.append(Trial(step, batch.clips, self.masks(step, ids, batch.group_ids, self.device)))
+        sizes: list[Sizes] = []
+        if self.cfg.train.cuda_graphs is not False and self.device.type == "cuda" and one_length:
+            # Of the run's first steps, wherever it goes on, so that it has the same buckets after a restart.
+            for step in range(NUM_EXPECTED):
+                ids = [torch.arange(step * self.batch_size, (step + 1) * self.batch_size)]
+                sizes += map(Sizes.of, self.masks(step, ids, [0]))
+        return self.speed_ups.choose(trials, sizes, len(self.loader.fpcs), self.profiler is not None)
+
+    def _say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _masks_of(self, batch: Batch) -> list[MaskBatch]:
         return self.masks(batch.step, batch.sample_ids, batch.group_ids, self.device)
@@ -378,9 +408,11 @@ class Trainer:
             f"{tokens} tokens a clip\n{self.loader.num_videos} videos, {self.global_batch} clips a step, "
             f"{self.device.type}{many}, {cfg.train.dtype}\n"
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
-        if cfg.model.compile_model:
+        if cfg.model.compile_model is True:
             self.console.print("model.compile_model is set: the first step compiles, which may take a minute or two",
                                highlight=False, soft_wrap=True)
+        if self.speed_ups.measures:
+            self._say("what is set to auto is measured before the first step, which may take a minute or two")
 
     def _summarise(self, summary: RunSummary) -> None:
         how = {0: "finished", _CLOSED: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]

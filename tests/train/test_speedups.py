@@ -1,0 +1,179 @@
+"""`auto`: what is measured, what is chosen, and that a run learns the same whatever was tried out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.test_graphs import batch, config, train_step
+from tests.train.tiny import tiny_config
+from vjepa_fast.models import regions
+from vjepa_fast.train import speedups
+from vjepa_fast.train.step import TrainStep
+from vjepa_fast.train.trainer import Trainer
+from vjepa_fast.train.trial import race, undone
+
+
+def everything(step: TrainStep) -> dict[str, object]:
+    """All that a step may write to."""
+    optimizer = step.optimizer.state_dict()
+    return copy.deepcopy({
+        "weights": dict(step.model.state_dict()), "moments": optimizer["state"], "groups": optimizer["param_groups"],
+        "scaler": step.scaler and step.scaler.state_dict(), "generator": torch.get_rng_state(),
+        "figures": (step.optimizer.grad_norm, step.optimizer.skipped),
+        "gradients": [name for name, p in step.model.named_parameters() if p.grad is not None]})
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_steps_are_undone_to_the_bit(dtype: str, begun: bool) -> None:
+    cfg = config(dtype, drop_path_rate=0.5)
+    ours, oracle = train_step(cfg), train_step(cfg)
+    for number in range(3 * begun):
+        for step in (ours, oracle):
+            torch.manual_seed(number)
+            step(number, *batch(number, cfg))
+    torch.manual_seed(7)
+    before = everything(ours)
+    with undone(ours):
+        for number in range(3):
+            ours(10 + number, *batch(number, cfg))
+        assert not equal(everything(ours), before)
+    assert equal(everything(ours), before)
+    for number in range(3, 5):
+        for step in (ours, oracle):
+            torch.manual_seed(number)
+            step(number, *batch(number, cfg))
+    assert equal(everything(ours), everything(oracle))
+
+
+def test_steps_that_fail_are_undone_too() -> None:
+    cfg = config()
+    step = train_step(cfg)
+    before = everything(step)
+    with pytest.raises(ZeroDivisionError), undone(step):
+        step(0, *batch(0, cfg))
+        raise ZeroDivisionError
+    assert equal(everything(step), before)
+
+
+def test_sides_take_turns() -> None:
+    order: list[tuple[str, int]] = []
+    sides = {name: lambda number, name=name: order.append((name, number)) for name in "ab"}
+    assert race(sides, torch.device("cpu"), 2).keys() == sides.keys()
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+Make = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make(video_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A run of four steps; nothing is compiled to machine code, which would take a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(regions, "_compiled", {})
+
+    def build(name: str, *changes: str) -> Trainer:
+        (tmp_path / name).mkdir()
+        return Trainer(tiny_config(video_csv, tmp_path / "cache", "train.max_steps=4", "train.log_every=1",
+                                   "train.dtype=bfloat16", *changes), folder=tmp_path / name)
+
+    return build
+
+
+def fitted(trainer: Trainer) -> tuple[dict[str, torch.Tensor], float]:
+    loss = trainer.fit().loss
+    return dict(trainer.model.state_dict()), loss
+
+
+def seconds(with_it: float, without: float) -> Callable[..., dict[str, float]]:
+    """A race with these results; its sides have still run."""
+    def run(sides: dict, device: torch.device, rounds: int) -> dict[str, float]:
+        race(sides, device, 1)
+        return {"with": with_it, "without": without}
+
+    return run
+
+
+def test_a_run_is_the_same_whatever_was_measured(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = fitted(make("plain"))
+    capsys.readouterr()
+    monkeypatch.setattr(speedups, "race", seconds(1.0, 1.0))
+    measured = fitted(make("measured", "model.compile_model=auto", "train.cuda_graphs=auto"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert regions._compiled, "nothing was tried out"
+    assert "model.compile_model=auto: compiled blocks are not used, 1000 ms a step with and 1000 ms without" in said
+    assert said.count("train.cuda_graphs=auto: steps run without CUDA graphs: CUDA graphs need a GPU") == 1
+    assert equal(plain, measured)
+
+
+def test_what_is_faster_is_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedups, "race", seconds(1.0, 1.05))
+    trainer = make("auto", "model.compile_model=auto")
+    weights, loss = fitted(trainer)
+    assert all(block.compiled for block in trainer.model.encoder.blocks)
+    always = make("always", "model.compile_model=true")
+    assert equal((weights, loss), fitted(always))
+
+
+def test_without_a_compiler(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(device: torch.device) -> None:
+        raise regions.NotCompiled("no C++ compiler was found")
+
+    monkeypatch.setattr(speedups, "require_compiler", missing)
+    plain, measured = fitted(make("plain")), fitted(make("measured", "model.compile_model=auto"))
+    assert "blocks are not compiled: no C++ compiler was found" in " ".join(capsys.readouterr().out.split())
+    assert equal(plain, measured)
+
+
+def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The race itself, with steps that only count."""
+    runs: list[str] = []
+
+    class Counted:
+        def __init__(self, step: TrainStep, expected: list, say: Callable[[str], object]) -> None:
+            self.expected = expected
+
+        def __call__(self, *_: object) -> None:
+            runs.append("graphed")
+
+    cfg = config()
+    cfg.train.cuda_graphs = "auto"
+    step = train_step(cfg)
+    before = everything(step)
+    said: list[str] = []
+    monkeypatch.setattr(speedups, "refusal", lambda *_: None)
+    monkeypatch.setattr(speedups, "GraphedStep", Counted)
+    trials = [speedups.Trial(number, *([part] for part in batch(number, cfg))) for number in range(2)]
+    processes = speedups.Processes(torch.device("cpu"))
+    for times, kind in (((1.0, 2.0), Counted), ((2.0, 1.0), TrainStep)):
+        monkeypatch.setattr(speedups, "race", seconds(*times))
+        chosen = speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, False)
+        assert type(chosen) is kind
+    assert said == [
+        "train.cuda_graphs=auto: CUDA graphs are used, 1000 ms a step with and 2000 ms without",
+        "train.cuda_graphs=auto: CUDA graphs are not used, 2000 ms a step with and 1000 ms without"]
+    assert runs.count("graphed") == 2 * (3 * len(trials) + 1)
+    assert equal(everything(step), before)
+    profiled = speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, True)
+    assert profiled is step and "single operators" in said[-1]
