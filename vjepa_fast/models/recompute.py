@@ -74,8 +74,9 @@ def checkpoint(
     # The state of a generator cannot be read while a CUDA graph is captured, and is of use to drop path only.
     draws = block.training and getattr(block, "drop_path_rate", 1.0) > 0
     if kind == "selective":
-        out = torch_checkpoint(_selective(block), x, packing, rope, *rows, use_reentrant=False, preserve_rng_state=draws,
-                               context_fn=_contexts)
+        out = torch_checkpoint(
+            _selective(block), x, packing, rope, *rows, use_reentrant=False, preserve_rng_state=draws,
+            context_fn=_contexts)
     else:
         out = torch_checkpoint(block, x, packing, rope, *rows, use_reentrant=False, preserve_rng_state=draws)
     return out
