@@ -25,22 +25,25 @@ def tensors(values: Any) -> list[Tensor]:
 class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        # Views, and results of operators in place, are where they belong when the operator runs again.
+        known = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        places = [None if x.untyped_storage().data_ptr() in known else x for x in tensors(out)]
+        self.calls.append((func, args, kwargs, places))
         return out
 
     def replay(self) -> None:
         with torch.no_grad():
-            for func, args, kwargs, out in self.calls:
-                again = tensors(func(*args, **kwargs))
-                # Views, and results of operators in place, are there already.
-                known = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-                for old, new in zip(tensors(out), again, strict=True):
-                    if old.untyped_storage().data_ptr() not in known:
-                        old.copy_(new)
+            for func, args, kwargs, places in self.calls:
+                out = func(*args, **kwargs)
+                if any(place is not None for place in places):
+                    for place, new in zip(places, [out] if isinstance(out, Tensor) else tensors(out), strict=True):
+                        if place is not None:
+                            place.copy_(new)
 
 
 class RecordedStep(GraphedStep):

@@ -29,7 +29,7 @@ from vjepa_fast.train.step import TrainStep
 def config(dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, **model) -> Config:
     return Config.model_validate({
         "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 32,
-                  "pred_depth": 2, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
+                  "pred_depth": 1, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
         "mask": {"truncate": truncate},
         "loss": {"reg_coeff": reg_coeff},
         "data": {"crop_size": 48, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 3},
@@ -151,11 +151,11 @@ def test_gradients_that_are_not_finite(on_cpu: None, monkeypatch: pytest.MonkeyP
 def test_figures_are_kept_and_outputs_are_of_the_step(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
     graphed = recorded(cfg, monkeypatch)
-    results = [graphed(step, *batch(step, cfg)) for step in range(8)]
+    results = [graphed(step, *batch(step, cfg)) for step in range(6)]
     losses = [float(result.loss) for result in results]
-    assert len(set(losses)) == 8
-    assert losses == run(recorded(cfg, monkeypatch), range(8), cfg)
-    assert results[-1].output.masks[0].target_ids.equal(batch(7, cfg)[1].target_ids)
+    assert len(set(losses)) == 6 and graphed.num_replayed >= 2
+    assert losses == run(recorded(cfg, monkeypatch), range(6), cfg)
+    assert results[-1].output.masks[0].target_ids.equal(batch(5, cfg)[1].target_ids)
 
 
 def test_batches_that_fit_no_bucket(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_buckets_without_sizes_to_expect(on_cpu: None, monkeypatch: pytest.Monke
 def test_the_cheapest_bucket_that_holds_a_batch_serves_it(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
     graphed = recorded(cfg, monkeypatch)
-    for step in range(12):
+    for step in range(6):
         clips, masks = batch(step, cfg)
         before = [(bucket.num_runs, id(bucket.figures)) for bucket in graphed.buckets]
         graphed(step, clips, masks)
@@ -234,12 +234,10 @@ def test_somebody_writes_to_parameters(on_cpu: None, monkeypatch: pytest.MonkeyP
         run(some, [0] * 3, cfg)
         model = some.model if isinstance(some, TrainStep) else some.train_step.model
         with torch.no_grad():
-            for p in (*model.encoder.blocks.parameters(), *model.target_encoder.blocks.parameters()):
-                p.mul_(1.5)
-    assert run(graphed, [0], cfg) == pytest.approx(run(oracle, [0], cfg), rel=2e-2)
-    # Half precision is coarse, so that is not all.
-    shadows = graphed.optimizer._shadows
-    assert shadows and all(torch.equal(copy, master.bfloat16()) for master, copy in shadows.items())
+            model.predictor.predictor_proj.weight.mul_(100)
+    expected_loss = run(oracle, [0], cfg)
+    assert expected_loss[0] > 2
+    assert run(graphed, [0], cfg) == pytest.approx(expected_loss, rel=2e-2)
     assert graphed.num_replayed == 3
 
 
@@ -263,17 +261,17 @@ def test_a_checkpoint_goes_on(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp
     """What replays write is what the optimizer saves; a run goes on from it with or without graphs."""
     cfg = config()
     graphed = recorded(cfg, monkeypatch)
-    run(graphed, range(6), cfg)
+    run(graphed, range(4), cfg)
     meta.save_checkpoint(tmp_path / "latest.pt", graphed.train_step.model, graphed.optimizer, epoch=0, loss=0.0,
                          batch_size=3, world_size=1, lr=1e-3)
-    assert {float(state["step"]) for state in graphed.optimizer.state.values()} == {6.0}
+    assert {float(state["step"]) for state in graphed.optimizer.state.values()} == {4.0}
     for group in graphed.optimizer.param_groups:
-        assert group["lr"] == graphed.train_step.schedules.lr(5)
-    losses = run(graphed, range(6, 12), cfg)
+        assert group["lr"] == graphed.train_step.schedules.lr(3)
+    losses = run(graphed, range(4, 8), cfg)
     for resumed in (train_step(cfg), RecordedStep(train_step(cfg), expected(cfg), pytest.fail)):
         step = resumed if isinstance(resumed, TrainStep) else resumed.train_step
         meta.load_checkpoint(tmp_path / "latest.pt", step.model, step.optimizer)
-        assert run(resumed, range(6, 12), cfg) == pytest.approx(losses, rel=1e-5)
+        assert run(resumed, range(4, 8), cfg) == pytest.approx(losses, rel=1e-5)
 
 
 class Fails(RecordedStep):
