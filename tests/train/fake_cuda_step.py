@@ -5,6 +5,7 @@ Run by test_no_sync.py in a process of its own, as the tensors' gradients need a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.masking.dynamic import Sizes
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops import _dispatch, linear
+from vjepa_fast.train.graphs import GraphedStep
 from vjepa_fast.train.step import TrainStep
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal")
@@ -159,6 +162,55 @@ def test_a_step_on_fake_cuda_tensors_never_waits(cfg, fake_gpu):
             with watch, Pinning(watch):
                 result = train_step(step, clips, masks)
     assert result.loss.device.type == "cuda" and watch.num_operators > 500
+
+
+class WatchedStep(GraphedStep):
+    """What would be captured runs under a watch that lets nothing come from the host, pinned or not."""
+
+    num_operators = 0
+
+    def _aside(self, run: Callable[[], None]) -> None:
+        run()
+
+    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
+        def watched() -> None:
+            watch = NoWaiting()
+            with watch, Pinning(watch):
+                run()
+            assert not watch.pinned
+            self.num_operators += watch.num_operators
+
+        return watched
+
+
+GRAPHED = {
+    "plain": {},
+    "swiglu, drop path": {"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5},
+    "sincos, recomputed": {"use_rope": False, "activation_checkpointing": "full"},
+    "recomputed selectively": {"activation_checkpointing": "selective"},
+}
+
+
+@pytest.mark.parametrize("model", GRAPHED.values(), ids=GRAPHED.keys())
+@pytest.mark.parametrize("truncate", ["batch_min", "none"])
+def test_what_is_captured_takes_nothing_from_the_host(model, truncate, fake_gpu):
+    # A demand is taken at its word, where there is no GPU to ask.
+    cfg = config(dtype="bfloat16", model={"attention": "varlen", **model}, mask={"truncate": truncate},
+                 loss={"reg_coeff": 0.1})
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    jepa, batches = VJEPA(cfg.model), [batch_of(cfg, step) for step in range(4)]
+    sizes = [Sizes.around(Sizes.of(masks) for _, (masks,) in batches)]
+    with fake_gpu:
+        graphed = WatchedStep(TrainStep(on_fake_gpu(jepa), cfg), sizes, pytest.fail)
+        assert graphed.train_step.optimizer.layout is None
+        for step, (clips, masks) in enumerate(batches):
+            around = NoWaiting()
+            clips, masks = [clip.to(device) for clip in clips], [mask.to(device) for mask in masks]
+            with around, Pinning(around):
+                result = graphed(step, clips, masks)
+    assert graphed.num_replayed == 2 and graphed.num_operators > 2 * 400
+    assert len(result.output.packed_predictions) == sum(masks[0].target_lengths)
 
 
 @pytest.mark.parametrize("wait", [
