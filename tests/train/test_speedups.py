@@ -177,3 +177,38 @@ def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatc
     assert equal(everything(step), before)
     profiled = speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, True)
     assert profiled is step and "single operators" in said[-1]
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu() -> None:
+    cfg = config("bfloat16", drop_path_rate=0.5)
+    cfg.model.compile_model = cfg.train.cuda_graphs = "auto"
+    step = train_step(cfg, "cuda")
+    for number in range(2):
+        step(number, *batch(number, cfg, "cuda"))
+    before, generator = everything(step), torch.cuda.get_rng_state()
+    said: list[str] = []
+    trials = [speedups.Trial(number, *([part] for part in batch(number, cfg, "cuda"))) for number in range(4)]
+    processes = speedups.Processes(torch.device("cuda"))
+    chosen = speedups.SpeedUps(cfg, step, processes, said.append).choose(
+        trials, [speedups.Sizes.of(trial.masks[0]) for trial in trials], 1, False)
+    assert [sentence.partition(":")[0] for sentence in said] == ["model.compile_model=auto", "train.cuda_graphs=auto"]
+    assert all("ms a step with and" in sentence for sentence in said), said
+    # With so small a model nearly all of a step is launches.
+    assert isinstance(chosen, speedups.GraphedStep), said
+    assert equal(everything(step), before) and torch.equal(torch.cuda.get_rng_state(), generator)
+    losses = [float(chosen(number, *batch(number, cfg, "cuda")).loss) for number in range(2, 12)]
+    assert all(0 < loss < 2 for loss in losses) and chosen.num_replayed > 0
+
+
+@pytest.mark.gpu
+def test_a_run_with_graphs(video_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(
+        tiny_config(video_csv, tmp_path / "cache", "train.device=cuda", "train.dtype=bfloat16", "train.max_steps=20",
+                    "train.cuda_graphs=true"), folder=tmp_path / "run")
+    summary = trainer.fit()
+    assert summary.step == 20 and 0 < summary.loss < 2
+    assert isinstance(trainer._run, speedups.GraphedStep) and trainer._run.num_replayed > 0
+    checkpoint = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
+    assert {float(state["step"]) for state in checkpoint["opt"]["state"].values()} == {20.0}

@@ -11,8 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from vjepa_fast.bench.timing import synchronize
 from vjepa_fast.bench.workload import Workload, fresh
+from vjepa_fast.errors import UserError
 from vjepa_fast.labels import kind_of
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.masking.dynamic import Sizes
+from vjepa_fast.train.graphs import WARM_UP, GraphedStep, refusal
 from vjepa_fast.train.profiling import LABELS, times_by_part
 from vjepa_fast.train.step import TrainStep
 
@@ -32,10 +35,15 @@ class OurStep:
         num_batches: different batches, each with its own clips and masks.
         cudnn_attention: allow cuDNN's attention, which torch may prefer on a GPU and which plans anew for each shape.
         seed: of the weights.
+        graphs: replay the step as CUDA graphs.
+
+    Raises:
+        UserError: `graphs` where none can serve.
     """
 
     def __init__(
-        self, workload: Workload, device: torch.device, num_batches: int, *, cudnn_attention: bool = True, seed: int = 0
+        self, workload: Workload, device: torch.device, num_batches: int, *, cudnn_attention: bool = True,
+        seed: int = 0, graphs: bool = False,
     ) -> None:
         self.workload = workload
         self.model = workload.model(device, seed)
@@ -43,12 +51,23 @@ class OurStep:
         self.clips = [workload.clips(device, index) for index in range(num_batches)]
         self.masks = [workload.masks(device, index) for index in range(num_batches)]
         self.cudnn_attention = cudnn_attention
+        self.run: TrainStep | GraphedStep = self.train_step
+        if graphs:
+            why = refusal(self.train_step)
+            if why is not None:
+                raise UserError(f"the step cannot be a CUDA graph: {why}")
+            self.run = GraphedStep(self.train_step, [Sizes.of(masks) for masks in self.masks])
+
+    def warm_up(self) -> None:
+        """As many steps as it takes until all graphs are captured."""
+        for number in range((WARM_UP + 1) * len(self.masks)):
+            self(number)
 
     def __call__(self, step: int) -> torch.Tensor:
         """The loss, on the device."""
         torch.backends.cuda.enable_cudnn_sdp(self.cudnn_attention)
         index = step % len(self.masks)
-        return self.train_step(step, self.clips[index], fresh(self.masks[index])).loss
+        return self.run(step, self.clips[index], fresh(self.masks[index])).loss
 
 
 def check_same_loss(losses: dict[str, float], tolerance: float) -> None:
