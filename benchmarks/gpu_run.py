@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from vjepa_fast.bench.compare import ON_GPU, beside_reference, step_figures
+from vjepa_fast.bench.compare import ON_GPU, beside_reference, measure_graphed, step_figures
 from vjepa_fast.bench.steps import OurStep, interleave, profile_steps
 from vjepa_fast.bench.timing import (
     ROOT,
@@ -40,7 +40,7 @@ from vjepa_fast.bench.timing import (
     pick_device,
     synchronize,
 )
-from vjepa_fast.bench.workload import LARGE, TRIAL, Workload
+from vjepa_fast.bench.workload import FEW, LARGE, TRIAL, Workload
 from vjepa_fast.cost import check
 from vjepa_fast.cost.gpus import gpu_of_device, with_measured
 from vjepa_fast.cost.prediction import predict
@@ -136,6 +136,14 @@ def run_step(settings: Settings) -> dict[str, Any]:
     return out
 
 
+def run_graphed(settings: Settings) -> dict[str, Any]:
+    """A step so small that launches dominate, eagerly and as CUDA graphs in turns."""
+    step = OurStep(TRIAL if settings.small else FEW, settings.device, settings.num_batches)
+    for number in range(settings.num_batches):
+        step(number)
+    return measure_graphed(step, settings.limits(), rounds=settings.rounds, budget_s=8)
+
+
 def _beside_reference(
     settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float
 ) -> dict[str, Any]:
@@ -181,6 +189,7 @@ PARTS = {
     "floors": Part(run_floors, 25),
     "step": Part(run_step, 70),
     "reference": Part(run_reference, 120, needs_reference=True),
+    "graphed": Part(run_graphed, 28),
     "operations": Part(run_operations, 130),
     "profile": Part(run_profile, 35),
     "reference_compiled": Part(run_reference_compiled, 110, needs_reference=True),
@@ -244,6 +253,12 @@ def as_table(report: dict[str, Any]) -> str:
                     f"{info['clips_per_s']:7.1f} clips/s  {100 * info['share_of_matmul_rate']:5.1f} % of matmul"
                     + (f"  {ratio:.2f} x our time" if ratio else "")
                     + (f"  {free:.1f} clips/s running free" if free else ""))
+    graphed = results["graphed"]
+    if "error" in graphed:
+        lines.append(f"graphed: {graphed['error']}")
+    elif graphed:
+        lines.append(f"graphed: {graphed['eager']['p50'] * 1e3:.1f} ms eagerly, {graphed['p50'] * 1e3:.1f} ms as "
+                     f"{graphed['num_buckets']} CUDA graphs, {graphed['clips_per_s']:.1f} clips/s")
     if "ms_by_kind" in results["profile"]:
         lines.append("profile, ms a step: " + ", ".join(
             f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items()))

@@ -20,13 +20,14 @@ def call(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_parts_write_their_results(tmp_path: Path) -> None:
-    done = call(tmp_path, "--parts", "environment", "floors", "step")
+    done = call(tmp_path, "--parts", "environment", "floors", "step", "graphed")
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
     report = json.loads((tmp_path / "gpu_run.json").read_text())
-    assert list(report) == ["environment", "floors", "step"]
+    assert list(report) == ["environment", "floors", "step", "graphed"]
     assert report["environment"]["result"]["cpu"]
     assert report["step"]["result"]["ours"]["clips_per_s"] > 0
     assert "step: ours" in done.stdout
+    assert "graphed: the step cannot be a CUDA graph: CUDA graphs need a GPU" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_run.json", "log.txt"]
 
 

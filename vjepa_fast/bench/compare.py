@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,8 @@ from vjepa_fast.bench.steps import OurStep, Step, check_same_loss, interleave, m
 from vjepa_fast.bench.timing import Limits, Quantiles, synchronize
 from vjepa_fast.bench.workload import Workload
 from vjepa_fast.cost.flops import step_flops
+from vjepa_fast.errors import UserError
+from vjepa_fast.train.graphs import GraphedStep
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative difference of the losses of the first step, above which nothing is timed."""
@@ -85,7 +88,7 @@ def beside_reference(
 def measure_step(
     workload: Workload, device: torch.device, limits: Limits, *, num_batches: int, rounds: int, budget_s: float
 ) -> dict[str, Any]:
-    """Our step by itself: `figures` with peak memory, `tokens` of the batches and `profile`."""
+    """Our step by itself: `figures` with peak memory, `tokens` of the batches, `profile`, and on a GPU `graphed`."""
     ours = OurStep(workload, device, num_batches)
     unseen = interleave({"ours": ours}, device, num_batches, budget_s=budget_s, min_rounds=1)["ours"]
     if device.type == "cuda":
@@ -95,7 +98,38 @@ def measure_step(
         "unseen_shapes": asdict(Quantiles.of(unseen)), "all_seconds": seconds,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
     synchronize(device)
-    return {"figures": found, "tokens": masks_of_batches(ours.masks), "profile": profile_steps(ours, range(1), device)}
+    out = {"figures": found, "tokens": masks_of_batches(ours.masks), "profile": profile_steps(ours, range(1), device)}
+    if device.type == "cuda":
+        out["graphed"] = measure_graphed(ours, limits, rounds=rounds, budget_s=budget_s)
+    return out
+
+
+def measure_graphed(ours: OurStep, limits: Limits, *, rounds: int, budget_s: float) -> dict[str, Any]:
+    """Our step replayed as CUDA graphs in turns with the eager one; only `error` where that cannot be.
+
+    Args:
+        ours: the eager step.
+        limits: of the device.
+        rounds: timed steps of each.
+        budget_s: how long they may take.
+    """
+    device = ours.clips[0].device
+    try:
+        graphed = OurStep(ours.workload, device, len(ours.masks), graphs=True)
+        began = time.perf_counter()
+        graphed.warm_up()
+        synchronize(device)
+        warm_up_s = time.perf_counter() - began
+        seconds = interleave({"eager": ours, "graphed": graphed}, device, rounds, budget_s=budget_s)
+    except (UserError, torch.OutOfMemoryError) as error:
+        return {"error": str(error).splitlines()[0]}
+    ratios = [b / a for a, b in zip(seconds["graphed"], seconds["eager"], strict=True)]
+    assert isinstance(graphed.run, GraphedStep)
+    return step_figures(ours.workload, graphed, seconds["graphed"], limits) | {
+        "eager_over_graphed": asdict(Quantiles.of(ratios)), "warm_up_s": warm_up_s,
+        "eager": step_figures(ours.workload, ours, seconds["eager"], limits),
+        "num_buckets": len(graphed.run.buckets), "num_replayed": graphed.run.num_replayed,
+        "num_eager": graphed.run.num_eager}
 
 
 def reference_settings(

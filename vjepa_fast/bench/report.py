@@ -43,6 +43,14 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _graphed_line(info: dict[str, Any]) -> str:
+    if "error" in info:
+        return f"As CUDA graphs: {info['error']}"
+    return (f"As CUDA graphs ({info['num_buckets']} of them): {info['p50'] * 1e3:.1f} ms a step, "
+            f"{info['clips_per_s']:.2f} clips/s; in turns with it the eager step takes "
+            f"{info['eager_over_graphed']['p50']:.2f} times as long. Their warm-up took {info['warm_up_s']:.1f} s.")
+
+
 def _step_lines(report: dict[str, Any]) -> list[str]:
     work = report["workload"]
     lines = [
@@ -66,6 +74,8 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
     for name, info in report.get("reference", {}).items():
         if "error" in info:
             lines.append(f"| {name} | {info['error']} | | | | |")
+    if "graphed" in report["step"]:
+        lines += ["", _graphed_line(report["step"]["graphed"])]
     by_part = report["step"]["profile"]["ms_by_part"]
     total = sum(by_part.values())
     lines += ["", "Our step by part, under the profiler:", "", "| part | ms | share |", "|---|---|---|"]

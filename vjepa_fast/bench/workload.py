@@ -114,6 +114,8 @@ TINY = Workload("ViT-tiny 64 px", "vit_tiny", 64, 8, num_frames=8)
 SMALL = Workload("ViT-S 128 px", "vit_small", 128, 4, num_frames=8)
 BASE = Workload("ViT-B 224 px", "vit_base", 224, 2)
 LARGE = Workload("ViT-L 256 px", "vit_large", 256, 24, "bfloat16")
+FEW = Workload("ViT-B 224 px, 8 clips", "vit_base", 224, 8, "bfloat16")
+"""So few that a GPU waits for launches."""
 
 TRIAL = Workload("trial 32 px", "vit_tiny", 32, 2, num_frames=8, pred_depth=1)
 """Runs in no time; its figures mean nothing."""

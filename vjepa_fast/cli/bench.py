@@ -139,6 +139,10 @@ def _measure(
     report["step"] = measure_step(workload, device, limits, num_batches=num_batches, rounds=rounds, budget_s=budget_s)
     own = report["step"]["figures"]
     typer.echo(f"{workload.name}: {own['p50'] * 1e3:.1f} ms a step, {own['clips_per_s']:.2f} clips/s")
+    graphed = report["step"].get("graphed")
+    if graphed is not None:
+        typer.echo(f"as CUDA graphs: {graphed['error']}" if "error" in graphed else
+                   f"as CUDA graphs: {graphed['p50'] * 1e3:.1f} ms a step, {graphed['clips_per_s']:.2f} clips/s")
     if root is not None:
         from vjepa_fast.bench.reference import REFERENCE_COMMIT
 
