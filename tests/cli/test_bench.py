@@ -67,11 +67,14 @@ def test_page_of_settings_that_failed() -> None:
                         "torch": "2", "triton": "3", "vjepa_fast": "0", "commit": None, "uncommitted_changes": None,
                         "command": "c", "date": "d"},
         "limits": {"bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"}, "workload": TRIAL.as_dict(),
-        "load_average_after": 0.0, "step": {"figures": times, "profile": {"ms_by_part": {"optimizer": 3.0}}},
+        "load_average_after": 0.0,
+        "step": {"figures": times, "profile": {"ms_by_part": {"optimizer": 3.0}}, "graphed": {
+            **times, "num_buckets": 4, "eager_over_graphed": {"p50": 1.25}, "warm_up_s": 9.0}},
         "reference": {"reference as configured": {**times, "over_ours": ratio},
                       "reference, and compiled": {"error": "out of memory: ..."}}})
     row = "| reference as configured | 1000.0 (900.0 to 1100.0) | 24.00 | 85 (10 %) | 2000.0 | 2.00 (1.80 to 2.10) |"
     assert row in found
+    assert "As CUDA graphs (4 of them): 1000.0 ms a step, 24.00 clips/s; in turns with it the eager step takes 1.25" in found
     assert "| reference, and compiled | out of memory: ... |" in found
     assert "says nothing about a GPU" not in found
 

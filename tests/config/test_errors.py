@@ -25,6 +25,7 @@ def message(*overrides: str) -> str:
     ("meta.sede=1", ["meta.sede is not a key", "did you mean meta.seed?"]),
     ("mask.masks.0.num_block=1", ["mask.masks.0.num_block is not a key", "did you mean mask.masks.0.num_blocks?"]),
     ("data.aug.random_scale=[1, 1]", ["did you mean data.aug.random_resize_scale?"]),
+    ("train.cuda_graphs=sometimes", ["train.cuda_graphs is 'sometimes'", "expected True, False or 'auto'"]),
     ("optimization.lr=fast", ["optimization.lr is 'fast'", "expected a number"]),
     ("optimization.lr=-1", ["optimization.lr is -1", "expected at least 0"]),
     ("optimization.lr=.nan", ["optimization.lr is nan", "expected a finite number"]),

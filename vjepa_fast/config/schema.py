@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 Checkpointing = Literal["none", "full", "selective"]
-Switch = bool | Literal["auto"]
+Switch = Literal[True, False, "auto"]
 
 
 class ModelConfig(Section):
