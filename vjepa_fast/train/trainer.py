@@ -45,7 +45,7 @@ from vjepa_fast.train.step import StepResult, TrainStep
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
 
-NUM_EXPECTED = 64
+NUM_EXPECTED = 256
 """Steps whose masks tell for which sizes CUDA graphs are captured."""
 
 _CLOSED = 1
