@@ -1,0 +1,103 @@
+"""Training runs side by side: loss curves in one picture, losses and probe scores in one table.
+
+    python -m benchmarks.compare_runs runs/fp32 runs/bf16 --out benchmarks/results/demo_dtypes_cpu_<date>
+
+A run is called by the name of its folder. The table has the loss as a mean over the first, the middle and the last
+tenth of the steps, and the velocity probe where the run has one (the demo's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vjepa_fast.bench.timing import environment
+from vjepa_fast.train.metrics import read_csv
+
+
+def losses_of(folder: Path) -> np.ndarray:
+    """[steps] losses of a run.
+
+    Raises:
+        ValueError: the folder has no log.
+    """
+    rows = read_csv(folder / "log_r0.csv")
+    if not rows:
+        raise ValueError(f"{folder} has no log_r0.csv with a step in it; expected a run folder")
+    return np.array([float(row["loss"]) for row in rows])
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Figures of one run."""
+    losses = losses_of(folder)
+    tenth = max(1, len(losses) // 10)
+    middle = (len(losses) - tenth) // 2
+    found = {"name": folder.name, "steps": len(losses), "first": losses[:tenth].mean(),
+             "middle": losses[middle : middle + tenth].mean(), "last": losses[-tenth:].mean(), "velocity_r2": None}
+    probe = folder / "probe.json"
+    if probe.exists():
+        found["velocity_r2"] = json.loads(probe.read_text())["trained encoder"]["velocity_r2"]
+    return found
+
+
+def as_markdown(runs: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """A page for people."""
+    lines = [
+        "# Runs side by side", "",
+        f"- hardware: {about['cpu']}, {about['cores']} cores",
+        f"- versions: python {about['python']}, torch {about['torch']}, vjepa_fast {about['vjepa_fast']}",
+        f"- command: `{about['command']}`", f"- date: {about['date']}", "",
+        "| run | steps | loss, first tenth | middle tenth | last tenth | velocity R2 |", "|---|---|---|---|---|---|"]
+    for run in runs:
+        score = "" if run["velocity_r2"] is None else f"{run['velocity_r2']:.2f}"
+        means = " | ".join(f"{run[part]:.4f}" for part in ("first", "middle", "last"))
+        lines.append(f"| {run['name']} | {run['steps']} | {means} | {score} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(folders: list[Path], out: Path) -> None:
+    """Loss curves on one axis, each smoothed over the last ten steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for place, folder in enumerate(folders):
+        losses = losses_of(folder)
+        smooth = [losses[max(0, i - 9) : i + 1].mean() for i in range(len(losses))]
+        style, colour = "--" if place % 2 else "-", f"C{place // 2}"
+        axis.plot(np.arange(1, len(losses) + 1), smooth, style, color=colour, label=folder.name, linewidth=1.5)
+    axis.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; neighbours share a colour, two by two")
+    parser.add_argument("--out", type=Path, required=True, help="without extension")
+    arguments = parser.parse_args()
+    try:
+        runs = [summary(folder) for folder in arguments.runs]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    about = environment(torch.device("cpu"))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.with_suffix(".json").write_text(json.dumps({"environment": about, "runs": runs}, indent=1) + "\n")
+    page = as_markdown(runs, about)
+    arguments.out.with_suffix(".md").write_text(page)
+    plot(arguments.runs, arguments.out.with_suffix(".png"))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
