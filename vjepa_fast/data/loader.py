@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data import sampling
-from vjepa_fast.data.decode.index import DecodeError, load_index
-from vjepa_fast.data.decode.pyav import decode_frames, decode_image, resize_clip
-from vjepa_fast.data.manifest import Dataset, is_image, load_datasets
+from vjepa_fast.data.decode.backend import Finisher, HostFinisher, HostPreparer
+from vjepa_fast.data.manifest import load_datasets
+from vjepa_fast.data.reader import ClipReader, RawBatch
 from vjepa_fast.data.workers import WorkerInit, auto_num_workers, start_context
 from vjepa_fast.errors import UserError
 
@@ -59,113 +58,14 @@ class BrokenVideo:
     filtered: bool = False
 
 
-class _TooShort(DecodeError):
-    """Left out by data.filter_short_videos."""
-
-
-class _Outcome(NamedTuple):
-    """What became of one video: reason is None where a clip was read."""
-
-    dataset: int
-    video: int
-    reason: str | None
-    filtered: bool
-
-
-class _RawBatch(NamedTuple):
-    step: int
-    group_ids: list[int]
-    clips: list[Tensor]
-    sample_ids: list[Tensor]
-    videos: list[list[tuple[int, int]]]
-    outcomes: list[_Outcome]
-    failed_sample: int | None
-
-
-@dataclass
-class _ClipReader:
-    """What a worker holds: `reader[step]` is one process's batch of that step."""
-
-    datasets: list[Dataset]
-    groups: list[int]
-    cfg: DataConfig
-    rank: int
-    world_size: int
-    sizes: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sizes = [len(dataset.paths) for dataset in self.datasets]
-
-    def choose(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and video, int64 [N] each, of global sample numbers."""
-        return sampling.choose_videos(
-            samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle)
-
-    def __getitem__(self, step: int) -> _RawBatch:
-        count = self.cfg.per_process(self.world_size)
-        first = (step * self.world_size + self.rank) * count
-        samples = np.arange(first, first + count, dtype=np.int64)
-        outcomes: list[_Outcome] = []
-        clips: dict[int, list[Tensor]] = {}
-        ids: dict[int, list[int]] = {}
-        videos: dict[int, list[tuple[int, int]]] = {}
-        for sample, dataset, video in zip(samples.tolist(), *(a.tolist() for a in self.choose(samples)), strict=True):
-            read = self._read_any(sample, dataset, video, outcomes)
-            if read is None:
-                return _RawBatch(step, [], [], [], [], outcomes, sample)
-            group = self.groups[dataset]
-            clips.setdefault(group, []).append(read[0])
-            ids.setdefault(group, []).append(sample)
-            videos.setdefault(group, []).append((dataset, read[1]))
-        present = sorted(clips)
-        return _RawBatch(
-            step, present, [torch.stack(clips[g]) for g in present], [torch.tensor(ids[g]) for g in present],
-            [videos[g] for g in present], outcomes, None)
-
-    def _read_any(self, sample: int, dataset: int, video: int, outcomes: list[_Outcome]) -> tuple[Tensor, int] | None:
-        """A clip and the video it comes from: the sample's own, or a replacement; None when there is none."""
-        others = sampling.replacements(sample, video, self.sizes[dataset], self.cfg.seed)
-        for candidate in itertools.chain([video], others):
-            try:
-                clip = self._read(sample, dataset, candidate)
-            except DecodeError as error:
-                outcomes.append(_Outcome(dataset, candidate, str(error), isinstance(error, _TooShort)))
-            else:
-                outcomes.append(_Outcome(dataset, candidate, None, False))
-                return clip, candidate
-        return None
-
-    def _read(self, sample: int, dataset: int, video: int) -> Tensor:
-        """uint8 [T, H, W, 3]."""
-        cfg, source = self.cfg, self.datasets[dataset]
-        path, epoch = source.paths[video], sample // sum(self.sizes)
-        flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)
-        scale, ratio = cfg.aug.random_resize_scale, cfg.aug.random_resize_aspect_ratio
-        if is_image(path):
-            image = decode_image(path)
-            top, left, height, width = sampling.crop_box(
-                sample, epoch, image.shape[0], image.shape[1], scale, ratio, cfg.seed)
-            frame = resize_clip(image[None, top:top + height, left:left + width], cfg.crop_size, flip)
-            return frame.repeat(source.fpc, 1, 1, 1)
-        index = load_index(path, cfg.cache_dir)
-        try:
-            step = sampling.clip_step(
-                index.avg_fps, source.fpc, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
-        except ValueError as error:
-            raise DecodeError(str(error)) from error
-        if cfg.filter_short_videos and index.num_frames < step * source.fpc:
-            raise _TooShort(f"it has {index.num_frames} frames, a clip takes {step * source.fpc}")
-        numbers = sampling.clip_frames(sample, epoch, index.num_frames, source.fpc, step, cfg.seed)
-        box = sampling.crop_box(sample, epoch, index.height, index.width, scale, ratio, cfg.seed)
-        return resize_clip(decode_frames(path, index, numbers, box), cfg.crop_size, flip)
-
-
 class Loader:
     """An iterable of batches. A second iteration goes on where the first one stopped."""
 
-    def __init__(self, reader: _ClipReader, device: torch.device, step: int, num_steps: int | None) -> None:
+    def __init__(self, reader: ClipReader, finisher: Finisher, device: torch.device, step: int,
+                 num_steps: int | None) -> None:
         cfg = reader.cfg
         self._reader = reader
+        self._finisher = finisher
         self._device = device
         self._step = step
         self._end = None if num_steps is None else step + num_steps
@@ -243,11 +143,11 @@ class Loader:
                        "worker_init_fn": WorkerInit(closing)}
         loader: DataLoader[Any] = DataLoader(
             self._reader, batch_size=None, sampler=steps, num_workers=self.num_workers, collate_fn=_as_is,  # type: ignore[arg-type]
-            pin_memory=cfg.pin_mem and self._device.type == "cuda", **options)
+            **options)
         self._batches = iter(loader)
         self._finalizer = weakref.finalize(self, _shut_down, self._batches, closing)
 
-    def _next_raw(self) -> _RawBatch:
+    def _next_raw(self) -> RawBatch:
         try:
             return next(self._batches)
         except RuntimeError as error:
@@ -259,7 +159,7 @@ class Loader:
                 f"(now {self.num_workers}) or data.prefetch, or give the container more shared memory "
                 "(docker run --shm-size=16g); data.num_workers=0 decodes in the training process") from error
 
-    def _record(self, raw: _RawBatch) -> None:
+    def _record(self, raw: RawBatch) -> None:
         for dataset, video, reason, filtered in raw.outcomes:
             number = self._starts[dataset] + video
             if reason is not None and not self._tried[number]:
@@ -283,9 +183,9 @@ class Loader:
             what = f"more than data.max_broken={limit:g} of the videos cannot be read; "
         raise UserError(f"{what}{len(videos)} of the {tried} videos tried were left out:\n" + "\n".join(lines))
 
-    def _to_batch(self, raw: _RawBatch) -> Batch:
+    def _to_batch(self, raw: RawBatch) -> Batch:
         labels = [[self._reader.datasets[d].labels[v] for d, v in group] for group in raw.videos]
-        clips = [clip.to(self._device, non_blocking=True) for clip in raw.clips]
+        clips = [self._finisher.wait(self._finisher.start(collated)).clips for collated in raw.collated]
         return Batch(raw.step, clips, raw.sample_ids, raw.group_ids, labels)
 
 
@@ -309,10 +209,13 @@ def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: st
     cfg.per_process(world_size)
     fpcs = list(dict.fromkeys(dataset.fpc for dataset in datasets))
     groups = [fpcs.index(dataset.fpc) for dataset in datasets]
-    return Loader(_ClipReader(datasets, groups, cfg, rank, world_size), torch.device(device), start_step, num_steps)
+    device = torch.device(device)
+    reader = ClipReader(datasets, groups, cfg, rank, world_size, HostPreparer())
+    finisher = HostFinisher(device, cfg.pin_mem, num_ahead=2)
+    return Loader(reader, finisher, device, start_step, num_steps)
 
 
-def _as_is(batch: _RawBatch) -> _RawBatch:
+def _as_is(batch: RawBatch) -> RawBatch:
     return batch
 
 

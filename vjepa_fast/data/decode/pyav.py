@@ -25,10 +25,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vjepa_fast.data.decode.index import DecodeError, VideoIndex, open_video, reading
+from vjepa_fast.data.decode.request import ClipRequest, ImageSource, VideoSource
 from vjepa_fast.data.sampling import Box
 
 # Above this many GOPs ahead a seek is cheaper than reading on.
 _MAX_GOPS_READ = 2
+
+
+def decode_clip(request: ClipRequest) -> Tensor:
+    """What a request stands for, uint8 [T, H, W, 3], contiguous.
+
+    Raises:
+        DecodeError: the file is gone, or a wanted frame cannot be decoded.
+    """
+    source, box = request.source, request.box
+    if isinstance(source, ImageSource):
+        image = decode_image(source.path)[None, box.top:box.top + box.height, box.left:box.left + box.width]
+        return resize_clip(image, request.size, request.flip).repeat(len(request.frame_numbers), 1, 1, 1)
+    assert isinstance(source, VideoSource)
+    return resize_clip(
+        decode_frames(source.path, source.index, request.frame_numbers, box), request.size, request.flip)
 
 
 def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: Box | None = None) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""What a decoding process does: turns a step into one process's clips, and replaces those that cannot be had.
+
+All decisions are vjepa_fast.data.sampling's; here they become requests (vjepa_fast.data.decode.request), which a back
+end (vjepa_fast.data.decode.backend) executes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vjepa_fast.config.schema import DataConfig
+from vjepa_fast.data import sampling
+from vjepa_fast.data.decode.backend import Preparer
+from vjepa_fast.data.decode.index import DecodeError
+from vjepa_fast.data.decode.request import ClipRequest, ImageSource, open_source
+from vjepa_fast.data.manifest import Dataset
+
+
+class TooShort(DecodeError):
+    """Left out by data.filter_short_videos."""
+
+
+class Outcome(NamedTuple):
+    """What became of one video: reason is None where a clip was read."""
+
+    dataset: int
+    video: int
+    reason: str | None
+    filtered: bool
+
+
+class RawBatch(NamedTuple):
+    """One step's clips of one process, each list by the frames-per-clip groups that are present, ascending.
+
+    Attributes:
+        step: counted from the beginning of the run.
+        group_ids: which groups.
+        collated: from Preparer.collate.
+        sample_ids: int64 [B_g] global sample numbers, ascending.
+        videos: (dataset, video) of every clip.
+        outcomes: of every video tried, in order.
+        failed_sample: the sample for which no video could be read; there are no clips then.
+    """
+
+    step: int
+    group_ids: list[int]
+    collated: list[Any]
+    sample_ids: list[Tensor]
+    videos: list[list[tuple[int, int]]]
+    outcomes: list[Outcome]
+    failed_sample: int | None
+
+
+@dataclass
+class ClipReader:
+    """`reader[step]` is one process's batch of that step."""
+
+    datasets: list[Dataset]
+    groups: list[int]
+    cfg: DataConfig
+    rank: int
+    world_size: int
+    preparer: Preparer
+    sizes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = [len(dataset.paths) for dataset in self.datasets]
+
+    def choose(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset and video, int64 [N] each, of global sample numbers."""
+        return sampling.choose_videos(
+            samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle)
+
+    def __getitem__(self, step: int) -> RawBatch:
+        count = self.cfg.per_process(self.world_size)
+        first = (step * self.world_size + self.rank) * count
+        samples = np.arange(first, first + count, dtype=np.int64)
+        outcomes: list[Outcome] = []
+        clips: dict[int, list[Any]] = {}
+        ids: dict[int, list[int]] = {}
+        videos: dict[int, list[tuple[int, int]]] = {}
+        for sample, dataset, video in zip(samples.tolist(), *(a.tolist() for a in self.choose(samples)), strict=True):
+            found = self.find(sample, dataset, video, outcomes)
+            if found is None:
+                return RawBatch(step, [], [], [], [], outcomes, sample)
+            group = self.groups[dataset]
+            clips.setdefault(group, []).append(found[0])
+            ids.setdefault(group, []).append(sample)
+            videos.setdefault(group, []).append((dataset, found[1]))
+        present = sorted(clips)
+        return RawBatch(
+            step, present, [self.preparer.collate(clips[g]) for g in present], [torch.tensor(ids[g]) for g in present],
+            [videos[g] for g in present], outcomes, None)
+
+    def find(self, sample: int, dataset: int, video: int, outcomes: list[Outcome], after: int | None = None,
+             ) -> tuple[Any, int] | None:
+        """The first clip that can be had for a sample.
+
+        Args:
+            sample: global sample number.
+            dataset, video: from `choose`.
+            outcomes: what became of every video tried is added to it.
+            after: a video that failed later than here: those in front of it, and itself, are passed over.
+
+        Returns:
+            The prepared clip and the video it comes from, the sample's own or a replacement; None when there is none.
+        """
+        others = sampling.replacements(sample, video, self.sizes[dataset], self.cfg.seed)
+        candidates: Iterator[int] = itertools.chain([video], others)
+        if after is not None:
+            candidates = itertools.islice(itertools.dropwhile(lambda one: one != after, candidates), 1, None)
+        for candidate in candidates:
+            try:
+                clip = self.preparer.prepare(self.request(sample, dataset, candidate))
+            except DecodeError as error:
+                outcomes.append(Outcome(dataset, candidate, str(error), isinstance(error, TooShort)))
+            else:
+                outcomes.append(Outcome(dataset, candidate, None, False))
+                return clip, candidate
+        return None
+
+    def request(self, sample: int, dataset: int, video: int) -> ClipRequest:
+        """Which frames, crop and flip a sample shows of a video.
+
+        Raises:
+            DecodeError: the video cannot be used.
+        """
+        cfg, fpc, epoch = self.cfg, self.datasets[dataset].fpc, sample // sum(self.sizes)
+        source = open_source(self.datasets[dataset].paths[video], cfg.cache_dir)
+        numbers = np.zeros(fpc, dtype=np.int64)
+        if not isinstance(source, ImageSource):
+            try:
+                step = sampling.clip_step(
+                    source.avg_fps, fpc, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
+            except ValueError as error:
+                raise DecodeError(str(error)) from error
+            if cfg.filter_short_videos and source.num_frames < step * fpc:
+                raise TooShort(f"it has {source.num_frames} frames, a clip takes {step * fpc}")
+            numbers = sampling.clip_frames(sample, epoch, source.num_frames, fpc, step, cfg.seed)
+        box = sampling.crop_box(sample, epoch, source.height, source.width, cfg.aug.random_resize_scale,
+                                cfg.aug.random_resize_aspect_ratio, cfg.seed)
+        flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)
+        return ClipRequest(source, numbers, box, cfg.crop_size, flip)
