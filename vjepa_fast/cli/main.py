@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vjepa_fast import __version__
-from vjepa_fast.cli import bench, doctor, masks, plan, train
+from vjepa_fast.cli import bench, doctor, masks, pack, plan, train
 
 app = typer.Typer(
     name="vjepa-fast",
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("pack", epilog=pack.EPILOG)(pack.pack)
 app.command("doctor")(doctor.doctor)
 app.command("masks", epilog=masks.EPILOG)(masks.masks)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)

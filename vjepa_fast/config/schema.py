@@ -229,7 +229,7 @@ class DataConfig(Section):
     """Which clips, and how they are read."""
 
     datasets: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """One or several of: CSV, .npy, folder, glob, or `synthetic:` for the clips that the demo makes itself."""
+    """One or several of: CSV, .npy, folder, glob, pack, or `synthetic:` for the clips that the demo makes itself."""
     datasets_weights: list[float] | None = None
     dataset_fpcs: Annotated[list[PositiveInt], Field(min_length=1)] = [16]
     """Frames per clip, one entry a dataset; one entry serves all."""

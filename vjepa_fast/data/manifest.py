@@ -1,4 +1,4 @@
-"""Lists of videos: CSV, .npy, a folder, or a glob.
+"""Lists of videos: CSV, .npy, a folder, a glob, or a pack (vjepa_fast.data.pack).
 
 CSV, one clip a line, no header, label optional (0 where there is none, as for the other kinds):
 
@@ -19,12 +19,16 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from vjepa_fast.data.pack.reader import Pack
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 VIDEO_EXTENSIONS = frozenset(
@@ -43,7 +47,18 @@ class PathList(Sequence[str]):
     def __init__(self, paths: Iterable[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._blob = b"".join(encoded)
+        self._blob: bytes | np.ndarray = b"".join(encoded)
+
+    @classmethod
+    def of_buffers(cls, ends: np.ndarray, text: np.ndarray) -> PathList:
+        """From where each string ends, int64 [N], and the characters of all, uint8, as `buffers` gives them."""
+        new = cls(())
+        new._ends, new._blob = ends, text
+        return new
+
+    def buffers(self) -> tuple[np.ndarray, bytes | np.ndarray]:
+        """Where each string ends, and the characters of all."""
+        return self._ends, self._blob
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -57,7 +72,7 @@ class PathList(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._blob[start:int(self._ends[index])])
+        return os.fsdecode(bytes(self._blob[start:int(self._ends[index])]))
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,11 @@ class Dataset:
 
     Attributes:
         name: the entry as it was written.
-        paths: videos or images.
+        paths: videos or images; of a pack, where they came from.
         labels: one per path.
         fpc: frames per clip.
         weight: its share of the clips, relative to the other datasets; None where no weights are configured.
+        pack: what the frames are read from, instead of `paths`.
     """
 
     name: str
@@ -77,6 +93,7 @@ class Dataset:
     labels: list[Any]
     fpc: int
     weight: float | None
+    pack: Pack | None = None
 
 
 def is_image(path: str) -> bool:
@@ -92,23 +109,43 @@ def load_datasets(cfg: DataConfig) -> list[Dataset]:
         UserError: a manifest is missing, empty or unreadable; the message names it and says what was expected.
     """
     if not cfg.datasets:
-        raise ConfigError("data.datasets is empty; expected at least one CSV, .npy, folder or glob of videos")
+        raise ConfigError("data.datasets is empty; expected at least one CSV, .npy, folder or glob of videos, or pack")
     fpcs = cfg.dataset_fpcs * len(cfg.datasets) if len(cfg.dataset_fpcs) == 1 else cfg.dataset_fpcs
     weights: Sequence[float | None] = cfg.datasets_weights or [None] * len(cfg.datasets)
     datasets = []
     for name, fpc, weight in zip(cfg.datasets, fpcs, weights, strict=True):
+        pack = open_pack(name, cfg.cache_dir)
+        if pack is not None:
+            pack.check_fps(cfg.fps)
+            datasets.append(Dataset(name, pack.paths, pack.labels, fpc, weight, pack))
+            continue
         paths, labels = read_manifest(name)
         datasets.append(Dataset(name, PathList(paths), labels, fpc, weight))
     return datasets
 
 
-def read_manifest(name: str) -> tuple[list[str], list[Any]]:
+def open_pack(name: str, cache_dir: Path | None = None) -> Pack | None:
+    """The pack that an entry of `data.datasets` is, or None.
+
+    Raises:
+        UserError: it is unfinished or damaged.
+    """
+    # Imported here: it needs this module.
+    from vjepa_fast.data.pack.reader import Pack, is_pack
+
+    return Pack(name, cache_dir) if is_pack(name) else None
+
+
+def read_manifest(name: str) -> tuple[Sequence[str], list[Any]]:
     """Paths and labels of one manifest.
 
     Raises:
         UserError: missing, empty or unreadable.
     """
     extension = os.path.splitext(name)[1].lower()
+    pack = open_pack(name)
+    if pack is not None:
+        return pack.paths, pack.labels
     if os.path.isdir(name):
         paths = _walk(name)
         expected = f"no file in it ends in one of {', '.join(sorted(MEDIA_EXTENSIONS))}"
@@ -116,7 +153,8 @@ def read_manifest(name: str) -> tuple[list[str], list[Any]]:
         paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         expected = "the glob matches no file"
     elif not os.path.exists(name):
-        raise UserError(f"dataset {name!r} does not exist; expected a CSV, a .npy file, a folder or a glob")
+        raise UserError(f"dataset {name!r} does not exist; expected a CSV, a .npy file, a folder, a glob "
+                        "or a pack")
     elif extension == ".npy":
         paths, expected = _read_npy(name), "the array is empty"
     elif extension in MEDIA_EXTENSIONS:

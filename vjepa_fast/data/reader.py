@@ -19,7 +19,7 @@ from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
 from vjepa_fast.data.decode.backend import Preparer
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.decode.request import ClipRequest, ImageSource, open_source
+from vjepa_fast.data.decode.request import ClipRequest, Source, open_source
 from vjepa_fast.data.manifest import Dataset
 
 
@@ -133,9 +133,9 @@ class ClipReader:
             DecodeError: the video cannot be used.
         """
         cfg, fpc, epoch = self.cfg, self.datasets[dataset].fpc, sample // sum(self.sizes)
-        source = open_source(self.datasets[dataset].paths[video], cfg.cache_dir)
+        source = self._source(sample, epoch, dataset, video)
         numbers = np.zeros(fpc, dtype=np.int64)
-        if not isinstance(source, ImageSource):
+        if not source.is_image:
             try:
                 step = sampling.clip_step(
                     source.avg_fps, fpc, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
@@ -148,3 +148,9 @@ class ClipReader:
                                 cfg.aug.random_resize_aspect_ratio, cfg.seed)
         flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)
         return ClipRequest(source, numbers, box, cfg.crop_size, flip)
+
+    def _source(self, sample: int, epoch: int, dataset: int, video: int) -> Source:
+        pack = self.datasets[dataset].pack
+        if pack is None:
+            return open_source(self.datasets[dataset].paths[video], self.cfg.cache_dir)
+        return pack.video(video, sampling.choose_phase(sample, epoch, pack.num_phases(video), self.cfg.seed))

@@ -18,6 +18,8 @@ Frames, for a clip of T frames (reference: src/datasets/video_dataset.py, loadvi
     the last one clipped to the window's last frame. The spacing is therefore length / (T - 1), not `step`.
     A video no longer than `length`: floor(linspace(0, n, n // step)) clipped, then the last frame repeated up to T.
 
+    Of a two-phase pack, frames 0, 2, 4 ... are one video and frames 1, 3, 5 ... another; a coin picks one.
+
 Crop (reference: src/datasets/utils/video/transforms.py, _get_param_spatial_crop): area uniform in `scale` of the
 frame, log of the aspect ratio uniform, position uniform, ten tries, then a centred box. Flip with probability 1/2.
 
@@ -179,6 +181,13 @@ def clip_frames(sample: int, epoch: int, num_frames: int, num_clip_frames: int, 
     own = num_frames // step
     numbers = np.concatenate([np.linspace(0, num_frames, num=own), np.full(num_clip_frames - own, num_frames)])
     return np.clip(numbers, 0, num_frames - 1).astype(np.int64)
+
+
+def choose_phase(sample: int, epoch: int, num_phases: int, seed: int) -> int:
+    """Which sequence of a packed video a clip is taken from, in [0, max(1, num_phases))."""
+    if num_phases <= 1:
+        return 0
+    return int(below(random_words(seed, sample, epoch, pack_tag(Stream.FRAMES))[1], num_phases))
 
 
 def crop_box(sample: int, epoch: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],

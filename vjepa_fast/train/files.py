@@ -37,12 +37,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, what: str = "") -> Iterator[None]:
+def disk_errors(path: Path, what: str = "", advice: str = "continue with --resume") -> Iterator[None]:
     """Turns an OSError into a UserError that names `path`.
 
     Args:
         path: file that is being written.
         what: what it is, for the message.
+        advice: what to do when a full disk has room again.
     """
     try:
         yield
@@ -53,7 +54,7 @@ def disk_errors(path: Path, what: str = "") -> Iterator[None]:
             raise
         full = cause is not None and cause.errno in _FULL
         if full:
-            reason = "the disk is full; free some space and continue with --resume"
+            reason = f"the disk is full; free some space and {advice}"
         else:
             reason = (cause.strerror if cause is not None else None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {what + ' ' if what else ''}{path}: {reason}") from error

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vjepa_fast.data.decode.jpeg import decode_jpeg_clip
 from vjepa_fast.data.decode.pyav import decode_clip
-from vjepa_fast.data.decode.request import ClipRequest
+from vjepa_fast.data.decode.request import ClipRequest, JpegSource
 
 
 class Preparer(Protocol):
@@ -69,7 +70,7 @@ class HostPreparer:
     """Decodes on the CPU, in the decoding process: a clip is uint8 [T, H, W, 3]."""
 
     def prepare(self, request: ClipRequest) -> Tensor:
-        return decode_clip(request)
+        return decode_jpeg_clip(request) if isinstance(request.source, JpegSource) else decode_clip(request)
 
     def collate(self, prepared: list[Tensor]) -> Tensor:
         return torch.stack(prepared)

@@ -16,7 +16,10 @@ from vjepa_fast.data.sampling import Box
 
 
 class Source(Protocol):
-    """What frames are taken from. `avg_fps` is 0 where nothing says so; `width` and `height` are pixels."""
+    """What frames are taken from. `avg_fps` is 0 where nothing says so; `width` and `height` are pixels.
+
+    An image (`is_image`) has one frame, which a clip shows throughout.
+    """
 
     @property
     def path(self) -> str: ...
@@ -28,6 +31,8 @@ class Source(Protocol):
     def width(self) -> int: ...
     @property
     def height(self) -> int: ...
+    @property
+    def is_image(self) -> bool: ...
 
 
 @runtime_checkable
@@ -49,6 +54,7 @@ class VideoSource:
 
     path: str
     index: VideoIndex
+    is_image: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -69,13 +75,14 @@ class VideoSource:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image file: a clip shows it in every frame."""
+    """An image file."""
 
     path: str
     width: int
     height: int
     num_frames: int = 1
     avg_fps: float = 0.0
+    is_image: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,188 @@
+"""`vjepa-fast pack`: videos once decoded, scaled and kept as JPEG frames, which are cheap to read."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from vjepa_fast.data.pack.writer import Counts, Summary
+
+EPILOG = """
+Examples:
+
+  vjepa-fast pack videos.csv --out packs/videos
+
+  vjepa-fast pack 'videos/**/*.mp4' --out packs/videos --fps 4 --two-phase --short-side 320
+
+  vjepa-fast train --recipe vitl16-256 data.datasets=packs/videos
+
+Stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIDE_MULTIPLE = 32
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_FRAMES = 0.2
+
+
+def pack(
+    manifest: Annotated[
+        str, typer.Argument(metavar="MANIFEST", show_default=False,
+                            help="Videos and images: a CSV, .npy, folder or glob, as for data.datasets. Labels are "
+                                 "kept."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the pack: new, or of the same command stopped before.",
+                           show_default=False),
+    ],
+    fps: Annotated[
+        float, typer.Option(metavar="F", help="Frames kept a second, the data.fps of training. A slower video keeps "
+                                              "all it has."),
+    ] = 4.0,
+    two_phase: Annotated[
+        bool, typer.Option("--two-phase", help="Keep twice the frames: a clip can start half a period later, at "
+                                               "the same fps."),
+    ] = False,
+    short_side: Annotated[
+        int, typer.Option(metavar="PX", help="Shorter side, a multiple of 32; the other is rounded to one. Nothing is "
+                                             "enlarged."),
+    ] = 256,
+    quality: Annotated[int, typer.Option(metavar="Q", min=1, max=95, help="Of the JPEG frames, 4:2:0.")] = 90,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a shard, at most: 500MB, 2GB; a video is never split."),
+    ] = "1GB",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes. The pack is the same for any number.",
+                                 show_default="one a core"),
+    ] = None,
+    max_broken: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Stop when more than this fraction of the videos is "
+                                                            "broken."),
+    ] = 0.1,
+) -> None:
+    """Keep videos as JPEG frames in WebDataset shards, which training reads ten times as fast as the videos.
+
+    Every frame of every video is decoded and checked; what is broken is left out and listed in DIR/broken.tsv.
+    """
+    with exit_codes():
+        if not 0 < fps < float("inf"):
+            raise ConfigError(f"--fps is {fps:g}; expected a positive number of frames per second")
+        if short_side < _SIDE_MULTIPLE or short_side % _SIDE_MULTIPLE:
+            raise ConfigError(f"--short-side is {short_side}; expected a multiple of {_SIDE_MULTIPLE}, as in 256")
+        shard_bytes = _num_bytes(shard_size)
+        # Imported here: they need seconds, which --help need not wait for.
+        from vjepa_fast.data.manifest import read_manifest
+        from vjepa_fast.data.pack.index import PackSettings
+        from vjepa_fast.data.pack.reader import is_pack
+        from vjepa_fast.data.pack.writer import BROKEN_NAME, make_pack
+        from vjepa_fast.data.workers import available_cores
+
+        if is_pack(manifest):
+            raise UserError(f"{manifest} is a pack already; expected videos: a CSV, .npy, folder or glob")
+        paths, labels = read_manifest(manifest)
+        settings = PackSettings(fps, short_side, quality, two_phase, shard_bytes)
+        progress = _Progress()
+        try:
+            summary = make_pack(paths, labels, out, settings, num_workers=workers or available_cores(),
+                                max_broken=max_broken, report=progress.show)
+        except KeyboardInterrupt:
+            progress.close()
+            done = progress.counts
+            if done is not None:
+                say("warning", f"{done.done} of {done.total} videos are done and kept; the same command goes on")
+            raise
+        finally:
+            progress.close()
+        if summary.num_broken:
+            say("warning", f"{summary.num_broken} of {len(paths)} videos could not be packed: {out / BROKEN_NAME}")
+        typer.echo(_describe(summary, out))
+        typer.echo(f"train on it with data.datasets={out}")
+
+
+def _num_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B?)", text.strip().upper())
+    unit = _UNITS.get(match[2] if match and match[2] in _UNITS else f"{match[2]}B") if match else None
+    number = int(float(match[1]) * unit) if match and unit else 0
+    if number <= 0:
+        raise ConfigError(f"--shard-size is {text!r}; expected a number with B, KB, MB, GB or TB, as in 500MB or 2GB")
+    return number
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("TB", "GB", "MB", "KB"):
+        if num_bytes >= _UNITS[unit]:
+            return f"{num_bytes / _UNITS[unit]:.3g} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _describe(summary: Summary, out: Path) -> str:
+    source = ""
+    if summary.source_bytes:
+        source = f", {summary.num_bytes / summary.source_bytes:.2f} of the {_size(summary.source_bytes)} of the videos"
+    lines = [f"{out}: {summary.num_videos} videos, {summary.num_frames} frames, {summary.num_shards} "
+             f"{'shard' if summary.num_shards == 1 else 'shards'}, {_size(summary.num_bytes)}{source}"]
+    if summary.psnr is None:
+        lines.append("it was finished before; nothing was done")
+    else:
+        lines.append(f"PSNR {summary.psnr:.1f} dB over {summary.num_sampled} frames; {summary.core_ms:.0f} "
+                     f"core-milliseconds a video; {timedelta(seconds=round(summary.seconds))}")
+    return "\n".join(lines)
+
+
+class _Progress:
+    """A bar for a person, a line now and then for a log file."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.counts: Counts | None = None
+        self._console = Console(stderr=True)
+        self._began: tuple[float, int] | None = None
+        self._shown = time.monotonic()
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            # No thread of its own: workers are forked while the bar is shown.
+            self._bar = Progress(
+                TextColumn("packed {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                TextColumn("{task.description}"), console=self._console, auto_refresh=False)
+            self._task = self._bar.add_task("starting", total=None)
+
+    def show(self, counts: Counts) -> None:
+        """Called after every video."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now, counts.done
+            if self._bar is not None:
+                self._bar.start()
+        self.counts = counts
+        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_FRAMES
+        if now - self._shown < pause and counts.done < counts.total:
+            return
+        self._shown = now
+        seconds, num_new = now - self._began[0], counts.done - self._began[1]
+        text = f"{counts.broken} broken"
+        if num_new:
+            left = timedelta(seconds=round(seconds / num_new * (counts.total - counts.done)))
+            text = f"{num_new / seconds:.1f} videos/s  {text}  {_size(counts.num_bytes)}  eta {left}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=counts.done, total=counts.total, description=text, refresh=True)
+        else:
+            self._console.print(f"packed {counts.done}/{counts.total}  {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
