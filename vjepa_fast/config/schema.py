@@ -248,6 +248,13 @@ class DataConfig(Section):
     """Decoding processes per training process; None: by the cores there are."""
     prefetch: PositiveInt = 2
     """Batches each worker reads ahead."""
+    backend: Literal["auto", "pyav", "dali"] = "auto"
+    """What decodes: `auto` is DALI on a GPU where it is installed (the extra `dali`), else PyAV."""
+    device_prefetch: PositiveInt | None = None
+    """Batches that are copied or decoded ahead of the step on the device, with DALI each by a pipeline of its own.
+    None: 4 with DALI on a GPU, 2 with PyAV on a GPU or DALI on the CPU. PyAV on the CPU has nothing to do ahead."""
+    dali_threads: PositiveInt | None = None
+    """Threads of each DALI pipeline; None: 8 on a GPU, where they wait for its decoders, else the cores there are."""
     pin_mem: bool = True
     filter_short_videos: bool = False
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.1

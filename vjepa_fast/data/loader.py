@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data.decode.backend import Finisher, HostFinisher, HostPreparer
+from vjepa_fast.data.decode.backend import Finisher
+from vjepa_fast.data.decode.choice import make_backend
+from vjepa_fast.data.feed import Feed
 from vjepa_fast.data.manifest import load_datasets
-from vjepa_fast.data.reader import ClipReader, RawBatch
-from vjepa_fast.data.workers import WorkerInit, auto_num_workers, start_context
+from vjepa_fast.data.prefetch import Pending, PlainPrefetcher, Prefetcher, ThreadedPrefetcher
+from vjepa_fast.data.reader import ClipReader, Outcome
+from vjepa_fast.data.workers import auto_num_workers
 from vjepa_fast.errors import UserError
 
 _MIN_TRIED = 20
@@ -76,8 +78,8 @@ class Loader:
         self._tried = np.zeros(self.num_videos, dtype=bool)
         self._num_broken = 0
         self._broken: dict[tuple[int, int], BrokenVideo] = {}
-        self._batches: Any = None
-        self._closing: Any = None
+        self._feed: Feed | None = None
+        self._prefetcher: Prefetcher | None = None
         self._finalizer: weakref.finalize | None = None
 
     @property
@@ -108,13 +110,13 @@ class Loader:
 
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
-        return [worker.pid for worker in getattr(self._batches, "_workers", [])]
+        return self._feed.worker_pids() if self._feed else []
 
     def close(self) -> None:
         """Ends the workers. Iterating again starts new ones."""
         if self._finalizer is not None:
             self._finalizer()
-        self._batches = self._finalizer = None
+        self._feed = self._prefetcher = self._finalizer = None
 
     def __enter__(self) -> Loader:
         return self
@@ -123,52 +125,40 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._end is None or self._step < self._end:
-            if self._batches is None:
-                self._start()
-            raw = self._next_raw()
-            assert raw.step == self._step
-            self._record(raw)
-            self._step += 1
-            yield self._to_batch(raw)
-
-    def _start(self) -> None:
-        cfg, context = self._reader.cfg, start_context()
-        steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
-        options: dict[str, Any] = {}
-        closing = None
-        if self.num_workers:
-            closing = context.Event()
-            options = {"prefetch_factor": cfg.prefetch, "multiprocessing_context": context,
-                       "worker_init_fn": WorkerInit(closing)}
-        loader: DataLoader[Any] = DataLoader(
-            self._reader, batch_size=None, sampler=steps, num_workers=self.num_workers, collate_fn=_as_is,  # type: ignore[arg-type]
-            **options)
-        self._batches = iter(loader)
-        self._finalizer = weakref.finalize(self, _shut_down, self._batches, closing)
-
-    def _next_raw(self) -> RawBatch:
-        try:
-            return next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        while True:
+            prefetcher = self._prefetcher or self._start()
+            try:
+                pending = prefetcher.take()
+            except UserError:
+                self.close()
                 raise
-            self.close()
-            raise UserError(
-                f"a decoding process died ({error}). Most often memory ran out: lower data.num_workers "
-                f"(now {self.num_workers}) or data.prefetch, or give the container more shared memory "
-                "(docker run --shm-size=16g); data.num_workers=0 decodes in the training process") from error
+            if pending is None:
+                break
+            assert pending.raw.step == self._step
+            self._record(pending.raw.outcomes, pending.raw.failed_sample)
+            batch = self._finish(pending)
+            prefetcher.done()
+            self._step += 1
+            yield batch
 
-    def _record(self, raw: RawBatch) -> None:
-        for dataset, video, reason, filtered in raw.outcomes:
+    def _start(self) -> Prefetcher:
+        steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
+        self._feed = Feed(self._reader, steps, self.num_workers)
+        kind = ThreadedPrefetcher if self._device.type == "cuda" else PlainPrefetcher
+        self._prefetcher = kind(self._feed.take, self._finisher)
+        self._finalizer = weakref.finalize(self, _shut_down, self._prefetcher, self._feed, self._finisher)
+        return self._prefetcher
+
+    def _record(self, outcomes: list[Outcome], failed_sample: int | None) -> None:
+        for dataset, video, reason, filtered in outcomes:
             number = self._starts[dataset] + video
-            if reason is not None and not self._tried[number]:
+            if reason is not None and (dataset, video) not in self._broken:
                 source = self._reader.datasets[dataset]
                 self._broken[dataset, video] = BrokenVideo(source.paths[video], reason, source.name, filtered)
                 self._num_broken += not filtered
             self._tried[number] = True
         tried, limit = self.num_tried, self._reader.cfg.max_broken
-        if raw.failed_sample is None and (
+        if failed_sample is None and (
                 tried < min(_MIN_TRIED, self.num_videos) or self._num_broken <= limit * tried):
             return
         self.close()
@@ -176,17 +166,41 @@ class Loader:
         lines = [f"  {video.path}: {video.reason}" for video in videos[:_NUM_SHOWN]]
         if len(videos) > _NUM_SHOWN:
             lines.append(f"  ... and {len(videos) - _NUM_SHOWN} more")
-        if raw.failed_sample is not None:
-            source = self._reader.datasets[raw.outcomes[-1].dataset]
+        if failed_sample is not None:
+            source = self._reader.datasets[outcomes[-1].dataset]
             what = f"no usable video found in dataset {source.name!r} in place of a broken or short one; "
         else:
             what = f"more than data.max_broken={limit:g} of the videos cannot be read; "
         raise UserError(f"{what}{len(videos)} of the {tried} videos tried were left out:\n" + "\n".join(lines))
 
-    def _to_batch(self, raw: RawBatch) -> Batch:
+    def _finish(self, pending: Pending) -> Batch:
+        raw, clips = pending.raw, []
+        for started, samples, videos in zip(pending.started, raw.sample_ids, raw.videos, strict=True):
+            finished = self._finisher.wait(started)
+            for position, reason in finished.failed:
+                clip, videos[position] = self._replace(int(samples[position]), videos[position], reason)
+                finished.clips[position] = clip
+            clips.append(finished.clips)
         labels = [[self._reader.datasets[d].labels[v] for d, v in group] for group in raw.videos]
-        clips = [self._finisher.wait(self._finisher.start(collated)).clips for collated in raw.collated]
         return Batch(raw.step, clips, raw.sample_ids, raw.group_ids, labels)
+
+    def _replace(self, sample: int, failed: tuple[int, int], reason: str) -> tuple[Tensor, tuple[int, int]]:
+        """Another clip [T, H, W, 3] for one that passed in the decoding process and failed here, and where it is from.
+
+        As for those that fail there, the replacement depends on nothing but the sample number.
+        """
+        (dataset,), (first,) = (chosen.tolist() for chosen in self._reader.choose(np.array([sample])))
+        last = failed[1]
+        while True:
+            outcomes = [Outcome(dataset, last, reason, False)]
+            found = self._reader.find(sample, dataset, first, outcomes, after=last)
+            self._record(outcomes, sample if found is None else None)
+            assert found is not None
+            prepared, last = found
+            finished = self._finisher.wait(self._finisher.start(self._reader.preparer.collate([prepared])))
+            if not finished.failed:
+                return finished.clips[0], (dataset, last)
+            ((_, reason),) = finished.failed
 
 
 def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", *,
@@ -206,20 +220,15 @@ def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: st
     """
     assert 0 <= rank < world_size
     datasets = load_datasets(cfg)
-    cfg.per_process(world_size)
     fpcs = list(dict.fromkeys(dataset.fpc for dataset in datasets))
     groups = [fpcs.index(dataset.fpc) for dataset in datasets]
     device = torch.device(device)
-    reader = ClipReader(datasets, groups, cfg, rank, world_size, HostPreparer())
-    finisher = HostFinisher(device, cfg.pin_mem, num_ahead=2)
+    preparer, finisher = make_backend(cfg, device, cfg.per_process(world_size))
+    reader = ClipReader(datasets, groups, cfg, rank, world_size, preparer)
     return Loader(reader, finisher, device, start_step, num_steps)
 
 
-def _as_is(batch: RawBatch) -> RawBatch:
-    return batch
-
-
-def _shut_down(batches: Any, closing: Any) -> None:
-    if closing is not None:
-        closing.set()
-        batches._shutdown_workers()
+def _shut_down(prefetcher: Prefetcher, feed: Feed, finisher: Finisher) -> None:
+    prefetcher.close()
+    feed.close()
+    finisher.close()

@@ -7,6 +7,7 @@ end (vjepa_fast.data.decode.backend) executes.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
@@ -60,7 +62,11 @@ class RawBatch(NamedTuple):
 
 @dataclass
 class ClipReader:
-    """`reader[step]` is one process's batch of that step."""
+    """`reader[step]` is one process's batch of that step.
+
+    `watch`: shared float64 [3 * workers]; each worker writes the dataset and video that it is reading and since when
+    (time.monotonic), 0 where it reads none.
+    """
 
     datasets: list[Dataset]
     groups: list[int]
@@ -68,6 +74,7 @@ class ClipReader:
     rank: int
     world_size: int
     preparer: Preparer
+    watch: Any = None
     sizes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +86,17 @@ class ClipReader:
             samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle)
 
     def __getitem__(self, step: int) -> RawBatch:
+        try:
+            return self._read(step)
+        finally:
+            self._note(0, 0, 0.0)
+
+    def _note(self, dataset: int, video: int, since: float) -> None:
+        worker = get_worker_info()
+        if self.watch is not None and worker is not None:
+            self.watch[3 * worker.id:3 * worker.id + 3] = [dataset, video, since]
+
+    def _read(self, step: int) -> RawBatch:
         count = self.cfg.per_process(self.world_size)
         first = (step * self.world_size + self.rank) * count
         samples = np.arange(first, first + count, dtype=np.int64)
@@ -117,6 +135,7 @@ class ClipReader:
         if after is not None:
             candidates = itertools.islice(itertools.dropwhile(lambda one: one != after, candidates), 1, None)
         for candidate in candidates:
+            self._note(dataset, candidate, time.monotonic())
             try:
                 clip = self.preparer.prepare(self.request(sample, dataset, candidate))
             except DecodeError as error:

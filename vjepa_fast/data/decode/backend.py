@@ -54,11 +54,11 @@ class Finisher(Protocol):
     """Batches that may be started and not yet waited for."""
 
     def start(self, collated: Any) -> Any:
-        """Begins the work; called in order, by one thread at a time."""
+        """Begins the work. May be called while another thread is in `wait`."""
         ...
 
     def wait(self, started: Any) -> Finished:
-        """Called in the order of the starts."""
+        """Called once for everything that was started and is not given up."""
         ...
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class HostFinisher:
     """Copies decoded clips to the device: on a GPU from pinned memory, on a stream of its own."""
 
     def __init__(self, device: torch.device, pin: bool, num_ahead: int) -> None:
-        self.num_ahead = num_ahead if device.type == "cuda" else 1
+        self.num_ahead = num_ahead
         self._device = device
         self._pin = pin
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
