@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DALI := $(VENV)/.dali
 
 # Neither an active environment nor a PYTHONPATH may leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -19,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/vjepa-fast train
 
 # Where there is a compiler, an extension that is not there is a failure, not a reason to skip.
-test: $(STAMP)
+test: $(STAMP) $(DALI)
 	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -43,3 +44,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
+
+# The tests of DALI's CPU decoders need no GPU. The demo does without DALI and what it brings, 620 MB on disk.
+$(DALI): $(STAMP)
+	case "$$(uname)" in Linux) $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt nvidia-dali-cuda130;; esac
+	@touch $(DALI)

@@ -39,6 +39,7 @@ def test_says_what_is_there() -> None:
     assert result.exit_code == 0, result.output
     assert torch.__version__ in line(result, "torch")
     assert "h264" in line(result, "video")
+    assert "data.backend=auto is " in line(result, "DALI")
     if extension.load().path is not None:
         assert line(result, "extension").startswith("ok")
         assert line(result, "masks").endswith("cpu: drawn by the extension, equal to the definition")

@@ -64,6 +64,7 @@ def examine() -> Iterator[Finding]:
     yield from _gpus()
     yield from _attention()
     yield _video()
+    yield _dali()
     yield from _optional()
 
 
@@ -209,6 +210,25 @@ def _video() -> Finding:
     if missing:
         return Finding("note", "video", f"{text}, but not {', '.join(missing)}")
     return Finding("ok", "video", text)
+
+
+def _dali() -> Finding:
+    import torch
+
+    from vjepa_fast.data.decode.choice import choose
+    from vjepa_fast.data.decode.dali import missing
+
+    device = _first_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    why_not = missing(device)
+    if why_not is None:
+        import nvidia.dali
+
+        codecs = "h264, hevc, vp9 and JPEG on the GPU" if device.type == "cuda" else "vp9, mjpeg and JPEG on the CPU"
+        found = f"{nvidia.dali.__version__}, decodes {codecs}"
+    else:
+        found = f"not used: {why_not}"
+    return Finding("note" if why_not and device.type == "cuda" else "ok", "DALI",
+                   f"{found}; data.backend=auto is {choose('auto', device)}")
 
 
 def _can_decode(name: str) -> bool:

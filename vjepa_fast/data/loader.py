@@ -126,20 +126,27 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            prefetcher = self._prefetcher or self._start()
             try:
-                pending = prefetcher.take()
-            except UserError:
+                batch = self._next()
+            except BaseException:
+                # Whatever is read ahead is dropped, so that another iteration begins at this step again.
                 self.close()
                 raise
-            if pending is None:
+            if batch is None:
                 break
-            assert pending.raw.step == self._step
-            self._record(pending.raw.outcomes, pending.raw.failed_sample)
-            batch = self._finish(pending)
-            prefetcher.done()
             self._step += 1
             yield batch
+
+    def _next(self) -> Batch | None:
+        prefetcher = self._prefetcher or self._start()
+        pending = prefetcher.take()
+        if pending is None:
+            return None
+        assert pending.raw.step == self._step
+        self._record(pending.raw.outcomes, pending.raw.failed_sample)
+        batch = self._finish(pending)
+        prefetcher.done()
+        return batch
 
     def _start(self) -> Prefetcher:
         steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
@@ -161,7 +168,6 @@ class Loader:
         if failed_sample is None and (
                 tried < min(_MIN_TRIED, self.num_videos) or self._num_broken <= limit * tried):
             return
-        self.close()
         videos = self.broken()
         lines = [f"  {video.path}: {video.reason}" for video in videos[:_NUM_SHOWN]]
         if len(videos) > _NUM_SHOWN:

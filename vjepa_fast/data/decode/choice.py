@@ -7,8 +7,9 @@ import os
 import torch
 
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data.decode import dali
 from vjepa_fast.data.decode.backend import Finisher, HostFinisher, HostPreparer, Preparer
+from vjepa_fast.data.decode.dali import DaliPreparer, missing
+from vjepa_fast.data.decode.dali_pipelines import DaliFinisher
 from vjepa_fast.data.workers import available_cores
 from vjepa_fast.errors import ConfigError
 
@@ -21,7 +22,7 @@ def choose(backend: str, device: torch.device) -> str:
     """
     if backend == "pyav" or backend == "auto" and device.type != "cuda":
         return "pyav"
-    why_not = dali.missing(device)
+    why_not = missing(device)
     if why_not is None:
         return "dali"
     if backend == "auto":
@@ -46,5 +47,5 @@ def make_backend(cfg: DataConfig, device: torch.device, batch_size: int) -> tupl
     num_ahead = cfg.device_prefetch or (4 if on_gpu else 2)
     share = max(1, available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     num_threads = cfg.dali_threads or (8 if on_gpu else share)
-    return dali.DaliPreparer(on_gpu), dali.DaliFinisher(
+    return DaliPreparer(on_gpu), DaliFinisher(
         device, cfg.crop_size, batch_size, num_ahead, num_threads, cfg.pin_mem)
