@@ -35,8 +35,8 @@ from vjepa_fast.errors import ConfigError, UserError
 CPU = torch.device("cpu")
 missing = dali.missing(CPU)
 needs_dali = pytest.mark.skipif(missing is not None, reason=str(missing))
-VP9 = {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "g": "12"}
-MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
+VP9: dict[str, Any] = {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "g": "12"}
+MJPEG: dict[str, Any] = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 
 
 @pytest.fixture(scope="module")
