@@ -29,9 +29,9 @@ from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("VJEPA_FAST_EXT") or "auto"
-SOURCES = ["csrc/mask_sampler.cpp"]
+SOURCES = ["csrc/mask_sampler.cpp", "csrc/clip_pixels.cpp"]
 INFO_SOURCE = "csrc/build_info.cpp"
-CUDA_SOURCES = ["csrc/mask_sampler.cu"]
+CUDA_SOURCES = ["csrc/mask_sampler.cu", "csrc/clip_pixels.cu"]
 ARCHITECTURES = ("80", "90", "100")
 """Machine code for A100, H100 and B200; the last also as PTX, from which later GPUs are served."""
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
@@ -84,7 +84,8 @@ class BuildExtension(build_ext):
             self.build(ext, find_nvcc() if MODE in ("auto", "cuda") else None)
         except CompileError as error:
             if MODE == "auto":
-                notice(f"built without the C++ extension: {error}. Masks will be drawn by NumPy")
+                notice(f"built without the C++ extension: {error}. Masks will be drawn by NumPy, clips cropped and "
+                       "resized by PyTorch")
             raise
 
     def build(self, ext: Extension, nvcc: Path | None) -> None:
@@ -129,8 +130,8 @@ class BuildExtension(build_ext):
         target = self.object_of(source)
         flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *DEFINES]
         if sysconfig.get_platform().endswith("x86_64"):
-            # In every processor since 2009; counting bits is a good part of the work.
-            flags.append("-mpopcnt")
+            # In every processor since 2011: counting bits is a good part of a mask, packing bytes of a clip.
+            flags += ["-mpopcnt", "-msse4.2"]
         run(*compiler, "-c", HERE / source, "-o", target, *flags, *more)
         return target
 
@@ -195,8 +196,8 @@ if TORCH is None:
         raise SystemExit(f"VJEPA_FAST_EXT={MODE} needs Linux and an installed PyTorch; if a build tool hides the "
                          "environment's packages, use pip install --no-build-isolation")
     if MODE == "auto":
-        notice("no PyTorch to build for, so the C++ extension is left out and masks will be drawn by NumPy; install "
-               "PyTorch first, then vjepa-fast again")
+        notice("no PyTorch to build for, so the C++ extension is left out: masks will be drawn by NumPy, clips cropped "
+               "and resized by PyTorch; install PyTorch first, then vjepa-fast again")
     setup()
 else:
     setup(

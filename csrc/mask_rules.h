@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define VF_HD __host__ __device__ inline
-#else
-#define VF_HD inline
-#endif
+#include "host_device.h"
 
 namespace vjepa_fast {
 

@@ -12,11 +12,7 @@
 
 #include "mask_sampler.h"
 #include "mask_sampler_args.h"
-
-// Weak: a PyTorch without CUDA does not have them, and the library has to load there too.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
+#include "stream.h"
 
 namespace vjepa_fast {
 namespace {
@@ -70,14 +66,6 @@ __global__ void philox4x32_kernel(const int64_t* counter, int64_t num_counters, 
   const int64_t* in = counter + 4 * i;
   const Words r = philox4x32({{uint32_t(in[0]), uint32_t(in[1]), uint32_t(in[2]), uint32_t(in[3])}}, key);
   for (int j = 0; j < 4; ++j) words[4 * i + j] = r.word[j];
-}
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  // PyTorch's guard sets the device of its own runtime; the one linked into this library is another.
-  STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 size_t bitmap_bytes(const Problem& problem) { return (problem.grid.tokens() + 31) / 32 * sizeof(uint32_t); }

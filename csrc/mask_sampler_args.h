@@ -1,6 +1,5 @@
 // Arguments of the mask operators: every one is checked here, for both devices, so that whatever comes from Python ends
-// in a message or in masks. The messages say what was seen and what is accepted; they reach Python as RuntimeError, the
-// only exception that every PyTorch hands through.
+// in a message or in masks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "mask_rules.h"
 
 namespace vjepa_fast {
@@ -24,18 +24,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kNumSpecInts = 14;  // BlockSpec.to_ints
 constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
-
-template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  check(low <= value && value <= high, name, " is ", value, "; expected ", low, " to ", high);
-}
 
 // One-dimensional unless `shape` is given.
 inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype, const Tensor& like,

@@ -17,6 +17,7 @@ from pathlib import Path
 import vjepa_fast
 
 LIBRARY = Path(__file__).with_name("_C.so")
+_OPERATORS = ("mask_lengths", "mask_sample", "philox4x32", "clip_pixels")
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,8 @@ def load() -> Extension:
     if built["version"] != vjepa_fast.__version__:
         return Extension(None, f"{LIBRARY} was built for vjepa-fast {built['version']}, this is "
                                f"{vjepa_fast.__version__}: install again")
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.vjepa_fast, name)]
+    if missing:
+        return Extension(None, f"{LIBRARY} has no {', '.join(missing)}: it is older than the code, install again")
     architectures = tuple(name for name in built["cuda_architectures"].split(";") if name)
     return Extension(LIBRARY, None, built_with=built["torch"], cuda_architectures=architectures)

@@ -175,7 +175,7 @@ def test_index_is_cached_and_cache_survives_damage(tmp_path: Path, write_video: 
     built = load_index(path, cache)
     (entry,) = (file for file in cache.rglob("*") if file.is_file())
     whole = entry.read_bytes()
-    for damaged in (b"", whole[:-3], whole[:-1] + b"\xff", b"{}", whole.replace(b'"version": 1', b'"version": 0')):
+    for damaged in (b"", whole[:-3], whole[:-1] + b"\xff", b"{}", whole.replace(b'"version": 2', b'"version": 1')):
         entry.write_bytes(damaged)
         again = load_index(path, cache)
         assert np.array_equal(again.pts, built.pts) and entry.read_bytes() == whole

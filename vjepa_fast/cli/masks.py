@@ -172,7 +172,8 @@ def _made_up_clip(seed: int, number: int, fpc: int, size: tuple[int, int]) -> np
 def _read_clip(cfg: Config, video: Path, fpc: int, size: tuple[int, int]) -> np.ndarray:
     """uint8 [fpc, *size, 3]: the first clip of a video, the middle of its frames."""
     from vjepa_fast.data.decode.index import DecodeError, load_index
-    from vjepa_fast.data.decode.pyav import decode_frames, resize_clip
+    from vjepa_fast.data.decode.pyav import decode_clip
+    from vjepa_fast.data.decode.request import ClipRequest, VideoSource
     from vjepa_fast.data.sampling import Box, clip_frames, clip_step
 
     data = cfg.data
@@ -184,7 +185,7 @@ def _read_clip(cfg: Config, video: Path, fpc: int, size: tuple[int, int]) -> np.
         scale = min(index.height / size[0], index.width / size[1])
         height, width = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
         box = Box((index.height - height) // 2, (index.width - width) // 2, height, width)
-        return resize_clip(decode_frames(str(video), index, numbers, box), size).numpy()
+        return decode_clip(ClipRequest(VideoSource(str(video), index), numbers, box, size, flip=False)).numpy()
     except (DecodeError, ValueError) as error:
         raise UserError(f"--video {video}: {error}") from error
 

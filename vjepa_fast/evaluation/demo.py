@@ -24,9 +24,10 @@ from torch import Tensor
 
 from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
-from vjepa_fast.data.decode.pyav import decode_frames, resize_clip
+from vjepa_fast.data.decode.pyav import decode_clip
+from vjepa_fast.data.decode.request import ClipRequest, VideoSource
 from vjepa_fast.data.manifest import read_manifest
-from vjepa_fast.data.sampling import clip_step
+from vjepa_fast.data.sampling import Box, clip_step
 from vjepa_fast.data.synthetic import SyntheticSet, load_labels
 from vjepa_fast.evaluation.linear_probe import accuracy, r2
 from vjepa_fast.models.jepa import VJEPA
@@ -60,7 +61,8 @@ def read_split(manifest: Path, cfg: DataConfig) -> LabelledClips:
         step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
         first = max(0, (index.num_frames - num_frames * step) // 2)
         frames = np.minimum(first + step * np.arange(num_frames), index.num_frames - 1)
-        clips.append(resize_clip(decode_frames(path, index, frames), cfg.crop_size))
+        whole = Box(0, 0, index.height, index.width)
+        clips.append(decode_clip(ClipRequest(VideoSource(path, index), frames, whole, cfg.crop_size, flip=False)))
         truth = labels[path]
         angle = 2 * np.pi * truth.position[frames[num_frames // 2]]
         positions.append(np.concatenate([np.cos(angle), np.sin(angle)]))

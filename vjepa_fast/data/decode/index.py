@@ -1,4 +1,4 @@
-"""Where the frames of a video are: timestamps and keyframes, read from the container without decoding.
+"""Where the frames of a video are, and which are needed: read from the container and headers, without decoding.
 
 An index costs one pass over the file's packets (5 to 9 ms for ten seconds of 360p) and is kept in a cache folder under
 a name made of the file's absolute path, size and modification time, so a changed file gets a new one. An entry that
@@ -26,8 +26,9 @@ import numpy as np
 from av.stream import Disposition
 
 from vjepa_fast.cache_dir import default_cache_dir
+from vjepa_fast.data.decode.disposable import DisposableFinder
 
-_VERSION = 1
+_VERSION = 2
 # A stream is cut short when its frames end before this fraction of the duration it declares.
 _MIN_COVERED = 0.9
 
@@ -47,6 +48,9 @@ class VideoIndex:
         pts: int64 [num_frames] ascending, in the stream's time base; empty if not seekable.
         keyframes: int64 [K] ascending numbers of the frames at which decoding can start.
         keyframe_dts: int64 [K], their decoding timestamps, by which containers seek.
+        disposable: bool [num_frames], frames without whose packets all others decode to the same bits (see
+            vjepa_fast.data.decode.disposable); empty if not seekable.
+        codec: FFmpeg's name of it.
     """
 
     num_frames: int
@@ -56,6 +60,8 @@ class VideoIndex:
     pts: np.ndarray
     keyframes: np.ndarray
     keyframe_dts: np.ndarray
+    disposable: np.ndarray
+    codec: str
 
     @property
     def seekable(self) -> bool:
@@ -107,9 +113,13 @@ def build_index(path: str) -> VideoIndex:
             raise DecodeError("the file is empty")
         with open_video(path) as (container, stream):
             _check_complete(path, stream)
-            packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard, p.is_corrupt, p.duration or 0)
-                       for p in container.demux(stream) if p.size]
             codec = stream.codec_context
+            finder = DisposableFinder(codec.name, codec.extradata)
+            packets = []
+            for p in container.demux(stream):
+                if p.size:
+                    finder.add(bytes(p))
+                    packets.append((p.pts, p.dts, p.is_keyframe, p.is_discard, p.is_corrupt, p.duration or 0))
             width, height = codec.width, codec.height
             rate, time_base, codec_name = stream.average_rate, stream.time_base, codec.name
             duration = _declared_duration(stream)
@@ -124,7 +134,7 @@ def build_index(path: str) -> VideoIndex:
         is_exact = None not in times and len(times) == len(shown) and any(p[2] for p in shown) and not made_up
         # VP8 has packets that are never displayed and look like any other.
         if not is_exact or codec_name == "vp8":
-            return _count_frames(path, float(rate or 0))
+            return _count_frames(path, float(rate or 0), codec_name)
         keys = sorted((p[0], p[0] if p[1] is None else p[1]) for p in packets if p[2])
         # What is displayed before the first keyframe refers to pictures that the file does not hold.
         shown = sorted(p for p in shown if p[0] >= keys[0][0])
@@ -137,7 +147,9 @@ def build_index(path: str) -> VideoIndex:
         numbers = np.searchsorted(pts, key_pts)
         exact = (numbers < len(pts)) & (pts[np.minimum(numbers, len(pts) - 1)] == key_pts)
         keyframe_dts = np.array([k[1] for k in keys], dtype=np.int64)
-        return VideoIndex(len(pts), float(rate or 0), width, height, pts, numbers[exact], keyframe_dts[exact])
+        not_needed = [p[0] for p, found in zip(packets, finder.found(), strict=True) if found and not p[3]]
+        return VideoIndex(len(pts), float(rate or 0), width, height, pts, numbers[exact], keyframe_dts[exact],
+                          np.isin(pts, not_needed), codec_name)
 
 
 def _check_complete(path: str, stream: Any) -> None:
@@ -159,7 +171,7 @@ def _declared_duration(stream: Any) -> float:
         return 0.0
 
 
-def _count_frames(path: str, rate: float) -> VideoIndex:
+def _count_frames(path: str, rate: float, codec: str) -> VideoIndex:
     none = np.zeros(0, dtype=np.int64)
     count, width, height = 0, 0, 0
     with open_video(path) as (container, stream):
@@ -169,7 +181,7 @@ def _count_frames(path: str, rate: float) -> VideoIndex:
             count += 1
     if not count:
         raise DecodeError("none of its frames can be decoded")
-    return VideoIndex(count, rate, width, height, none, none, none)
+    return VideoIndex(count, rate, width, height, none, none, none, none.astype(bool), codec)
 
 
 def load_index(path: str, cache_dir: Path | None = None) -> VideoIndex:
@@ -197,11 +209,11 @@ def load_index(path: str, cache_dir: Path | None = None) -> VideoIndex:
 
 
 def _write(file: Path, index: VideoIndex) -> None:
-    arrays = [index.pts, index.keyframes, index.keyframe_dts]
+    arrays = [index.pts, index.keyframes, index.keyframe_dts, np.flatnonzero(index.disposable)]
     body = b"".join(array.astype("<i8").tobytes() for array in arrays)
     header = json.dumps({
         "version": _VERSION, "crc": zlib.crc32(body), "lengths": [len(array) for array in arrays],
-        "frame": [index.num_frames, index.avg_fps, index.width, index.height],
+        "frame": [index.num_frames, index.avg_fps, index.width, index.height, index.codec],
     }).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent)
@@ -221,8 +233,9 @@ def _read(file: Path) -> VideoIndex | None:
         if meta["version"] != _VERSION or meta["crc"] != zlib.crc32(body):
             return None
         values = np.frombuffer(body, dtype="<i8").astype(np.int64)
-        pts, keyframes, keyframe_dts = np.split(values, np.cumsum(meta["lengths"])[:-1])
-        num_frames, avg_fps, width, height = meta["frame"]
-        return VideoIndex(num_frames, avg_fps, width, height, pts, keyframes, keyframe_dts)
+        pts, keyframes, keyframe_dts, not_needed = np.split(values, np.cumsum(meta["lengths"])[:-1])
+        num_frames, avg_fps, width, height, codec = meta["frame"]
+        disposable = np.isin(np.arange(len(pts)), not_needed)
+        return VideoIndex(num_frames, avg_fps, width, height, pts, keyframes, keyframe_dts, disposable, codec)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,29 +4,31 @@ Decoding starts at the keyframe before a wanted frame and ends at the last wante
 presentation order and recognised by their presentation timestamp (pts), which the index (vjepa_fast.data.decode.index)
 maps to a number: B-frames, variable frame rate, open GOPs and edit lists are exact by construction.
 
-Pictures that no other picture refers to are not decoded unless they are wanted (H.264 only, where nal_ref_idc says so;
-the other pictures come out the same to the bit). One thread per decoder: processes scale better than FFmpeg's threads.
+Frames that no other frame needs are not decoded unless they are wanted (H.264, HEVC, VP9; the index knows them). One
+thread per decoder: processes scale better than FFmpeg's threads.
 
 Rotation metadata is ignored, as in the reference's loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 import torch
 from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vjepa_fast.data.decode.convert import ToPixels, ToRgb, rgb_pixels
 from vjepa_fast.data.decode.index import DecodeError, VideoIndex, open_video, reading
 from vjepa_fast.data.decode.request import ClipRequest, ImageSource, VideoSource
 from vjepa_fast.data.sampling import Box
+
+T = TypeVar("T")
 
 # Above this many GOPs ahead a seek is cheaper than reading on.
 _MAX_GOPS_READ = 2
@@ -40,15 +42,15 @@ def decode_clip(request: ClipRequest) -> Tensor:
     """
     source, box = request.source, request.box
     if isinstance(source, ImageSource):
-        image = decode_image(source.path)[None, box.top:box.top + box.height, box.left:box.left + box.width]
-        return resize_clip(image, request.size, request.flip).repeat(len(request.frame_numbers), 1, 1, 1)
+        image = rgb_pixels(decode_image(source.path), box, request.size, request.flip)
+        return image.repeat(len(request.frame_numbers), 1, 1, 1)
     assert isinstance(source, VideoSource)
-    return resize_clip(
-        decode_frames(source.path, source.index, request.frame_numbers, box), request.size, request.flip)
+    to_pixels = ToPixels(source.index, box, request.size, request.flip)
+    return torch.cat(decode_each(source.path, source.index, request.frame_numbers, to_pixels))
 
 
 def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: Box | None = None) -> np.ndarray:
-    """The wanted frames of a video as RGB.
+    """The wanted frames of a video as RGB, converted by FFmpeg.
 
     Args:
         path: of the video.
@@ -62,29 +64,33 @@ def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: 
     Raises:
         DecodeError: the file is gone, or a wanted frame cannot be decoded.
     """
+    return np.stack(decode_each(path, index, frame_numbers, ToRgb(index, box)))
+
+
+def decode_each(path: str, index: VideoIndex, frame_numbers: np.ndarray, convert: Callable[[Any], T]) -> list[T]:
+    """What `convert` makes of each wanted frame, an av.VideoFrame; arguments and errors as of decode_frames."""
     wanted, places = np.unique(np.asarray(frame_numbers, dtype=np.int64), return_inverse=True)
     assert len(wanted) and wanted[0] >= 0 and wanted[-1] < index.num_frames
     with reading(path):
-        found = {}
-        to_rgb = _ToRgb(index, box)
+        found: dict[int, T] = {}
         if index.seekable:
-            found = dict(_decode_by_pts(path, index, wanted, to_rgb))
+            found = dict(_decode_by_pts(path, index, wanted, convert))
         if len(found) < len(wanted):
             # A stream that does not recover at what the container calls a keyframe still decodes from its beginning.
-            found = dict(_decode_all(path, index, wanted, to_rgb))
+            found = dict(_decode_all(path, index, wanted, convert))
     missing = [int(number) for number in wanted if int(number) not in found]
     if missing:
         raise DecodeError(f"frame {missing[0]} of {index.num_frames} cannot be decoded")
-    return np.stack([found[int(number)] for number in wanted])[places]
+    return [found[int(number)] for number in wanted[places]]
 
 
-def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _ToRgb,
-                   ) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[Any], T],
+                   ) -> Iterator[tuple[int, T]]:
     number_of = {int(index.pts[number]): int(number) for number in wanted}
+    not_needed = set(index.pts[index.disposable].tolist())
     gops = np.searchsorted(index.keyframes, wanted, side="right") - 1
     with open_video(path) as (container, stream):
         codec = stream.codec_context
-        can_skip = codec.name == "h264"
         packets = container.demux(stream)
         next_gop = 0
         passed: set[int] = set()
@@ -97,7 +103,7 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _To
             next_gop = int(gop) + 1
             due = {int(index.pts[number]) for number in wanted[gops == gop]}
             is_clean = gop == 0
-            for frame in _decode_gop(codec, packets, start_pts, due, passed, can_skip):
+            for frame in _decode_gop(codec, packets, start_pts, due, passed, not_needed):
                 # Some streams refresh their pictures bit by bit and call the beginning of that a keyframe.
                 if frame.pts is None or frame.pts < start_pts:
                     # Displayed before the keyframe but stored behind it: it belongs to the GOP before.
@@ -106,12 +112,12 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _To
                 if not is_clean or frame.is_corrupt:
                     return
                 if frame.pts in number_of:
-                    yield number_of[frame.pts], to_rgb(frame)
+                    yield number_of[frame.pts], convert(frame)
             codec.flush_buffers()
 
 
-def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], passed: set[int], can_skip: bool,
-                ) -> Iterator[Any]:
+def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], passed: set[int],
+                not_needed: set[int]) -> Iterator[Any]:
     started = False
     for packet in packets:
         if packet.is_keyframe:
@@ -119,8 +125,8 @@ def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int
         started = started or (packet.is_keyframe and packet.pts == start_pts)
         if not started or not packet.size:
             continue
-        if can_skip:
-            codec.skip_frame = "DEFAULT" if packet.pts in due else "NONREF"
+        if packet.pts in not_needed and packet.pts not in due:
+            continue
         due.discard(packet.pts)
         yield from codec.decode(packet)
         if not due:
@@ -129,7 +135,8 @@ def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int
     yield from codec.decode(None)
 
 
-def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _ToRgb) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[Any], T],
+                ) -> Iterator[tuple[int, T]]:
     numbers = set(wanted.tolist())
     last = int(wanted[-1])
     number_of = {int(pts): number for number, pts in enumerate(index.pts)} if index.seekable else None
@@ -137,24 +144,9 @@ def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, to_rgb: _ToRgb
         for count, frame in enumerate(container.decode(stream)):
             number = count if number_of is None else number_of.get(frame.pts, -1)
             if number in numbers and not frame.is_corrupt:
-                yield number, to_rgb(frame)
+                yield number, convert(frame)
             if number >= last:
                 return
-
-
-class _ToRgb:
-    """Colour conversion by one swscale context in one thread: by default every frame gets its own, with threads."""
-
-    def __init__(self, index: VideoIndex, box: Box | None) -> None:
-        self._size = index.width, index.height
-        self._box = box or Box(0, 0, index.height, index.width)
-        self._reformatter = VideoReformatter()
-
-    def __call__(self, frame: Any) -> np.ndarray:
-        top, left, height, width = self._box
-        # A stream may change its size on the way; every frame takes the size of the index.
-        rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
-        return rgb[top:top + height, left:left + width]
 
 
 def decode_image(path: str) -> np.ndarray:
@@ -164,7 +156,7 @@ def decode_image(path: str) -> np.ndarray:
         DecodeError: missing, damaged, or not an image.
     """
     with reading(path), Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def resize_clip(frames: np.ndarray, size: tuple[int, int], flip: bool = False) -> Tensor:
