@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -102,26 +103,9 @@ def test_fields_are_noticed() -> None:
     read = packet_reader("h264", None)
     assert read is not None
     frame, field = b"\0\0\1\x65\x88\x84\x00\x10", b"\0\0\1\x61\x9a\x00\x00\x10"
-    assert read(frame).single and read(frame).clean and not read(frame).disposable
-    assert not read(frame + field).single
+    assert read(frame) == (True, True) and read(field) == (False, True) and read(frame + field) == (True, False)
     # The second slice of a picture does not begin at its first macroblock.
-    assert read(frame + b"\0\0\1\x65\x08\x84\x00\x10").single
-    assert read(b"\0\0\1\x01\x9a\x00\x00\x10").disposable
-
-
-def test_vp9_picture_is_kept_where_the_next_one_takes_its_state(tmp_path: Path) -> None:
-    """Frame header bits: marker 10, profile 00, existing 0, inter 1, shown 1, resilient, reset 00 or none, refresh."""
-    read = packet_reader("vp9", None)
-    assert read is not None
-
-    def header(resilient: int, refresh: int) -> bytes:
-        bits = f"1000011{resilient}" + ("" if resilient else "00") + f"{refresh:08b}"
-        return int(bits.ljust(64, "0"), 2).to_bytes(8, "big")
-
-    assert read(header(1, 0)).disposable and read(header(1, 0)).independent
-    assert read(header(0, 0)).disposable and not read(header(0, 0)).independent
-    assert not read(header(1, 4)).disposable and not read(header(0, 1)).disposable
-    assert not read(bytes([0b10001000])).disposable
+    assert read(frame + b"\0\0\1\x65\x08\x84\x00\x10").is_single
 
 
 def test_what_cannot_be_cut_says_what_it_is(tmp_path: Path, write_video: Callable[..., Path]) -> None:
@@ -135,12 +119,22 @@ def test_what_cannot_be_cut_says_what_it_is(tmp_path: Path, write_video: Callabl
         cut(mpeg4, build_index(mpeg4), np.arange(3), lambda *about: "{} {} {}x{}".format(*about))
 
 
-def test_file_that_is_not_what_its_index_says_is_broken(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+def test_file_that_has_changed_or_gone(tmp_path: Path, write_video: Callable[..., Path]) -> None:
     path = write_video(tmp_path / "a.mp4", g="12")
     index = build_index(str(path))
     write_video(path, num_frames=20, g="12")
-    with pytest.raises(DecodeError):
+    with pytest.raises(Unsliceable, match="not found by its time"):
         cut(str(path), index, np.array([30]), take)
     path.unlink()
     with pytest.raises(DecodeError, match="does not exist"):
         cut(str(path), index, np.array([3]), take)
+
+
+def test_video_that_begins_between_keyframes(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """What an edit list leaves of a group of pictures is displayed, but its keyframe is not."""
+    path = str(write_video(tmp_path / "a.mp4", g="12"))
+    index = build_index(path)
+    later = dataclasses.replace(index, keyframes=index.keyframes[1:], keyframe_dts=index.keyframe_dts[1:])
+    with pytest.raises(Unsliceable, match="between two keyframes"):
+        cut(path, later, np.array([5, 20]), take)
+    assert len(cut(path, later, np.array([12, 20]), take).frames) == 2

@@ -1,13 +1,7 @@
-"""What a compressed picture says of itself in its first bytes: whether others refer to it, whether it refers to others.
+"""What a coded packet says of its pictures in their headers.
 
-H.264 (ITU-T H.264, 7.3.1): nal_ref_idc 0 marks a picture that no other refers to, nal_unit_type 5 one behind which
-nothing refers to what came before (IDR).
-HEVC (ITU-T H.265, 7.4.2.2): the even types below 16 are not referred to within their temporal sub-layer, so such a
-picture is disposable when no higher sub-layer is there; 16 to 20 are IDR and BLA pictures.
-VP9 (bitstream specification 0.6, 6.2): refresh_frame_flags 0 leaves the reference slots as they are. The probabilities
-and motion vectors of the last picture also carry over, unless the next one has error_resilient_mode; without that a
-picture is not disposable. A packet can hold hidden pictures in front of the displayed one (annex B).
-MJPEG: every picture stands alone.
+NAL units: ITU-T H.264, 7.3.1 and H.265, 7.3.1.2; divided by lengths where the extradata is a configuration record
+(ISO/IEC 14496-15), else by start codes. VP9: bitstream specification, 7.2 and, for superframes, annex B.
 """
 
 from __future__ import annotations
@@ -16,22 +10,26 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
+class Vp9Header(NamedTuple):
+    """A frame of VP9: whether later ones may need it, whether it takes nothing from the one decoded before it but
+    pictures, whether it is a keyframe, and whether it is a coded frame that is displayed."""
+
+    is_reference: bool
+    resets: bool
+    is_key: bool
+    is_shown: bool
+
+
 class Picture(NamedTuple):
-    """One packet.
+    """A packet.
 
     Attributes:
-        disposable: no other picture is decoded differently without it (VP9: if the next one is independent).
-        clean: it refers to nothing, and nothing stored behind it refers to what is stored before it.
-        independent: its decoding takes no state from the picture stored before it, apart from references.
-        sublayer: HEVC's temporal sub-layer; a disposable picture is needed by higher ones.
-        single: the packet holds one displayed picture, neither fields nor hidden pictures.
+        is_clean: it refers to nothing, and nothing stored behind it refers to what is stored before it.
+        is_single: it holds one coded picture that is displayed, no fields and no hidden pictures.
     """
 
-    disposable: bool
-    clean: bool
-    independent: bool = True
-    sublayer: int = 0
-    single: bool = True
+    is_clean: bool
+    is_single: bool
 
 
 def packet_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Picture] | None:
@@ -39,105 +37,100 @@ def packet_reader(codec: str, extradata: bytes | None) -> Callable[[bytes], Pict
 
     Args:
         codec: FFmpeg's name.
-        extradata: of the stream; says how H.264 and HEVC packets are split into units.
+        extradata: of the stream.
     """
-    extradata = extradata or b""
-    if codec == "h264":
-        # avcC (ISO/IEC 14496-15, 5.3.3) begins with version 1; anything else is start codes.
-        size = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
-        return lambda packet: _read_h264(packet, size)
-    if codec == "hevc":
-        size = (extradata[21] & 3) + 1 if len(extradata) > 22 and extradata[0] == 1 else 0
-        return lambda packet: _read_hevc(packet, size)
+    if codec in ("h264", "hevc"):
+        size = length_size(codec, extradata)
+        return lambda packet: (_read_h264 if codec == "h264" else _read_hevc)(packet, size)
     if codec == "vp9":
         return _read_vp9
     if codec == "mjpeg":
-        return lambda packet: Picture(disposable=True, clean=True)
+        return lambda packet: Picture(is_clean=True, is_single=True)
     return None
 
 
-def _units(packet: bytes, length_size: int) -> Iterator[int]:
-    """Offsets of the units' headers, at least three bytes before the end."""
-    if length_size:
-        at = 0
-        while at + length_size + 3 <= len(packet):
-            yield at + length_size
-            at += length_size + int.from_bytes(packet[at:at + length_size], "big")
-        return
-    at = packet.find(b"\0\0\1")
-    while at >= 0 and at + 6 <= len(packet):
-        yield at + 3
-        at = packet.find(b"\0\0\1", at + 3)
+def _read_h264(packet: bytes, size: int) -> Picture:
+    slices = [at for at in units(packet, size) if packet[at] & 31 in (1, 2, 5)]
+    # first_mb_in_slice 0 is coded as a single 1.
+    pictures = sum(packet[at + 1] >> 7 for at in slices)
+    return Picture(any(packet[at] & 31 == 5 for at in slices), pictures == 1)
 
 
-def _read_h264(packet: bytes, length_size: int) -> Picture:
-    disposable, idr, first_slices = True, False, 0
-    for at in _units(packet, length_size):
-        kind = packet[at] & 31
-        if kind in (1, 2, 5):
-            disposable &= packet[at] >> 5 & 3 == 0
-            idr |= kind == 5
-            # first_mb_in_slice 0 is coded as a single 1.
-            first_slices += packet[at + 1] >> 7
-    return Picture(disposable and first_slices > 0, idr, single=first_slices == 1)
-
-
-def _read_hevc(packet: bytes, length_size: int) -> Picture:
-    disposable, clean, sublayer, first_slices = True, False, 0, 0
-    for at in _units(packet, length_size):
-        kind = packet[at] >> 1 & 63
-        if kind < 32:
-            disposable &= kind < 16 and kind % 2 == 0
-            clean |= 16 <= kind <= 20
-            sublayer = (packet[at + 1] & 7) - 1
-            first_slices += packet[at + 2] >> 7
-    return Picture(disposable and first_slices > 0, clean, sublayer=sublayer, single=first_slices == 1)
+def _read_hevc(packet: bytes, size: int) -> Picture:
+    segments = [at for at in units(packet, size) if packet[at] >> 1 & 63 < 32 and at + 2 < len(packet)]
+    # 16 to 20 are BLA and IDR pictures; behind a CRA picture there can be some that refer to what is before it.
+    is_clean = any(16 <= packet[at] >> 1 & 63 <= 20 for at in segments)
+    return Picture(is_clean, sum(packet[at + 2] >> 7 for at in segments) == 1)
 
 
 def _read_vp9(packet: bytes) -> Picture:
-    last = packet[-1]
-    index_size = 2 + ((last >> 3 & 3) + 1) * ((last & 7) + 1)
-    if last >> 5 == 0b110 and index_size <= len(packet) and packet[-index_size] == last:
-        key = _Bits(packet).vp9_is_key()
-        return Picture(disposable=False, clean=key, independent=key, single=False)
-    bits = _Bits(packet)
-    profile = bits.vp9_profile()
-    if bits.take(1):
-        # Shows an earlier picture once more.
-        return Picture(disposable=False, clean=False, independent=False, single=False)
-    inter, shown, resilient = bits.take(1), bits.take(1), bits.take(1)
-    if not inter:
-        return Picture(disposable=False, clean=True, single=bool(shown))
-    intra_only = 0 if shown else bits.take(1)
-    if not resilient:
-        bits.take(2)
-    if intra_only:
-        bits.take(24)
-        if profile:
-            return Picture(disposable=False, clean=False, independent=bool(resilient), single=False)
-    refreshed = bits.take(8)
-    return Picture(refreshed == 0, clean=False, independent=bool(resilient), single=bool(shown))
+    frames = [vp9_header(frame) for frame in vp9_frames(packet)]
+    return Picture(bool(frames) and frames[0].is_key, len(frames) == 1 and frames[0].is_shown)
 
 
-class _Bits:
-    """The first 16 bytes of a packet, from the most significant bit on; zeros behind its end."""
+def length_size(codec: str, extradata: bytes | None) -> int:
+    """Bytes of the length before a NAL unit; 0 where start codes divide them."""
+    place = {"h264": 4, "hevc": 21}.get(codec, 0)
+    is_record = extradata is not None and len(extradata) > place > 0 and extradata[0] == 1
+    return (extradata[place] & 3) + 1 if extradata is not None and is_record else 0
 
-    def __init__(self, packet: bytes) -> None:
-        self._value = int.from_bytes(packet[:16].ljust(16, b"\0"), "big")
-        self._left = 128
 
-    def take(self, count: int) -> int:
-        self._left -= count
-        return self._value >> self._left & ((1 << count) - 1)
+def units(data: bytes, size: int) -> Iterator[int]:
+    """Where the headers of the NAL units begin, each at least two bytes before the end; `size` from length_size."""
+    end = len(data) - 1
+    if size:
+        start = size
+        while start < end:
+            yield start
+            start += int.from_bytes(data[start - size:start], "big") + size
+        return
+    start = data.find(b"\0\0\1") + 3
+    while 3 <= start < end:
+        yield start
+        start = data.find(b"\0\0\1", start) + 3
 
-    def vp9_profile(self) -> int:
-        """Reads frame_marker and the profile."""
-        self.take(2)
-        profile = self.take(1) + 2 * self.take(1)
-        if profile == 3:
-            self.take(1)
-        return profile
 
-    def vp9_is_key(self) -> bool:
-        self.vp9_profile()
-        return not self.take(1) and not self.take(1)
+def vp9_frames(data: bytes) -> Iterator[bytes]:
+    """Beginnings of the frames of a packet, which may be a superframe."""
+    marker = data[-1] if data else 0
+    count, size_bytes = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = len(data) - 2 - count * size_bytes
+    if marker & 0xE0 != 0xC0 or index < 0 or data[index] != marker:
+        yield data[:8]
+        return
+    start = 0
+    for i in range(count):
+        place = index + 1 + i * size_bytes
+        size = int.from_bytes(data[place:place + size_bytes], "little")
+        if size:
+            yield data[start:start + min(size, 8)]
+        start += size
+
+
+def vp9_header(frame: bytes) -> Vp9Header:
+    """Reads the uncompressed header of a frame."""
+    bits = int.from_bytes(frame[:8].ljust(8, b"\0"), "big")
+    place = 64
+
+    def read(count: int) -> int:
+        nonlocal place
+        place -= count
+        return bits >> place & (1 << count) - 1
+
+    if read(2) != 2:
+        return Vp9Header(True, False, False, False)
+    profile = read(1) + 2 * read(1)
+    if profile == 3:
+        read(1)
+    if read(1):
+        # Shows an earlier frame once more.
+        return Vp9Header(True, False, False, False)
+    is_inter, is_shown, is_resilient = read(1), read(1), read(1)
+    if not is_inter:
+        return Vp9Header(True, True, True, bool(is_shown))
+    is_intra_only = not is_shown and read(1)
+    if not is_resilient:
+        read(2)
+    if is_intra_only:
+        return Vp9Header(True, False, False, False)
+    return Vp9Header(bool(read(8)), bool(is_resilient), False, bool(is_shown))

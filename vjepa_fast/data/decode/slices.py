@@ -2,7 +2,7 @@
 
 DALI's decoder has no random access: it decodes what it is given from the first picture on. A slice begins at the
 keyframe before the first wanted frame, ends at the last wanted one, and leaves out the pictures that nothing wanted
-refers to (vjepa_fast.data.decode.packets). The wanted frames come out of it as out of the whole file, to the bit.
+refers to (vjepa_fast.data.decode.disposable). The wanted frames come out of it as out of the whole file, to the bit.
 
 The container is Matroska whatever the source was, with new timestamps: pictures are numbered without a gap, which is
 how DALI counts them, and variable frame rate, edit lists and coarse time bases are gone.
@@ -67,7 +67,9 @@ def cut(path: str, index: VideoIndex, frame_numbers: np.ndarray, refuse: Refusal
     assert len(wanted) and wanted[0] >= 0 and wanted[-1] < index.num_frames
     if not index.seekable:
         raise Unsliceable("video without usable timestamps")
-    gop = max(int(np.searchsorted(index.keyframes, wanted[0], side="right")) - 1, 0)
+    gop = int(np.searchsorted(index.keyframes, wanted[0], side="right")) - 1
+    if gop < 0:
+        raise Unsliceable("video that begins between two keyframes")
     with reading(path), open_video(path) as (container, stream):
         codec = stream.codec_context
         name = codec.codec.canonical_name
@@ -79,13 +81,14 @@ def cut(path: str, index: VideoIndex, frame_numbers: np.ndarray, refuse: Refusal
             container.seek(int(index.keyframe_dts[gop]), stream=stream, backward=True)
         packets = _read(container.demux(stream), int(index.pts[index.keyframes[gop]]), index.pts[wanted])
         pictures = [reader(bytes(packet)) for packet in packets]
-        if name == "h264" and not pictures[0].clean:
+        if name == "h264" and not pictures[0].is_clean:
             raise Unsliceable("H.264 with open groups of pictures")
-        needed = _needed(pictures, [packet.pts for packet in packets], set(index.pts[wanted].tolist()))
+        numbers = np.searchsorted(index.pts, [packet.pts for packet in packets])
+        needed = _needed(pictures, index.disposable[numbers].tolist(), np.isin(numbers, wanted).tolist())
         kept = [packet for packet, keep in zip(packets, needed, strict=True) if keep]
         order = np.sort(np.array([packet.pts for packet in kept], dtype=np.int64))
         data = _write(kept, order, stream)
-        single = all(picture.single for picture, keep in zip(pictures, needed, strict=True) if keep)
+        single = all(picture.is_single for picture, keep in zip(pictures, needed, strict=True) if keep)
         return Slice(data, np.searchsorted(order, index.pts[wanted]), places, single)
 
 
@@ -96,31 +99,27 @@ def _read(demuxed: Any, start_pts: int, wanted_pts: np.ndarray) -> list[Any]:
     for packet in demuxed:
         if not packet.size or not packets and packet.pts != start_pts:
             continue
-        if packet.is_corrupt or packet.pts is None:
+        if packet.is_corrupt:
             raise DecodeError("a part of it is damaged")
+        if packet.is_discard or packet.pts is None:
+            raise Unsliceable("video with pictures that are not displayed")
         # Displayed before the keyframe but stored behind it: it refers to pictures that are not in the slice.
         if packet.pts >= start_pts:
             packets.append(packet)
         due.discard(packet.pts)
         if not due:
             return packets
-    raise DecodeError(f"{len(due)} of the frames in its index are not in the file")
+    raise Unsliceable("video in which a keyframe is not found by its time")
 
 
-def _needed(pictures: Sequence[Picture], pts: Sequence[int], wanted: set[int]) -> list[bool]:
+def _needed(pictures: Sequence[Picture], is_disposable: Sequence[bool], is_wanted: Sequence[bool]) -> list[bool]:
     """Which pictures have to be decoded: from the last one back, those that a needed one can refer to."""
-    top_sublayer = max(picture.sublayer for picture in pictures)
     needed = [False] * len(pictures)
     is_referred_to = False
-    next_kept: Picture | None = None
     for number in range(len(pictures) - 1, -1, -1):
-        picture = pictures[number]
-        disposable = (picture.disposable and picture.sublayer == top_sublayer
-                      and (next_kept is None or next_kept.independent))
-        if pts[number] in wanted or (is_referred_to and not disposable):
+        if is_wanted[number] or (is_referred_to and not is_disposable[number]):
             needed[number] = is_referred_to = True
-            next_kept = picture
-        if picture.clean:
+        if pictures[number].is_clean:
             is_referred_to = False
     return needed
 
