@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vjepa_fast.data.decode.convert import ToPixels
 from vjepa_fast.data.decode.index import build_index
-from vjepa_fast.data.decode.pyav import decode_frames
+from vjepa_fast.data.decode.pyav import decode_each
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.pack import state, writer
 from vjepa_fast.data.pack.encode import packed_frames, packed_size
 from vjepa_fast.data.pack.index import PackSettings, read_index
 from vjepa_fast.data.pack.writer import Summary, make_pack
+from vjepa_fast.data.sampling import Box
 from vjepa_fast.errors import UserError
 
 # Small shards, so that eight tiny videos fill several.
@@ -34,6 +36,13 @@ WriteVideo = Callable[..., Path]
 def pack(source: Path | str, out: Path, settings: PackSettings = SETTINGS, num_workers: int = 2, **options: Any,
          ) -> Summary:
     return make_pack(*read_manifest(str(source)), out, settings, num_workers=num_workers, **options)
+
+
+def frames_of(path: str, numbers: np.ndarray) -> list[np.ndarray]:
+    """Whole frames, 48 x 64, as the loader makes pixels of them."""
+    index = build_index(path)
+    frames = decode_each(path, index, numbers, ToPixels(index, Box(0, 0, 48, 64), (48, 64), flip=False))
+    return [frame[0].numpy() for frame in frames]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +86,7 @@ def test_members_are_the_jpeg_of_the_decoded_frames(packed: Path, video_folder: 
             "label": number, "path": path, "num_frames": len(numbers), "fps": 8.0, "phases": 1, "height": 32,
             "width": 32, "source": {"fps": 24.0, "height": 48, "width": 64, "frames": numbers.tolist()}}
         assert sorted(sample) == [f"{k:06d}.jpg" for k in range(len(numbers))]
-        for k, frame in enumerate(decode_frames(path, index, numbers)):
+        for k, frame in enumerate(frames_of(path, numbers)):
             expected = io.BytesIO()
             Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC).save(
                 expected, "JPEG", quality=90, subsampling="4:2:0", optimize=True)
@@ -110,7 +119,7 @@ def test_psnr_and_sizes_are_true(video_folder: Path, tmp_path: Path) -> None:
     source = video_folder / "7.mp4"
     summary = pack(source, tmp_path / "out", PackSettings(fps=24.0, short_side=32))
     (sample,) = samples(tmp_path / "out").values()
-    frames = decode_frames(str(source), build_index(str(source)), np.arange(27))
+    frames = frames_of(str(source), np.arange(27))
     errors = []
     for k in (0, 16):
         was = np.asarray(Image.fromarray(frames[k]).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float64)

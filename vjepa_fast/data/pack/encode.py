@@ -11,21 +11,20 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
+from vjepa_fast.data.decode.convert import ToPixels
 from vjepa_fast.data.decode.index import DecodeError, VideoIndex, build_index, open_video, reading
 from vjepa_fast.data.decode.jpeg import decode_jpegs
 from vjepa_fast.data.decode.pyav import decode_image
 from vjepa_fast.data.manifest import is_image
 from vjepa_fast.data.pack.index import PackSettings
+from vjepa_fast.data.sampling import Box
 
 _SIDE_MULTIPLE = 32
 # What a JPEG file can hold.
 _MAX_SIDE = 65500
 _SAMPLED_EVERY = 16
-# By AVColorSpace; everything else, also no tag at all, is BT.601, as in the loader.
-_COLORSPACES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M}
 
 
 @dataclass
@@ -126,7 +125,7 @@ def encode_video(path: str, label: Any, key: str, settings: PackSettings, out: B
 
 
 def rgb_frames(path: str, index: VideoIndex, numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """Decodes all of a video, and gives some of its frames.
+    """Decodes all of a video, and gives some of its frames, with the colours that the loader gives them.
 
     Args:
         path, index: of the video.
@@ -139,7 +138,8 @@ def rgb_frames(path: str, index: VideoIndex, numbers: np.ndarray) -> Iterator[np
         DecodeError: any frame, wanted or not, is missing or reported as damaged.
     """
     wanted = set(numbers.tolist())
-    reformatter = VideoReformatter()
+    size = index.height, index.width
+    to_rgb = ToPixels(index, Box(0, 0, *size), size, flip=False)
     number_of = {int(pts): number for number, pts in enumerate(index.pts)} if index.seekable else None
     expected = 0
     with reading(path), open_video(path) as (container, stream):
@@ -154,9 +154,7 @@ def rgb_frames(path: str, index: VideoIndex, numbers: np.ndarray) -> Iterator[np
                 raise DecodeError(f"frame {number} of {index.num_frames} is damaged")
             expected += 1
             if number in wanted:
-                yield reformatter.reformat(
-                    frame, index.width, index.height, format="rgb24", threads=1,
-                    src_colorspace=_COLORSPACES.get(int(frame.colorspace), Colorspace.ITU601)).to_ndarray()
+                yield to_rgb(frame)[0].numpy()
     if expected < index.num_frames:
         raise DecodeError(f"frame {expected} of {index.num_frames} cannot be decoded")
 
