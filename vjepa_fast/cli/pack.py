@@ -71,7 +71,7 @@ def pack(
                                                             "broken."),
     ] = 0.1,
 ) -> None:
-    """Keep videos as JPEG frames in WebDataset shards, which training reads ten times as fast as the videos.
+    """Keep videos as JPEG frames in WebDataset shards, which training reads at a fraction of the videos' CPU time.
 
     Every frame of every video is decoded and checked; what is broken is left out and listed in DIR/broken.tsv.
     """
