@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.train.tiny import tiny_config
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
 from vjepa_fast.data.decode.index import DecodeError
@@ -27,6 +30,7 @@ from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.reader import Pack
 from vjepa_fast.data.pack.writer import make_pack
 from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.train.trainer import Trainer
 
 SETTINGS = PackSettings(fps=8.0, short_side=32, two_phase=True, shard_bytes=50_000)
 
@@ -96,6 +100,19 @@ def test_mixture_of_pack_and_videos(folder: Path, video_folder: Path, tmp_path: 
     seen = {(group, len(labels)) for batch in batches(cfg, 6) for group, labels in
             zip(batch.group_ids, batch.labels, strict=True)}
     assert {group for group, _ in seen} == {0, 1}
+
+
+def test_training_on_a_mixture(folder: Path, video_folder: Path, tmp_path: Path) -> None:
+    names = json.dumps([str(folder), str(video_folder / "list.csv")])
+    losses = []
+    for run in range(2):
+        (tmp_path / str(run)).mkdir()
+        cfg = tiny_config(folder, tmp_path / "cache", f"data.datasets={names}", "data.datasets_weights=[0.5, 0.5]",
+                          "train.max_steps=4")
+        Trainer(cfg, folder=tmp_path / str(run)).fit()
+        with (tmp_path / str(run) / "log_r0.csv").open(newline="") as file:
+            losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert losses[0] == losses[1] and len(losses[0]) == 4 and np.isfinite(losses[0]).all()
 
 
 def test_any_frames_in_any_order(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -18,11 +19,11 @@ import pytest
 from PIL import Image
 
 from vjepa_fast.data.decode.convert import ToPixels
-from vjepa_fast.data.decode.index import build_index
+from vjepa_fast.data.decode.index import DecodeError, build_index
 from vjepa_fast.data.decode.pyav import decode_each
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.pack import state, writer
-from vjepa_fast.data.pack.encode import packed_frames, packed_size
+from vjepa_fast.data.pack.encode import packed_frames, packed_size, rgb_frames
 from vjepa_fast.data.pack.index import PackSettings, read_index
 from vjepa_fast.data.pack.writer import Summary, make_pack
 from vjepa_fast.data.sampling import Box
@@ -326,3 +327,16 @@ def test_damaged_index(packed: Path, tmp_path: Path) -> None:
         (tmp_path / "pack.index").write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_index(tmp_path / "pack.index", "here")
+
+
+def test_every_frame_has_to_be_there(video_folder: Path) -> None:
+    path = str(video_folder / "0.mp4")
+    index = build_index(path)
+    step = int(index.pts[1] - index.pts[0])
+    # As if the decoder had left one out, in the middle and at the end.
+    for place, number in ((7, 7), (20, 20)):
+        pts = np.insert(index.pts, place, index.pts[place - 1] + step // 2)
+        more = dataclasses.replace(index, num_frames=21, pts=pts)
+        with pytest.raises(DecodeError, match=f"frame {number} of 21 cannot be decoded"):
+            list(rgb_frames(path, more, np.arange(1)))
+    assert len(list(rgb_frames(path, index, np.array([3, 9])))) == 2
