@@ -38,7 +38,7 @@ def read_batches(cfg: DataConfig, device: torch.device, num_batches: int) -> dic
     """As measure_loader, with `cfg.num_workers` as it is."""
     assert cfg.num_workers is not None
     # Batches that the workers have read ahead when timing begins would count as free.
-    warmup = 2 + cfg.prefetch * cfg.num_workers
+    warmup = 2 + cfg.prefetch * cfg.num_workers + (cfg.device_prefetch or 4)
     with vf.build_loader(cfg, device=device, num_steps=warmup + num_batches) as loader:
         batches: Iterator[Any] = iter(loader)
         for _ in range(warmup):
