@@ -261,6 +261,7 @@ class Frames:
     avg_fps: float = 4.0
     width: int = 64
     height: int = 48
+    is_image: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -292,6 +293,15 @@ def test_jpeg_frames_equal_pillow_to_the_bit() -> None:
             assert np.array_equal(clip.numpy(), expected)
     flipped = run([ClipRequest(source, wanted[0], whole, (48, 64), True)])
     assert torch.equal(flipped, run([ClipRequest(source, wanted[0], whole, (48, 64), False)]).flip(3))
+    # A crop that is enlarged: nothing outside of it may come in.
+    for flip in (False, True):
+        box = Box(11, 20, 9, 13)
+        (clip,) = run([ClipRequest(source, wanted[0], box, (32, 32), flip)])
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in source.read_jpegs(wanted[0])])
+        crop = torch.from_numpy(pixels[:, 11:20, 20:33]).permute(0, 3, 1, 2).float()
+        exact = F.interpolate(crop, size=(32, 32), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+        difference = (clip.float() - (exact.flip(2) if flip else exact)).abs()
+        assert float(difference.max()) <= 0.501
     cut = Frames([file[:-20] for file in source.files])
     with pytest.raises(DecodeError, match="no whole JPEG"):
         DaliPreparer(on_gpu=False).prepare(ClipRequest(cut, wanted[0], whole, (48, 64), False))

@@ -23,6 +23,7 @@ from vjepa_fast.data.decode.index import DecodeError, reading
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, ImageSource, JpegSource, VideoSource
 from vjepa_fast.data.decode.slices import Unsliceable, cut
+from vjepa_fast.data.sampling import Box
 
 INSTALL = "pip install 'vjepa-fast[dali]'"
 _SMALLEST_ON_GPU = {"h264": 48, "hevc": 144, "vp9": 128}
@@ -59,14 +60,15 @@ class EncodedClip(NamedTuple):
         files: one slice, or one JPEG for each decoded frame.
         frames: int32 [U] which frames of the slice; None for JPEGs.
         places: int64 [T] into the decoded frames.
-        start, end: float32 [2] corners of the crop, y and x; x swapped to flip.
+        box: part of the frames to keep.
+        flip: mirror left to right.
     """
 
     files: list[bytes]
     frames: np.ndarray | None
     places: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
+    box: Box
+    flip: bool
 
 
 class DecodedClip(NamedTuple):
@@ -103,7 +105,7 @@ class DaliPreparer:
         self._on_gpu = on_gpu
 
     def prepare(self, request: ClipRequest) -> EncodedClip | DecodedClip:
-        source, box = request.source, request.box
+        source = request.source
         files: list[bytes]
         frames: np.ndarray | None = None
         if isinstance(source, VideoSource):
@@ -125,11 +127,7 @@ class DaliPreparer:
             files = list(source.read_jpegs(wanted))
             if not all(file[:2] == b"\xff\xd8" and file[-2:] == b"\xff\xd9" for file in files):
                 raise DecodeError("one of its frames is no whole JPEG file")
-        left, right = box.left, box.left + box.width
-        if request.flip:
-            left, right = right, left
-        return EncodedClip(files, frames, places, np.array([box.top, left], dtype=np.float32),
-                           np.array([box.top + box.height, right], dtype=np.float32))
+        return EncodedClip(files, frames, places, request.box, request.flip)
 
     def _refuse(self, codec: str, pix_fmt: str, width: int, height: int) -> str | None:
         if codec not in (("h264", "hevc", "vp9") if self._on_gpu else ("vp9", "mjpeg")):

@@ -1,6 +1,6 @@
 """DALI's pipelines: encoded clips (vjepa_fast.data.decode.dali) -> uint8 [B, T, H, W, 3] on the device.
 
-A pipeline decodes, then crops, resizes and flips in one operator; its output becomes a torch tensor without a copy. On
+A pipeline decodes, crops, then resizes and flips in one operator; its output becomes a torch tensor without a copy. On
 a GPU the tensor belongs to torch's current stream: that stream waits for DALI, and DALI takes the memory back behind
 what torch has queued on it by then. Every batch in work has a pipeline of its own, so that several of a GPU's decoders
 are busy.
@@ -127,13 +127,16 @@ class DaliFinisher:
             pipeline = idle.pop() if idle else None
         if pipeline is None:
             pipeline = self._build(key)
-        inputs: dict[str, list[np.ndarray]] = {"files": [], "start": [], "end": []}
+        inputs: dict[str, list[np.ndarray]] = {"files": [], "corner": [], "shape": [], "start": [], "end": []}
         if key[0] == "video":
             inputs["frames"] = [sample.clip.frames for sample in samples if sample.clip.frames is not None]
         for sample in samples:
             inputs["files"] += sample.files
-            inputs["start"] += [sample.clip.start] * len(sample.files)
-            inputs["end"] += [sample.clip.end] * len(sample.files)
+            (top, left, height, width), flip = sample.clip.box, sample.clip.flip
+            # Swapped ends of the second axis mirror it.
+            for name, pair in (("corner", (top, left)), ("shape", (height, width)), ("start", (0, width * flip)),
+                               ("end", (height, width * (not flip)))):
+                inputs[name] += [np.array(pair, dtype=np.float32)] * len(sample.files)
         for name, values in inputs.items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
@@ -181,8 +184,8 @@ class DaliFinisher:
                             prefetch_queue_depth=1)
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            start = fn.external_source(name="start", dtype=types.FLOAT, ndim=1)
-            end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)
+            corner, shape, start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
+                                         for name in ("corner", "shape", "start", "end"))
             device = "mixed" if on_gpu else "cpu"
             if kind == "video":
                 wanted = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
@@ -190,6 +193,8 @@ class DaliFinisher:
             else:
                 # As the reference, which ignores orientation metadata.
                 frames = fn.decoders.image(files, device=device, output_type=types.RGB, adjust_orientation=False)
+            # Cut out first: as a region of interest alone, an enlarged crop would blend in what lies around it.
+            frames = fn.slice(frames, corner, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False)
             # The hint lets the output be allocated once: DALI's memory is not torch's, and grows by doubling.
             pipeline.set_outputs(fn.resize(
                 frames, size=list(self._size), roi_start=start, roi_end=end, antialias=False,
