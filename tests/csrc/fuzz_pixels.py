@@ -1,0 +1,139 @@
+"""Throw random and hostile arguments at the pixel operator under the address and undefined-behaviour sanitizers.
+
+    python tests/csrc/fuzz_pixels.py --seconds 600
+
+Builds the CPU operator and the emulated threads of the CUDA kernel with GCC's sanitizers and runs itself again with the
+library loaded. Arguments in order must give what the definition gives; others may give a clip or raise RuntimeError.
+Anything else, or a report of a sanitizer, ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = "VJEPA_FAST_FUZZ_FOLDER"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# Sides to 2**15 are in order and would only fill the memory.
+EXTREMES = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 10, 14, 15, 60, 2**15 + 1, 2**31 - 1, 2**31, 2**62,
+            2**63 - 1]
+
+
+def build(folder: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", *SANITIZE]
+    subprocess.run([
+        compiler, *flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
+        *(word for path in include_paths() for word in ("-isystem", path)), str(ROOT / "csrc/clip_pixels.cpp"), "-o",
+        str(folder / "operators.so"), *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10",
+    ], check=True)
+    subprocess.run([compiler, *flags, str(ROOT / "tests/csrc/emulated_pixels.cpp"), "-o", str(folder / "threads.so")],
+                   check=True)
+
+
+def run_again(seconds: float, seed: int) -> int:
+    """In a process that has the sanitizer's runtime from the start."""
+    compiler = os.environ.get("CXX", "g++")
+    # The C++ library too, or the sanitizer does not find what throws exceptions.
+    runtimes = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        environment = {
+            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONPATH": str(ROOT),
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        command = [sys.executable, __file__, "--seconds", str(seconds), "--seed", str(seed)]
+        return subprocess.run(command, env=environment).returncode
+
+
+def random_case(pick: random.Random) -> Any:
+    from tests.ops.pixel_cases import LAYOUTS, Case
+    from vjepa_fast.ops.clip_pixels import MATRICES
+
+    largest = pick.choice([3, 20, 90])
+    height, width = pick.randint(1, largest), pick.randint(1, largest)
+    box_height, box_width = pick.randint(1, height), pick.randint(1, width)
+    return Case(
+        (pick.randint(0, 6), height, width),
+        (pick.randint(0, height - box_height), pick.randint(0, width - box_width), box_height, box_width),
+        (pick.randint(1, largest), pick.randint(1, largest)), pick.random() < 0.5, pick.choice([8, 8, 9, 10, 14]),
+        (pick.randint(1, 4), pick.randint(1, 4), pick.randint(0, 8), pick.randint(0, 8)), pick.choice(MATRICES),
+        pick.random() < 0.5, pick.choice(LAYOUTS), pick.getrandbits(16), pick.random() < 0.5)
+
+
+def broken(pick: random.Random, arguments: list[Any]) -> list[Any]:
+    """Some arguments replaced by others that may be out of order."""
+    out = list(arguments)
+    for _ in range(pick.choice([1, 1, 2, 4])):
+        place = pick.randrange(len(out))
+        value = out[place]
+        if isinstance(value, Tensor):
+            shape = [pick.choice([0, 1, 2, 5]) for _ in range(pick.randint(0, 4))]
+            made = [torch.zeros(shape, dtype=value.dtype)]
+            if value.ndim == 3 and value.dtype != torch.float32:
+                made += [value.float(), value.to(torch.uint16), value[..., :1], value[:1], value[..., :0]]
+            out[place] = pick.choice(made)
+        elif isinstance(value, bool):
+            out[place] = not value
+        elif isinstance(value, int):
+            out[place] = pick.choice(EXTREMES)
+        else:
+            out[place] = list(value)
+            if out[place] and pick.random() < 0.8:
+                out[place][pick.randrange(len(out[place]))] = pick.choice(EXTREMES)
+            else:
+                out[place] = out[place][:-1] if pick.random() < 0.5 else out[place] * 2
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = os.environ.get(CHILD)
+    if folder is None:
+        return run_again(options.seconds, options.seed)
+    from tests.ops.pixel_cases import emulate
+
+    torch.ops.load_library(f"{folder}/operators.so")
+    threads = ctypes.CDLL(f"{folder}/threads.so")
+    pick, outcomes, end = random.Random(options.seed), Counter[str](), time.monotonic() + options.seconds
+    while time.monotonic() < end:
+        case = random_case(pick)
+        arguments, expected = case.arguments(), case.reference()
+        assert torch.ops.vjepa_fast.clip_pixels(*arguments).equal(expected), case
+        assert emulate(threads, arguments, pick.choice([1, 32, 128])).equal(expected), case
+        outcomes["equal to the definition"] += 1
+        try:
+            torch.ops.vjepa_fast.clip_pixels(*broken(pick, arguments))
+            outcomes["replaced arguments: a clip"] += 1
+        except RuntimeError:
+            outcomes["replaced arguments: refused"] += 1
+    print(f"{options.seconds:g} s without a finding")
+    for name, count in sorted(outcomes.items()):
+        print(f"  {name}: {count}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
