@@ -14,7 +14,7 @@ import pytest
 WriteVideo = Callable[..., Path]
 
 
-def _picture(number: int, height: int, width: int) -> np.ndarray:
+def picture(number: int, height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(number).integers(0, 40, (height, width, 3))
     planes = [(x * 3 + number * 7) % 200, (y * 2 + number * 5) % 200, (x + y + number * 11) % 200]
@@ -32,7 +32,7 @@ def write_video(path: Path, codec: str = "libx264", *, num_frames: int = 40, hei
             stream.codec_context.time_base = Fraction(1, 1000)
         sound: Any = container.add_stream("aac", rate=16000, layout="mono") if audio else None
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(_picture(number, height, width), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(number, height, width), format="rgb24")
             if pts is not None:
                 frame.pts, frame.time_base = pts[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class _Layout(NamedTuple):
     is_full_range: bool
 
 
+@cache
 def _layout(name: str) -> _Layout | None:
     """Of a format by FFmpeg's name; None: not one that clip_pixels takes."""
     if name == "nv12":
@@ -81,13 +83,14 @@ class ToPixels:
         self._to_rgb = ToRgb(index, None)
 
     def __call__(self, frame: Any) -> Tensor:
+        planes = frame.planes
         layout, matrix = _layout(frame.format.name), _MATRICES.get(int(frame.colorspace))
         same_size = (frame.width, frame.height) == (self._index.width, self._index.height)
-        if layout is None or matrix is None or not same_size or any(plane.line_size <= 0 for plane in frame.planes):
+        if layout is None or matrix is None or not same_size or any(plane.line_size <= 0 for plane in planes):
             return rgb_pixels(self._to_rgb(frame), self._box, self._size, self._flip)
         tag = int(frame.color_range)
         is_full_range = tag == _FULL or (layout.is_full_range and tag != _LIMITED)
-        y, *rest = (_samples(plane, layout.depth > 8) for plane in frame.planes)
+        y, *rest = (_samples(plane, layout.depth > 8) for plane in planes)
         y = y[:, :, :frame.width]
         if layout.steps is None:
             return clip_pixels(y, y, y, self._box, self._size, flip=self._flip, depth=layout.depth, chroma=CHROMA_444,
