@@ -1,6 +1,6 @@
 """Where the frames of a video are, and which are needed: read from the container and headers, without decoding.
 
-An index costs one pass over the file's packets (5 to 9 ms for ten seconds of 360p) and is kept in a cache folder under
+An index costs one pass over the file's packets (5 to 11 ms for ten seconds of 360p) and is kept in a cache folder under
 a name made of the file's absolute path, size and modification time, so a changed file gets a new one. An entry that
 is damaged or of another version is built again; a cache that cannot be written is done without.
 
