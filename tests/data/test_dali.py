@@ -272,11 +272,11 @@ class Frames:
 
 
 def jpegs(count: int) -> Iterator[bytes]:
-    from tests.data.conftest import _picture
+    from tests.data.conftest import picture
 
     for number in range(count):
         file = io.BytesIO()
-        Image.fromarray(_picture(number, 48, 64)).save(file, "jpeg", quality=92)
+        Image.fromarray(picture(number, 48, 64)).save(file, "jpeg", quality=92)
         yield file.getvalue()
 
 
