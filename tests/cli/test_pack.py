@@ -101,8 +101,10 @@ def test_interrupted_and_gone_on_with(images: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("".join(f"{images}/00.png {k}\n" for k in range(4000)))
     command = [sys.executable, "-m", "vjepa_fast", "pack", "list.csv", "--out", "out", "--short-side", "32",
                "--workers", "2"]
+    # A shell starts what runs in the background with the signal ignored, and children inherit that.
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     parts = tmp_path / "out" / ".unfinished" / "parts"
     until = time.monotonic() + 60
     while len(list(parts.glob("*.json"))) < 5 and time.monotonic() < until:
