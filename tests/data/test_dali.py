@@ -20,12 +20,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 import vjepa_fast
+from tests.data.conftest import picture
 from vjepa_fast.config.schema import AugmentationConfig, DataConfig
 from vjepa_fast.data.decode import dali
 from vjepa_fast.data.decode.choice import choose
 from vjepa_fast.data.decode.dali import DaliPreparer, EncodedClip
 from vjepa_fast.data.decode.dali_pipelines import DaliFinisher
 from vjepa_fast.data.decode.index import DecodeError
+from vjepa_fast.data.decode.jpeg import decode_jpeg_clip
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, JpegSource, open_source
 from vjepa_fast.data.loader import Batch, build_loader
@@ -272,8 +274,6 @@ class Frames:
 
 
 def jpegs(count: int) -> Iterator[bytes]:
-    from tests.data.conftest import picture
-
     for number in range(count):
         file = io.BytesIO()
         Image.fromarray(picture(number, 48, 64)).save(file, "jpeg", quality=92)
@@ -293,18 +293,41 @@ def test_jpeg_frames_equal_pillow_to_the_bit() -> None:
             assert np.array_equal(clip.numpy(), expected)
     flipped = run([ClipRequest(source, wanted[0], whole, (48, 64), True)])
     assert torch.equal(flipped, run([ClipRequest(source, wanted[0], whole, (48, 64), False)]).flip(3))
-    # A crop that is enlarged: nothing outside of it may come in.
-    for flip in (False, True):
-        box = Box(11, 20, 9, 13)
-        (clip,) = run([ClipRequest(source, wanted[0], box, (32, 32), flip)])
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in source.read_jpegs(wanted[0])])
-        crop = torch.from_numpy(pixels[:, 11:20, 20:33]).permute(0, 3, 1, 2).float()
-        exact = F.interpolate(crop, size=(32, 32), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
-        difference = (clip.float() - (exact.flip(2) if flip else exact)).abs()
-        assert float(difference.max()) <= 0.501
     cut = Frames([file[:-20] for file in source.files])
     with pytest.raises(DecodeError, match="no whole JPEG"):
         DaliPreparer(on_gpu=False).prepare(ClipRequest(cut, wanted[0], whole, (48, 64), False))
+
+
+@needs_dali
+@pytest.mark.parametrize("height, width, options", [
+    (48, 64, {"subsampling": "4:2:0"}), (75, 101, {"subsampling": "4:2:0", "progressive": True}),
+    (75, 101, {"subsampling": "4:2:2"}), (50, 40, {"subsampling": "4:4:4"})])
+def test_clips_of_jpeg_frames_equal_pillow_to_the_bit(height: int, width: int, options: dict[str, Any]) -> None:
+    """DALI decodes the blocks around a crop alone; they must be what a decoded frame has there."""
+    files = []
+    for number in range(4):
+        file = io.BytesIO()
+        Image.fromarray(picture(number, height, width)).save(file, "jpeg", quality=90, **options)
+        files.append(file.getvalue())
+    source, rng = Frames(files, height=height, width=width), np.random.default_rng(0)
+    requests = []
+    for number in range(16):
+        top, left = int(rng.integers(height - 8)), int(rng.integers(width - 8))
+        box = Box(top, left, int(rng.integers(8, height - top + 1)), int(rng.integers(8, width - left + 1)))
+        requests.append(ClipRequest(source, rng.integers(0, 4, 3), box, (32, 40), number % 2 == 1))
+    for clip, request in zip(run(requests), requests, strict=True):
+        assert torch.equal(clip, decode_jpeg_clip(request))
+
+
+@needs_dali
+@pytest.mark.parametrize("flip", [False, True])
+def test_nothing_comes_into_an_enlarged_crop(flip: bool, folder: Path, tmp_path: Path) -> None:
+    source, numbers = open_source(str(folder / "7.avi"), tmp_path), np.array([0, 2, 4, 8])
+    (whole,) = run([ClipRequest(source, numbers, Box(0, 0, 48, 64), (48, 64), False)])
+    (clip,) = run([ClipRequest(source, numbers, Box(11, 20, 9, 13), (32, 32), flip)])
+    crop = whole[:, 11:20, 20:33].permute(0, 3, 1, 2).float()
+    exact = F.interpolate(crop, size=(32, 32), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    assert float((clip.float() - (exact.flip(2) if flip else exact)).abs().max()) <= 0.501
 
 
 @needs_dali

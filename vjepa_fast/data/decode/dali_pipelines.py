@@ -1,7 +1,10 @@
 """DALI's pipelines: encoded clips (vjepa_fast.data.decode.dali) -> uint8 [B, T, H, W, 3] on the device.
 
-A pipeline decodes, crops, then resizes and flips in one operator; its output becomes a torch tensor without a copy. On
-a GPU the tensor belongs to torch's current stream: that stream waits for DALI, and DALI takes the memory back behind
+A pipeline decodes, crops, then resizes and flips in one operator; its output becomes a torch tensor without a copy.
+JPEG files on the CPU end with the crop, of which DALI decodes little more than it shows: PyTorch's resize takes a sixth
+of DALI's time there, and the clips are then those of Pillow (vjepa_fast.data.decode.jpeg) to the bit.
+
+On a GPU the tensor belongs to torch's current stream: that stream waits for DALI, and DALI takes the memory back behind
 what torch has queued on it by then. Every batch in work has a pipeline of its own, so that several of a GPU's decoders
 are busy.
 
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.decode.dali import DaliBatch, EncodedClip
+from vjepa_fast.data.decode.pyav import resize_clip
 from vjepa_fast.errors import UserError
 
 _DEVICE_TROUBLE = ("cuda", "cuvid", "nvjpeg", "out of memory", "alloc")
@@ -103,10 +107,10 @@ class DaliFinisher:
         parts: list[tuple[list[_Sample], list[Tensor]]] = []
         for run in started.runs:
             for samples, output in self._collect(run, failed):
-                whole = _as_whole(samples, output)
+                whole = None if self._resizes_later(run.key[0]) else _as_whole(samples, output)
                 if whole is not None and len(samples) == started.size:
                     return Finished(whole.view(shape), failed)
-                parts.append((samples, _one_by_one(run.key[0], samples, output)))
+                parts.append((samples, self._one_by_one(run.key[0], samples, output)))
         clips = torch.empty(shape, dtype=torch.uint8, device=self._device)
         for samples, tensors in parts:
             for sample, frames in zip(samples, tensors, strict=True):
@@ -127,16 +131,18 @@ class DaliFinisher:
             pipeline = idle.pop() if idle else None
         if pipeline is None:
             pipeline = self._build(key)
-        inputs: dict[str, list[np.ndarray]] = {"files": [], "corner": [], "shape": [], "start": [], "end": []}
+        inputs: dict[str, list[np.ndarray]] = {"files": []}
         if key[0] == "video":
             inputs["frames"] = [sample.clip.frames for sample in samples if sample.clip.frames is not None]
         for sample in samples:
             inputs["files"] += sample.files
             (top, left, height, width), flip = sample.clip.box, sample.clip.flip
-            # Swapped ends of the second axis mirror it.
-            for name, pair in (("corner", (top, left)), ("shape", (height, width)), ("start", (0, width * flip)),
-                               ("end", (height, width * (not flip)))):
-                inputs[name] += [np.array(pair, dtype=np.float32)] * len(sample.files)
+            pairs = {"corner": (top, left), "shape": (height, width)}
+            if not self._resizes_later(key[0]):
+                # Swapped ends of the second axis mirror it.
+                pairs |= {"start": (0, width * flip), "end": (height, width * (not flip))}
+            for name, pair in pairs.items():
+                inputs.setdefault(name, []).extend([np.array(pair, dtype=np.float32)] * len(sample.files))
         for name, values in inputs.items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
@@ -170,6 +176,22 @@ class DaliFinisher:
             self._idle[run.key].append(run.pipeline)
         return output
 
+    def _resizes_later(self, kind: str) -> bool:
+        """Whether a pipeline ends with the crop."""
+        return kind == "jpeg" and self._device.type == "cpu"
+
+    def _one_by_one(self, kind: str, samples: Sequence[_Sample], output: Any) -> list[Tensor]:
+        """The decoded frames of every sample, uint8 [U, H, W, 3]."""
+        if kind == "video":
+            return [torch.from_dlpack(output[number]) for number in range(len(samples))]
+        if not self._resizes_later(kind):
+            flat = torch.from_dlpack(output.as_tensor())
+            return list(flat.split([len(sample.files) for sample in samples]))
+        numbers = iter(range(len(output)))
+        return [resize_clip(
+            torch.stack([torch.from_dlpack(output[next(numbers)]) for _ in sample.files]).numpy(), self._size,
+            sample.clip.flip) for sample in samples]
+
     def _build(self, key: tuple[str, int]) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
@@ -184,17 +206,23 @@ class DaliFinisher:
                             prefetch_queue_depth=1)
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            corner, shape, start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
-                                         for name in ("corner", "shape", "start", "end"))
+            corner, shape = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("corner", "shape"))
+            cut = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
             device = "mixed" if on_gpu else "cpu"
+            # As the reference, which ignores orientation metadata.
+            image = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
+            if self._resizes_later(kind):
+                pipeline.set_outputs(fn.decoders.image_slice(files, corner, shape, **cut, **image))
+                pipeline.build()
+                return pipeline
             if kind == "video":
                 wanted = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
                 frames = fn.decoders.video(files, frames=wanted, device=device)
             else:
-                # As the reference, which ignores orientation metadata.
-                frames = fn.decoders.image(files, device=device, output_type=types.RGB, adjust_orientation=False)
+                frames = fn.decoders.image(files, **image)
             # Cut out first: as a region of interest alone, an enlarged crop would blend in what lies around it.
-            frames = fn.slice(frames, corner, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False)
+            frames = fn.slice(frames, corner, shape, **cut)
+            start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end"))
             # The hint lets the output be allocated once: DALI's memory is not torch's, and grows by doubling.
             pipeline.set_outputs(fn.resize(
                 frames, size=list(self._size), roi_start=start, roi_end=end, antialias=False,
@@ -210,14 +238,6 @@ def _as_whole(samples: Sequence[_Sample], output: Any) -> Tensor | None:
         if count != len(sample.clip.places) or not np.array_equal(sample.clip.places, np.arange(count)):
             return None
     return torch.from_dlpack(output.as_tensor())
-
-
-def _one_by_one(kind: str, samples: Sequence[_Sample], output: Any) -> list[Tensor]:
-    """The decoded frames of every sample, uint8 [U, H, W, 3]."""
-    if kind == "video":
-        return [torch.from_dlpack(output[number]) for number in range(len(samples))]
-    flat = torch.from_dlpack(output.as_tensor())
-    return list(flat.split([len(sample.files) for sample in samples]))
 
 
 def _reason(error: RuntimeError) -> str:
