@@ -16,6 +16,7 @@ from vjepa_fast.bench.reference import REFERENCE_COMMIT
 from vjepa_fast.bench.workload import TRIAL, of_config
 from vjepa_fast.cli.main import app
 from vjepa_fast.config import load_recipe
+from vjepa_fast.data.decode.dali import missing
 from vjepa_fast.data.synthetic import make_synthetic
 
 
@@ -37,12 +38,24 @@ def test_step_and_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     result = invoke("--size", "trial", "--device", "cpu", "--rounds", "2", "--loader", str(videos), "--out", str(out))
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert "measuring the CPU" in result.stdout and "core-ms a clip" in result.stdout
+    assert "so it needs" in result.stdout and "decoding would take" in result.stdout
     report = written(out)
     assert report["step"]["figures"]["clips_per_s"] > 0 and report["step"]["figures"]["count"] == 2
-    assert report["loader"]["figures"]["in process"]["core_ms_per_clip"] > 0
+    loader = report["loader"]
+    rows = {(row["format"], row["backend"]): row for row in loader["rows"]}
+    assert set(rows) == {(kind, backend) for kind in ("videos", "pack") for backend in ("pyav", "dali")}
+    for kind in ("videos", "pack"):
+        row = rows[kind, "pyav"]
+        assert row["core_ms_per_clip"] > 0 and row["clips_per_s"] > 0 and 0 < row["waits"] < 1 and row["notes"] == []
+        assert rows[kind, "dali"].get("error") == missing(torch.device("cpu"))
+    assert loader["sample"] == {"num_listed": 4, "num_tried": 4, "num_used": 4, "num_broken": 0}
+    assert loader["pack"]["num_videos"] == 4 and loader["pack"]["psnr"] > 20
+    assert loader["step_ms_per_clip"] == pytest.approx(1e3 / report["step"]["figures"]["clips_per_s"])
+    # Nothing stays behind.
+    assert not list((tmp_path / "cache" / "vjepa_fast").glob("bench-*"))
     assert {"commit", "torch", "command", "date"} <= set(report["environment"])
     page = next(out.glob("*.md")).read_text()
-    assert "it says nothing about a GPU" in page and "| target encoder |" in page and "in process | 0 |" in page
+    assert "it says nothing about a GPU" in page and "| target encoder |" in page and "| pack | PyAV |" in page
     assert str(tmp_path) not in page
 
 

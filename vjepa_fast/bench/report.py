@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vjepa_fast.bench.loader import backend_name
 from vjepa_fast.labels import PARTS, backward_of
 
 _COLOURS = {"ours": "#2a6fbb", "reference": "#b8b8b8"}
@@ -35,12 +36,34 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines += ["Measured on a CPU: it says nothing about a GPU.", ""]
     lines += _step_lines(report)
     if "loader" in report:
-        lines += ["", f"Loader, {report['loader']['manifest']}:", "",
-                  "| | workers | clips/s | core-ms a clip |", "|---|---|---|---|"]
-        for name, info in report["loader"]["figures"].items():
-            core = f"{info['core_ms_per_clip']:.1f}" if "core_ms_per_clip" in info else ""
-            lines.append(f"| {name} | {info['num_workers']} | {info['clips_per_s']:.1f} | {core} |")
+        lines += ["", *_loader_lines(report["loader"], about["device"].startswith("CPU"))]
     return "\n".join(lines) + "\n"
+
+
+def _loader_lines(loader: dict[str, Any], on_cpu: bool) -> list[str]:
+    lines = [f"Loader, {loader['manifest']}. The step takes {loader['step_ms_per_clip']:.1f} ms a clip, so it needs "
+             f"{loader['step_clips_per_s']:.1f} clips/s.", "",
+             f"| from | by | decoding processes | clips/s | core-ms a clip | {_waits(on_cpu)} | |",
+             "|---|---|---|---|---|---|---|"]
+    for row in loader["rows"]:
+        what = f"| {row['format']} | {backend_name(row)} |"
+        lines.append(f"{what} | | | | {row['error'].splitlines()[0]} |" if "error" in row else
+                     f"{what} {row['num_workers']} | {row['clips_per_s']:.1f} | {row['core_ms_per_clip']:.1f} | "
+                     f"{100 * row['waits']:.1f} % | {'; '.join(row['notes'])} |")
+    if "sample" in loader:
+        found = loader["sample"]
+        lines += ["", f"{found['num_used']} videos were read, of {found['num_listed']} in the list; "
+                      f"{found['num_broken']} that were tried cannot be read."]
+    if "pack" in loader:
+        made = loader["pack"]
+        lines += [f"The pack was made of {made['num_videos']} of them: {made['fps']:g} frames/s, shorter side "
+                  f"{made['short_side']}, quality {made['quality']}; {made['num_bytes'] / made['source_bytes']:.2f} of "
+                  f"their bytes, {made['psnr']:.1f} dB."]
+    return lines
+
+
+def _waits(on_cpu: bool) -> str:
+    return "decoding's share of the cores' time" if on_cpu else "the step would wait"
 
 
 def _graphed_line(info: dict[str, Any]) -> str:
@@ -89,14 +112,16 @@ def _parts(by_part: dict[str, float]) -> list[str]:
 
 
 def draw(report: dict[str, Any], out: Path) -> None:
-    """A picture: the time of a step of every side, and our step by part."""
+    """A picture: the time of a step of every side, our step by part, and what the loader gives."""
     # Not through pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     found, by_part = sides(report), report["step"]["profile"]["ms_by_part"]
     parts = _parts(by_part)
-    figure = Figure(figsize=(11, 1.8 + 0.36 * max(2 * len(found), len(parts))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    rows = [row for row in report.get("loader", {}).get("rows", []) if "error" not in row]
+    size = 16 if rows else 11, 1.8 + 0.36 * max(2 * len(found), len(parts))
+    figure = Figure(figsize=size, layout="constrained")
+    left, right, *others = figure.subplots(1, 3 if rows else 2)
     names = list(found)[::-1]
     middle = [found[name]["p50"] * 1e3 for name in names]
     spread = [[(found[name]["p50"] - found[name]["p20"]) * 1e3 for name in names],
@@ -113,9 +138,24 @@ def draw(report: dict[str, Any], out: Path) -> None:
     left.set_xlabel("ms a step (median, quantiles 20 to 80)")
     right.barh(parts[::-1], [by_part[part] for part in parts[::-1]], color=_COLOURS["ours"], height=0.6)
     right.set_xlabel("ms of our step by part, under the profiler")
-    for axes in (left, right):
+    for axes in others:
+        _draw_loader(axes, report["loader"], rows)
+    for axes in (left, right, *others):
         axes.spines[["top", "right"]].set_visible(False)
     work = report["workload"]
     figure.suptitle(f"{work['name']}, batch {work['batch_size']}, {work['dtype']}, {report['environment']['device']}",
                     fontsize=11)
     figure.savefig(out, dpi=130)
+
+
+def _draw_loader(axes: Any, loader: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    names = [f"{row['format']}, {backend_name(row)}" for row in rows[::-1]]
+    rates = [row["clips_per_s"] for row in rows[::-1]]
+    axes.barh(names, rates, color=_COLOURS["ours"], height=0.6)
+    for place, (rate, row) in enumerate(zip(rates, rows[::-1], strict=True)):
+        axes.text(rate, place, f" {rate:.3g}, {row['core_ms_per_clip']:.3g} core-ms a clip", va="center", fontsize=9)
+    axes.axvline(loader["step_clips_per_s"], color="#444444", linestyle="--", label="what the step needs")
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.set_xlim(0, 1.7 * max(*rates, loader["step_clips_per_s"]))
+    axes.set_ylim(-1, len(names))
+    axes.set_xlabel("clips/s of the loader")

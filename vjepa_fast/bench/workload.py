@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,11 +68,11 @@ class Workload:
         drawn = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         return drawn.to(device)
 
-    def data_of(self, manifest: Path) -> DataConfig:
-        """How training would read this workload's batches from a manifest."""
+    @property
+    def data(self) -> DataConfig:
+        """How training would read this workload's batches, without the datasets."""
         own = self.config.data.model_dump(exclude={"datasets", "datasets_weights", "dataset_fpcs", "global_batch_size"})
-        return DataConfig.model_validate({
-            **own, "datasets": [str(manifest)], "dataset_fpcs": [self.num_frames], "batch_size": self.batch_size})
+        return DataConfig.model_validate({**own, "dataset_fpcs": [self.num_frames], "batch_size": self.batch_size})
 
     def as_dict(self) -> dict[str, Any]:
         """What a result says about it."""
