@@ -1,16 +1,17 @@
-"""Core-milliseconds of a raw clip: the reference's way beside ours; and which damaged files nobody can tell.
+"""Core-milliseconds of a clip: the reference's way beside ours, raw and from a pack; which damage nobody can tell.
 
     python -m benchmarks.compare_decode --folder /tmp/videos
 
-16 frames of a random window of 112, cropped at random, to 256 px, from ten seconds of 30 frames a second (x264 medium,
-crf 28, one thread): a panning texture, moving discs and noise. User and system time of this process (getrusage), one
-thread, lowest of three rounds of ten clips.
+16 frames of a random window of 112, cropped at random, to 256 px, from videos made for it (benchmarks/clip_sources.py):
+a panning texture, moving discs and noise. User and system time of this process (getrusage), one thread, lowest of five
+rounds of ten clips, the ways in turns. Importing, building pipelines and indices are not in it. DALI's columns need the
+extra `dali`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import resource
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,50 +20,28 @@ from typing import Any
 
 import av
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vjepa_fast.data import sampling
-from vjepa_fast.data.decode.index import DecodeError, VideoIndex, build_index
+from benchmarks.clip_sources import KINDS, Kind, pack_of, requests, write_video
+from vjepa_fast.bench.timing import ROOT, environment
+from vjepa_fast.data.decode import dali
+from vjepa_fast.data.decode.backend import HostPreparer
+from vjepa_fast.data.decode.dali import DaliPreparer
+from vjepa_fast.data.decode.dali_pipelines import DaliFinisher
+from vjepa_fast.data.decode.index import DecodeError, build_index
 from vjepa_fast.data.decode.pyav import decode_clip, decode_each, decode_frames, resize_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
 
-_SIZE, _NUM_CLIPS, _NUM_ROUNDS = (256, 256), 10, 3
+_SIZE, _NUM_CLIPS, _NUM_ROUNDS = (256, 256), 10, 5
+_CPU = torch.device("cpu")
 _MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 _STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+_COLUMNS = ["reference", "PyAV raw", "by RGB frames", "decoding alone", "DALI raw", "PyAV pack", "DALI pack"]
 
-
-def _pictures(height: int, width: int, seed: int, count: int) -> Any:
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    texture = np.kron(rng.random((height // 8 + 40, width // 8 + 80)), np.ones((8, 8))).astype(np.float32)
-    texture = (texture + np.roll(texture, 1, 0) + np.roll(texture, 1, 1) + np.roll(texture, 2, 0)) / 4
-    discs = rng.random((6, 5))
-    for t in range(count):
-        down, across = int(30 + 20 * np.cos(t / 55)), int(40 + 30 * np.sin(t / 40))
-        back = texture[down:down + height, across:across + width] * 150 + 40
-        picture = np.stack([back, back * 0.9 + 10, back * 0.8 + 20], axis=-1)
-        for k, (left, top, right, below, radius) in enumerate(discs):
-            centre_x = (left + (right - 0.5) * t / 100) % 1 * width
-            centre_y = (top + (below - 0.5) * t / 100) % 1 * height
-            inside = (x - centre_x) ** 2 + (y - centre_y) ** 2 < ((0.05 + 0.08 * radius) * height) ** 2
-            picture[inside] = picture[inside] * 0.2 + 160 * np.array([k % 2, k // 2 % 2, k % 3 / 2])
-        yield (picture + rng.normal(0, 6, (height, width, 1))).clip(0, 255).astype(np.uint8)
-
-
-def write_video(path: Path, height: int, width: int, seed: int, *, num_frames: int = 300, codec: str = "libx264",
-                **options: str) -> None:
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path) + ".part", "w", format="mp4") as container:
-        stream: Any = container.add_stream(codec, rate=30, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for picture in _pictures(height, width, seed, num_frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(str(path) + ".part", path)
+Way = Callable[[], object]
 
 
 def reference_way(request: ClipRequest) -> Tensor:
@@ -101,8 +80,18 @@ def decode_only(request: ClipRequest) -> object:
     return decode_each(request.source.path, request.source.index, request.frame_numbers, lambda _: None)
 
 
-WAYS: dict[str, Callable[[ClipRequest], object]] = {
-    "reference": reference_way, "ours": decode_clip, "ours by RGB frames": by_swscale, "decoding alone": decode_only}
+class ByDali:
+    """A batch as the loader decodes it, with one pipeline of one thread."""
+
+    def __init__(self) -> None:
+        self._preparer = DaliPreparer(on_gpu=False)
+        self._finisher = DaliFinisher(_CPU, _SIZE, _NUM_CLIPS, 1, 1, False)
+
+    def __call__(self, clips: list[ClipRequest]) -> Tensor:
+        batch = self._preparer.collate([self._preparer.prepare(clip) for clip in clips])
+        finished = self._finisher.wait(self._finisher.start(batch))
+        assert not finished.failed
+        return finished.clips
 
 
 def core_ms() -> float:
@@ -110,49 +99,56 @@ def core_ms() -> float:
     return 1e3 * (usage.ru_utime + usage.ru_stime)
 
 
-def requests(paths: list[Path], indices: list[VideoIndex]) -> list[ClipRequest]:
-    out = []
-    for sample in range(_NUM_CLIPS):
-        path, index = str(paths[sample % len(paths)]), indices[sample % len(paths)]
-        numbers = sampling.clip_frames(sample, 0, index.num_frames, 16, 7, 3)
-        box = sampling.crop_box(sample, 0, index.height, index.width, (0.3, 1.0), (0.75, 1.35), 3)
-        out.append(ClipRequest(VideoSource(path, index), numbers, box, _SIZE, sampling.is_flipped(sample, 0, 3)))
-    return out
-
-
-def costs(folder: Path) -> None:
-    print("| source | " + " | ".join(WAYS) + " | ours / reference | index |\n|---|" + "---|" * (len(WAYS) + 2))
-    differences = []
-    for height, width in ((360, 640), (240, 426)):
-        for gop in (250, 30):
-            paths = [folder / f"{height}_{gop}_{seed}.mp4" for seed in range(2)]
-            for seed, path in enumerate(paths):
-                write_video(path, height, width, seed, preset="medium", crf="28", g=str(gop), threads="1")
+def in_turns(ways: dict[str, Way]) -> dict[str, list[float]]:
+    """Core-milliseconds of every way, round by round, behind one round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(_NUM_ROUNDS + 1):
+        for name, way in ways.items():
             before = core_ms()
-            indices = [build_index(str(path)) for path in paths]
-            index_ms = (core_ms() - before) / len(paths)
-            clips, found = requests(paths, indices), {name: float("inf") for name in WAYS}
-            # In turn, because the machine may have other work.
-            for _ in range(_NUM_ROUNDS):
-                for name, way in WAYS.items():
-                    before = core_ms()
-                    for clip in clips:
-                        way(clip)
-                    found[name] = min(found[name], (core_ms() - before) / len(clips))
-            row = " | ".join(f"{value:.0f}" for value in found.values())
-            ratio = found["ours"] / found["reference"]
-            print(f"| {height}p GOP {gop} | {row} | {ratio:.2f} | {index_ms:.1f} |", flush=True)
-            if gop == 250:
-                less = torch.stack([decode_clip(clip).float() - by_swscale(clip).float() for clip in clips[:4]])
-                differences.append(f"{height}p: ours less that by RGB frames is {less.mean():.2f} on average, "
-                                   f"{less.abs().mean():.2f} in size, {less.abs().max():.0f} at most")
-    print("\n" + "\n".join(differences))
+            way()
+            if number:
+                found[name].append(core_ms() - before)
+    return found
 
 
-def bit_flips(folder: Path, num_files: int = 60) -> None:
-    """All frames of files in which some bits were flipped at random places."""
-    print("\n| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |")
-    print("|---|---|---|---|---|")
+def costs(kind: Kind, folder: Path, with_dali: bool) -> dict[str, Any]:
+    """What a clip of one kind of video costs, by every way that can read it."""
+    paths = kind.write(folder)
+    before = core_ms()
+    indices = [build_index(str(path)) for path in paths]
+    index_ms = (core_ms() - before) / len(paths)
+    raw = requests([VideoSource(str(path), index) for path, index in zip(paths, indices, strict=True)], _NUM_CLIPS,
+                   _SIZE)
+    pack, made = pack_of(paths, folder / f"{kind.name} pack".replace(" ", "_"))
+    packed = requests([pack.video(number) for number in range(len(pack))], _NUM_CLIPS, _SIZE)
+    host = HostPreparer()
+
+    def each(way: Callable[[ClipRequest], object], clips: list[ClipRequest]) -> Way:
+        return lambda: [way(clip) for clip in clips]
+
+    ways = {"reference": each(reference_way, raw), "PyAV raw": each(host.prepare, raw),
+            "by RGB frames": each(by_swscale, raw), "decoding alone": each(decode_only, raw),
+            "PyAV pack": each(host.prepare, packed)}
+    if with_dali:
+        by_dali = ByDali()
+        ways["DALI pack"] = lambda: by_dali(packed)
+        if kind.codec == "libvpx-vp9":
+            ways["DALI raw"] = lambda: by_dali(raw)
+        assert torch.equal(by_dali(packed), host.collate([host.prepare(clip) for clip in packed]))
+    rounds = {name: [value / _NUM_CLIPS for value in values] for name, values in in_turns(ways).items()}
+    difference = torch.stack([decode_clip(clip).float() - by_swscale(clip).float() for clip in raw[:4]])
+    return {
+        "source": kind.name, "core_ms": {name: min(values) for name, values in rounds.items()}, "rounds": rounds,
+        "index_ms": index_ms, "video_bytes": sum(path.stat().st_size for path in paths) / len(paths),
+        "pack_bytes": made.num_bytes / made.num_videos, "pack_psnr": made.psnr,
+        "pack_size": [packed[0].source.height, packed[0].source.width],
+        "colour": {"mean": float(difference.mean()), "size": float(difference.abs().mean()),
+                   "most": float(difference.abs().max())}}
+
+
+def bit_flips(folder: Path, num_files: int = 60) -> list[list[Any]]:
+    """All frames of files in which some bits were flipped at random places: codec, bits, and files by outcome."""
+    rows: list[list[Any]] = []
     encoders: dict[str, dict[str, Any]] = {"h264": {"codec": "libx264", "bf": "2", "g": "48", "preset": "veryfast"},
                 "hevc": {"codec": "libx265", "preset": "ultrafast", "x265-params": "keyint=48:log-level=none:pools=1"},
                 "vp9": {"codec": "libvpx-vp9", "g": "48", "deadline": "realtime", "cpu-used": "8"}}
@@ -173,16 +169,77 @@ def bit_flips(folder: Path, num_files: int = 60) -> None:
                     outcomes[1 + int(np.array_equal(frames, whole))] += 1
                 except DecodeError:
                     outcomes[0] += 1
-            print(f"| {name} | {num_bits} | {outcomes[0]} | {outcomes[1]} | {outcomes[2]} |", flush=True)
+            rows.append([name, num_bits, *outcomes])
+    return rows
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """A page for people."""
+    about, rows = report["environment"], report["rows"]
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    lines = [
+        "# What a clip costs, raw and from a pack, beside the reference's way, CPU", "",
+        f"- hardware: {about['cpu']}, {about['cores']} cores, 1 thread used; load average "
+        f"{about['load_average']:.2f} before",
+        f"- versions: python {about['python']}, torch {about['torch']}, PyAV {about['av']}, Pillow {about['pillow']}, "
+        f"DALI {about['dali'] or 'not installed'}, vjepa_fast {about['vjepa_fast']}, commit {about['commit']}{changed}",
+        f"- command: `{about['command']}`", f"- date: {about['date']}", "",
+        "Core-milliseconds (user and system, getrusage) a clip of 16 frames from a window of 112, cropped, 256 px;",
+        f"lowest of {_NUM_ROUNDS} rounds of {_NUM_CLIPS} clips. Sources: ten seconds of 30 frames a second; H.264 by "
+        "x264 medium, crf 28.",
+        "*reference*: PyAV decodes every frame from the keyframe on, whole RGB frames by swscale, crop, resize and",
+        "normalisation in fp32. *by RGB frames*: our decoding, swscale, then PyTorch's resize of uint8. *pack*: of",
+        "`vjepa-fast pack` as it is by default (4 frames/s, shorter side 256, nothing enlarged, quality 90), reading",
+        "included; both back ends give the same bytes. *index*: once a file.", "",
+        "| source | " + " | ".join(_COLUMNS) + " | index |", "|---" * (len(_COLUMNS) + 2) + "|"]
+    for row in rows:
+        cells = [f"{row['core_ms'][name]:.1f}" if name in row["core_ms"] else "" for name in _COLUMNS]
+        lines.append(f"| {row['source']} | {' | '.join(cells)} | {row['index_ms']:.1f} |")
+    ours = [name for name in _COLUMNS if name not in ("reference", "by RGB frames", "decoding alone")]
+    lines += ["", "Reference's cost over ours:", "", "| source | " + " | ".join(ours) + " | packed frame | video, KB | "
+              "pack, KB | PSNR, dB |", "|---" * (len(ours) + 5) + "|"]
+    for row in rows:
+        found = row["core_ms"]
+        cells = [f"{found['reference'] / found[name]:.1f}" if name in found else "" for name in ours]
+        height, width = row["pack_size"]
+        lines.append(f"| {row['source']} | {' | '.join(cells)} | {width} x {height} | {row['video_bytes'] / 1e3:.0f} | "
+                     f"{row['pack_bytes'] / 1e3:.0f} | {row['pack_psnr']:.1f} |")
+    lines += ["", "Colour, PyAV raw less that by RGB frames:", ""]
+    lines += [f"- {row['source']}: {row['colour']['mean']:.2f} on average, {row['colour']['size']:.2f} in size, "
+              f"{row['colour']['most']:.0f} at most" for row in rows]
+    lines += ["", "Damage: all 96 frames of 60 files of 128 x 96 were read, in which that many bits were flipped at",
+              "random places. The columns count files; those of the fourth have frames that are wrong and no word of it from",
+              "container or decoder.", "",
+              "| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |",
+              "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in report["damage"]]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where the videos are made")
-    folder = parser.parse_args().folder
+    parser.add_argument("--folder", type=Path, required=True, help="where videos and packs are made, new or of this")
+    parser.add_argument("--out", type=Path, help="without extension; default: in benchmarks/results, with the date")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     torch.set_num_threads(1)
-    costs(folder)
-    bit_flips(folder)
+    with_dali = dali.missing(_CPU) is None
+    about = environment(_CPU) | {"av": av.__version__, "pillow": PIL.__version__, "dali": None}
+    if with_dali:
+        import nvidia.dali
+
+        about["dali"] = nvidia.dali.__version__
+    about["command"] = about["command"].replace(str(folder), "FOLDER")
+    rows = []
+    for kind in KINDS:
+        rows.append(costs(kind, folder, with_dali))
+        print(kind.name, {name: round(value, 1) for name, value in rows[-1]["core_ms"].items()}, flush=True)
+    report = {"environment": about, "rows": rows, "damage": bit_flips(folder)}
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"clips_cpu_{about['date'][:10]}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(as_markdown(report))
+    print(as_markdown(report))
 
 
 if __name__ == "__main__":
