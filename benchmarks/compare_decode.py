@@ -208,8 +208,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += [f"- {row['source']}: {row['colour']['mean']:.2f} on average, {row['colour']['size']:.2f} in size, "
               f"{row['colour']['most']:.0f} at most" for row in rows]
     lines += ["", "Damage: all 96 frames of 60 files of 128 x 96 were read, in which that many bits were flipped at",
-              "random places. The columns count files; those of the fourth have frames that are wrong and no word of it from",
-              "container or decoder.", "",
+              "random places. The columns count files; those of the fourth have frames that are wrong and no word of",
+              "it from container or decoder.", "",
               "| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |",
               "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in report["damage"]]

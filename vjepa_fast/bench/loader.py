@@ -31,6 +31,7 @@ from vjepa_fast.errors import UserError
 
 # In this process a clip costs the same in a batch of any size: small ones end sooner.
 _MAX_BATCH_IN_PROCESS = 8
+_MIN_CLIPS_IN_PROCESS = 32
 _NUM_SHOWN = 5
 _BACKENDS = {"pyav": "PyAV", "dali": "DALI"}
 
@@ -153,7 +154,7 @@ def read_both(cfg: DataConfig, device: torch.device, num_batches: int) -> dict[s
         warnings.simplefilter("always")
         alone = read_batches(
             cfg.model_copy(update={"num_workers": 0, "batch_size": small, "global_batch_size": None}), device,
-            num_batches)
+            max(num_batches, -(-_MIN_CLIPS_IN_PROCESS // small)))
         # Batches come in bursts, one a process.
         found = alone if workers == 0 and small == cfg.per_process(1) else read_batches(
             cfg.model_copy(update={"num_workers": workers}), device, max(num_batches, 2 * workers))
