@@ -158,8 +158,13 @@ def read_both(cfg: DataConfig, device: torch.device, num_batches: int) -> dict[s
         # Batches come in bursts, one a process.
         found = alone if workers == 0 and small == cfg.per_process(1) else read_batches(
             cfg.model_copy(update={"num_workers": workers}), device, max(num_batches, 2 * workers))
-    notes = dict.fromkeys([str(one.message) for one in said if "DALI does not decode" in str(one.message)]
-                          + alone["replaced"] + found["replaced"])
+    notes: dict[str, None] = {}
+    for one in said:
+        if "DALI does not decode" in str(one.message):
+            notes[str(one.message)] = None
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    notes |= dict.fromkeys(alone["replaced"] + found["replaced"])
     return {**found, "core_ms_per_clip": alone["core_ms_per_clip"], "notes": list(notes)}
 
 

@@ -31,6 +31,8 @@ Examples:
 
   vjepa-fast bench --recipe vitl16-256 --loader videos.csv --out results
 
+  vjepa-fast bench --loader videos.csv --pack packs/videos
+
 Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
 """
 
