@@ -47,11 +47,10 @@ def _h264(height: int, width: int, gop: int) -> Kind:
 
 def _vp9(height: int, width: int, gop: int) -> Kind:
     return Kind(f"{height}p VP9 GOP {gop}", height, width, "libvpx-vp9",
-                {"crf": "36", "b": "0", "g": str(gop), "deadline": "realtime", "cpu-used": "6", "threads": "1"})
+                {"crf": "48", "b": "0", "g": str(gop), "deadline": "realtime", "cpu-used": "6", "threads": "1"})
 
 
-KINDS = [_h264(360, 640, 250), _h264(360, 640, 30), _h264(240, 426, 250), _h264(240, 426, 30), _vp9(360, 640, 250),
-         _vp9(360, 640, 30)]
+KINDS = [_h264(360, 640, 250), _h264(360, 640, 30), _h264(240, 426, 250), _h264(240, 426, 30), _vp9(360, 640, 30)]
 
 
 def _pictures(height: int, width: int, seed: int, count: int) -> Iterator[np.ndarray]:
