@@ -136,7 +136,8 @@ def _group_of(cfg: Config, fpcs: list[int]) -> Callable[[np.ndarray], np.ndarray
 
     sizes = [SYNTHETIC_SIZE[0] if name == SYNTHETIC else len(read_manifest(name)[0]) for name in data.datasets]
     groups = np.array([fpcs.index(fpc) for fpc in data.dataset_fpcs])
-    return lambda ids: groups[choose_videos(ids, sizes, data.datasets_weights, data.seed, data.shuffle)[0]]
+    return lambda ids: groups[choose_videos(
+        ids, sizes, data.datasets_weights, data.seed, data.shuffle, data.clips_per_video)[0]]
 
 
 def _panel(cfg: Config, group: _Group, samples: int, video: Path | None, is_one_of_many: bool) -> Panel:

@@ -241,6 +241,9 @@ class DataConfig(Section):
     """Frames per second of a clip. At most one of fps, duration (seconds) and frame_step; none means fps 4."""
     duration: float | None = None
     frame_step: PositiveInt | None = None
+    clips_per_video: PositiveInt = 1
+    """Clips of a step that come from one video, each with its own window, crop and flip: PyAV decodes the video once
+    for all of them. The clips of a batch are then less diverse. Divides batch_size or global_batch_size."""
     crop_size: Size = (256, 256)
     patch_size: PositiveInt = 16
     tubelet_size: PositiveInt = 2
@@ -281,6 +284,10 @@ class DataConfig(Section):
                              "keep one and set the other to null")
         if self.batch_size is None and self.global_batch_size is None:
             self.batch_size = 24
+        name = "global_batch_size" if self.batch_size is None else "batch_size"
+        if getattr(self, name) % self.clips_per_video:
+            raise ValueError(f"clips_per_video {self.clips_per_video} does not divide {name} {getattr(self, name)}; "
+                             "set it to a divisor, so that the clips of a video are in one step")
         count = len(self.datasets)
         if count and len(self.dataset_fpcs) not in (1, count):
             raise ValueError(

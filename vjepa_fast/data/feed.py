@@ -1,12 +1,19 @@
-"""Batches from the decoding processes, in order; what happens when one of them dies or hangs."""
+"""Batches from the decoding processes, in order; what happens when one of them dies or hangs.
+
+A process that dies (most often the kernel's out-of-memory killer) costs what is read ahead and no more: a batch is a
+pure function of its step, so all processes are started again at the first step that has not arrived. Only when that
+happens again and again, without _FORGET_AFTER batches in between, is it left to the user.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from multiprocessing import connection
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,6 +24,10 @@ from vjepa_fast.errors import UserError
 
 _POLL_SECONDS = 1.0
 _STUCK_SECONDS = 60.0
+_MAX_RESTARTS = 3
+_FORGET_AFTER = 100
+_ADVICE = ("Most often memory ran out: lower data.num_workers (now {}) or data.prefetch, or give the container more "
+           "shared memory (docker run --shm-size=16g); data.num_workers=0 decodes in the training process")
 
 
 class Feed:
@@ -24,27 +35,38 @@ class Feed:
 
     Args:
         reader: what the processes do.
-        steps: which batches.
+        step: the first batch.
+        end: behind the last one; None is without end.
         num_workers: decoding processes; 0 decodes where `take` is called.
     """
 
-    def __init__(self, reader: ClipReader, steps: Iterable[int], num_workers: int) -> None:
+    def __init__(self, reader: ClipReader, step: int, end: int | None, num_workers: int) -> None:
         self._reader = reader
+        self._step = step
+        self._end = end
         self._num_workers = num_workers
+        self._num_restarts = 0
+        self._num_since = 0
         self._closing: Any = None
         self._watch: Any = None
         self._reported: set[tuple[int, int, float]] = set()
+        self._start()
+
+    def _start(self) -> None:
+        reader = self._reader
         options: dict[str, Any] = {}
-        if num_workers:
+        if self._num_workers:
+            # Everything anew after a death: a process may have died with a lock in its hand.
             context = start_context()
             self._closing = context.Event()
-            self._watch = context.RawArray("d", 3 * num_workers)
+            self._watch = context.RawArray("d", 3 * self._num_workers)
             reader = dataclasses.replace(reader, watch=self._watch)
             options = {"prefetch_factor": reader.cfg.prefetch, "multiprocessing_context": context,
                        "worker_init_fn": WorkerInit(self._closing), "timeout": _POLL_SECONDS}
+        steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
         loader: DataLoader[Any] = DataLoader(
-            reader, batch_size=None, sampler=steps, num_workers=num_workers, collate_fn=_as_is,  # type: ignore[arg-type]
-            **options)
+            reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
+            num_workers=self._num_workers, **options)
         # Started from the main thread, PyTorch would raise in the middle of a step when a process dies. `take` notices
         # it too, within a second, where it can be handled.
         starter = threading.Thread(target=lambda: setattr(self, "_batches", iter(loader)))
@@ -60,24 +82,60 @@ class Feed:
         """The next batch; None behind the last one, or at most a second after `stop` is set.
 
         Raises:
-            UserError: a process died.
+            UserError: processes die again and again.
         """
         while not stop.is_set():
             try:
-                return next(self._batches)
+                batch: RawBatch = next(self._batches)
             except StopIteration:
                 return None
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if "DataLoader timed out" in str(error):
                     self._report_stuck()
-                elif "DataLoader worker" in str(error):
-                    raise UserError(
-                        f"a decoding process died ({error}). Most often memory ran out: lower data.num_workers "
-                        f"(now {self._num_workers}) or data.prefetch, or give the container more shared memory "
-                        "(docker run --shm-size=16g); data.num_workers=0 decodes in the training process") from error
+                elif self._dead():
+                    self._restart(error)
                 else:
                     raise
+            else:
+                self._step += 1
+                self._num_since += 1
+                return batch
         return None
+
+    def _dead(self) -> list[tuple[int, Any]]:
+        """Number and process of every worker that ended though nobody asked it to."""
+        workers = getattr(self._batches, "_workers", [])
+        # A connection may break a moment before its process is over.
+        if workers:
+            connection.wait([worker.sentinel for worker in workers], _POLL_SECONDS)
+        return [(number, worker) for number, worker in enumerate(workers) if worker.exitcode is not None]
+
+    def _restart(self, error: Exception) -> None:
+        """Starts the processes again, or gives up."""
+        if self._num_since >= _FORGET_AFTER:
+            self._num_restarts = 0
+        how = "; ".join(self._describe(number, worker) for number, worker in self._dead())
+        advice = _ADVICE.format(self._num_workers)
+        if self._num_restarts == _MAX_RESTARTS:
+            raise UserError(
+                f"a decoding process died ({how}), and so did those that were started in its place, {_MAX_RESTARTS} "
+                f"times. {advice}. Where the same file is named every time, the decoder crashes on it: leave it out"
+            ) from error
+        self._num_restarts += 1
+        self._num_since = 0
+        warnings.warn(f"a decoding process died ({how}); all of them are started again and no clip is lost. {advice}",
+                      RuntimeWarning, stacklevel=2)
+        self.close()
+        self._start()
+
+    def _describe(self, number: int, worker: Any) -> str:
+        code = worker.exitcode
+        how = f"exit code {code}"
+        if code < 0:
+            how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        dataset, video, since = self._watch[3 * number:3 * number + 3]
+        where = f" while it read {self._reader.datasets[int(dataset)].paths[int(video)]}" if since else ""
+        return f"process {worker.pid}, {how}{where}"
 
     def _report_stuck(self) -> None:
         now = time.monotonic()

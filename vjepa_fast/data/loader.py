@@ -7,7 +7,7 @@ Saving the position takes one integer, the next step.
 
 from __future__ import annotations
 
-import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ from vjepa_fast.data.workers import auto_num_workers
 from vjepa_fast.errors import UserError
 
 _MIN_TRIED = 20
+# Standard deviations by which chance may exceed data.max_broken before all videos are tried.
+_NUM_SIGMAS = 4.0
 _NUM_SHOWN = 5
 
 
@@ -73,6 +75,7 @@ class Loader:
         self._end = None if num_steps is None else step + num_steps
         self.fpcs: list[int] = list(dict.fromkeys(dataset.fpc for dataset in reader.datasets))
         self.num_videos: int = sum(reader.sizes)
+        self.clips_per_epoch: int = reader.clips_per_epoch
         self.num_workers: int = auto_num_workers(device) if cfg.num_workers is None else cfg.num_workers
         self._starts = np.cumsum([0, *reader.sizes])
         self._tried = np.zeros(self.num_videos, dtype=bool)
@@ -149,8 +152,7 @@ class Loader:
         return batch
 
     def _start(self) -> Prefetcher:
-        steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
-        self._feed = Feed(self._reader, steps, self.num_workers)
+        self._feed = Feed(self._reader, self._step, self._end, self.num_workers)
         kind = ThreadedPrefetcher if self._device.type == "cuda" else PlainPrefetcher
         self._prefetcher = kind(self._feed.take, self._finisher)
         self._finalizer = weakref.finalize(self, _shut_down, self._prefetcher, self._feed, self._finisher)
@@ -165,8 +167,7 @@ class Loader:
                 self._num_broken += not filtered
             self._tried[number] = True
         tried, limit = self.num_tried, self._reader.cfg.max_broken
-        if failed_sample is None and (
-                tried < min(_MIN_TRIED, self.num_videos) or self._num_broken <= limit * tried):
+        if failed_sample is None and (tried < min(_MIN_TRIED, self.num_videos) or self._num_broken <= self._allowed()):
             return
         videos = self.broken()
         lines = [f"  {video.path}: {video.reason}" for video in videos[:_NUM_SHOWN]]
@@ -178,6 +179,16 @@ class Loader:
         else:
             what = f"more than data.max_broken={limit:g} of the videos cannot be read; "
         raise UserError(f"{what}{len(videos)} of the {tried} videos tried were left out:\n" + "\n".join(lines))
+
+    def _allowed(self) -> float:
+        """Broken videos that are put up with so far.
+
+        data.max_broken of those tried, and as many more as chance may put among them: the hypergeometric standard
+        deviation, which is 0 when all are tried. A set with just that share of broken videos gets through.
+        """
+        limit, tried, total = self._reader.cfg.max_broken, self.num_tried, self.num_videos
+        variance = limit * (1 - limit) * tried * (total - tried) / max(1, total - 1)
+        return limit * tried + _NUM_SIGMAS * math.sqrt(variance)
 
     def _finish(self, pending: Pending) -> Batch:
         raw, clips = pending.raw, []
@@ -196,8 +207,11 @@ class Loader:
         As for those that fail there, the replacement depends on nothing but the sample number.
         """
         (dataset,), (first,) = (chosen.tolist() for chosen in self._reader.choose(np.array([sample])))
-        last = failed[1]
+        last, tried = failed[1], set[int]()
         while True:
+            # Or this would not end.
+            assert last not in tried
+            tried.add(last)
             outcomes = [Outcome(dataset, last, reason, False)]
             found = self._reader.find(sample, dataset, first, outcomes, after=last)
             self._record(outcomes, sample if found is None else None)

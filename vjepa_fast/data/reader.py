@@ -76,14 +76,16 @@ class ClipReader:
     preparer: Preparer
     watch: Any = None
     sizes: list[int] = field(init=False)
+    clips_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.sizes = [len(dataset.paths) for dataset in self.datasets]
+        self.clips_per_epoch = sum(self.sizes) * self.cfg.clips_per_video
 
     def choose(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Dataset and video, int64 [N] each, of global sample numbers."""
-        return sampling.choose_videos(
-            samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle)
+        return sampling.choose_videos(samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle,
+                                      self.cfg.clips_per_video)
 
     def __getitem__(self, step: int) -> RawBatch:
         try:
@@ -104,18 +106,41 @@ class ClipReader:
         clips: dict[int, list[Any]] = {}
         ids: dict[int, list[int]] = {}
         videos: dict[int, list[tuple[int, int]]] = {}
-        for sample, dataset, video in zip(samples.tolist(), *(a.tolist() for a in self.choose(samples)), strict=True):
-            found = self.find(sample, dataset, video, outcomes)
-            if found is None:
-                return RawBatch(step, [], [], [], [], outcomes, sample)
+        chosen = zip(samples.tolist(), *(a.tolist() for a in self.choose(samples)), strict=True)
+        # Clips of one video may also be the last of one process and the first of the next: each decodes its own.
+        for (_, dataset, video), members in itertools.groupby(
+                chosen, lambda one: (one[0] // self.cfg.clips_per_video, *one[1:])):
             group = self.groups[dataset]
-            clips.setdefault(group, []).append(found[0])
-            ids.setdefault(group, []).append(sample)
-            videos.setdefault(group, []).append((dataset, found[1]))
+            own = [sample for sample, _, _ in members]
+            for sample, found in zip(own, self._find_all(own, dataset, video, outcomes), strict=True):
+                if found is None:
+                    return RawBatch(step, [], [], [], [], outcomes, sample)
+                clips.setdefault(group, []).append(found[0])
+                ids.setdefault(group, []).append(sample)
+                videos.setdefault(group, []).append((dataset, found[1]))
         present = sorted(clips)
         return RawBatch(
             step, present, [self.preparer.collate(clips[g]) for g in present], [torch.tensor(ids[g]) for g in present],
             [videos[g] for g in present], outcomes, None)
+
+    def _find_all(self, samples: list[int], dataset: int, video: int, outcomes: list[Outcome],
+                  ) -> Iterator[tuple[Any, int] | None]:
+        """`find` for samples of one video, which is decoded once if it can be."""
+        if len(samples) > 1:
+            self._note(dataset, video, time.monotonic())
+            try:
+                opened: dict[int, Source] = {}
+                clips = self.preparer.prepare_together(
+                    [self.request(one, dataset, video, opened) for one in samples])
+            except DecodeError:
+                # One by one below, so that a clip and its replacement depend on nothing but the sample number.
+                pass
+            else:
+                outcomes.append(Outcome(dataset, video, None, False))
+                yield from ((clip, video) for clip in clips)
+                return
+        for sample in samples:
+            yield self.find(sample, dataset, video, outcomes)
 
     def find(self, sample: int, dataset: int, video: int, outcomes: list[Outcome], after: int | None = None,
              ) -> tuple[Any, int] | None:
@@ -145,14 +170,25 @@ class ClipReader:
                 return clip, candidate
         return None
 
-    def request(self, sample: int, dataset: int, video: int) -> ClipRequest:
+    def request(self, sample: int, dataset: int, video: int, opened: dict[int, Source] | None = None) -> ClipRequest:
         """Which frames, crop and flip a sample shows of a video.
+
+        Args:
+            sample: global sample number.
+            dataset, video: the video.
+            opened: what was opened of this video so far, by phase, is taken from here and added.
 
         Raises:
             DecodeError: the video cannot be used.
         """
-        cfg, fpc, epoch = self.cfg, self.datasets[dataset].fpc, sample // sum(self.sizes)
-        source = self._source(sample, epoch, dataset, video)
+        cfg, fpc, epoch = self.cfg, self.datasets[dataset].fpc, sample // self.clips_per_epoch
+        pack = self.datasets[dataset].pack
+        phase = 0 if pack is None else sampling.choose_phase(sample, epoch, pack.num_phases(video), cfg.seed)
+        opened = {} if opened is None else opened
+        if phase not in opened:
+            path = self.datasets[dataset].paths[video]
+            opened[phase] = open_source(path, cfg.cache_dir) if pack is None else pack.video(video, phase)
+        source = opened[phase]
         numbers = np.zeros(fpc, dtype=np.int64)
         if not source.is_image:
             try:
@@ -167,9 +203,3 @@ class ClipReader:
                                 cfg.aug.random_resize_aspect_ratio, cfg.seed)
         flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)
         return ClipRequest(source, numbers, box, cfg.crop_size, flip)
-
-    def _source(self, sample: int, epoch: int, dataset: int, video: int) -> Source:
-        pack = self.datasets[dataset].pack
-        if pack is None:
-            return open_source(self.datasets[dataset].paths[video], self.cfg.cache_dir)
-        return pack.video(video, sampling.choose_phase(sample, epoch, pack.num_phases(video), self.cfg.seed))

@@ -5,7 +5,10 @@ holds g in [s*b*W + r*b, s*b*W + (r+1)*b). The epoch is g // (number of videos).
 (vjepa_fast.rng) with counter (g, epoch) and the stream of what is drawn, so a clip is the same at any number of
 processes and workers and after any restart.
 
-Video, without weights: position g % total in a permutation of all videos that is new every epoch. The permutation is a
+With n clips a video (data.clips_per_video) the n sample numbers from n*u on show video number u of the run: what picks
+the video is drawn for u, frames, crop and flip for g. An epoch is then n times as many clips.
+
+Video, without weights: position u % total in a permutation of all videos that is new every epoch. The permutation is a
 Feistel network over the smallest power of two that holds `total`, whose round function is Philox, followed by cycle
 walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002): random access, no memory. Below 2048
 videos, where a Feistel network is not uniform, the videos are sorted by one Philox word each.
@@ -95,7 +98,7 @@ def permute(position: np.ndarray, size: int, seed: int, epoch: int | np.ndarray,
 
 
 def choose_videos(samples: np.ndarray, sizes: Sequence[int], weights: Sequence[float] | None, seed: int,
-                  shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+                  shuffle: bool = True, clips_per_video: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Dataset and video of each global sample number.
 
     Args:
@@ -104,20 +107,21 @@ def choose_videos(samples: np.ndarray, sizes: Sequence[int], weights: Sequence[f
         weights: one per dataset, or None for every video once an epoch.
         seed: of the run.
         shuffle: False keeps the manifest's order; read only without weights.
+        clips_per_video: how many consecutive sample numbers share a video.
 
     Returns:
         dataset int64 [N] and video int64 [N], the latter counted within its dataset.
     """
-    samples = np.asarray(samples, dtype=np.int64)
+    turn = np.asarray(samples, dtype=np.int64) // clips_per_video
     total = int(sum(sizes))
-    epoch = samples // total
+    epoch = turn // total
     if weights is not None:
         edges = np.cumsum(np.asarray(weights, dtype=np.float64))
-        draw = unit(random_words(seed, samples, epoch, pack_tag(Stream.DATASET))[..., 0]) * edges[-1]
+        draw = unit(random_words(seed, turn, epoch, pack_tag(Stream.DATASET))[..., 0]) * edges[-1]
         dataset = np.searchsorted(edges, draw, side="right")
-        word = random_words(seed, samples, epoch, pack_tag(Stream.VIDEO))[..., 0]
+        word = random_words(seed, turn, epoch, pack_tag(Stream.VIDEO))[..., 0]
         return dataset, below(word, np.asarray(sizes, dtype=np.int64)[dataset])
-    position = samples % total
+    position = turn % total
     if shuffle:
         position = permute(position, total, seed, epoch)
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))

@@ -3,7 +3,7 @@
 A request (vjepa_fast.data.decode.request) goes through four calls:
 
     prepare   in the decoding process: one request -> whatever the back end needs of it. A clip that cannot be had is a
-              DecodeError here, and another video takes its place.
+              DecodeError here, and another video takes its place. prepare_together does it for clips of one video.
     collate   in the decoding process: the prepared clips of a batch -> few large tensors, which cross by shared memory
     start     in the training process, ahead of the step: begins what is left to do, and returns at once on a GPU
     wait      in the training process, when the step wants the batch: uint8 [B, T, H, W, 3], ordered on its stream
@@ -11,14 +11,15 @@ A request (vjepa_fast.data.decode.request) goes through four calls:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vjepa_fast.data.decode.jpeg import decode_jpeg_clip
-from vjepa_fast.data.decode.pyav import decode_clip
+from vjepa_fast.data.decode.jpeg import decode_jpeg_clips
+from vjepa_fast.data.decode.pyav import decode_clips
 from vjepa_fast.data.decode.request import ClipRequest, JpegSource
 
 
@@ -27,6 +28,13 @@ class Preparer(Protocol):
 
     def prepare(self, request: ClipRequest) -> Any:
         """Raises DecodeError where the clip cannot be had."""
+        ...
+
+    def prepare_together(self, requests: Sequence[ClipRequest]) -> list[Any]:
+        """What `prepare` gives for each of some clips of one video; DecodeError where one of them cannot be had.
+
+        Frames are shared among clips that have the same object as source.
+        """
         ...
 
     def collate(self, prepared: list[Any]) -> Any:
@@ -70,7 +78,11 @@ class HostPreparer:
     """Decodes on the CPU, in the decoding process: a clip is uint8 [T, H, W, 3]."""
 
     def prepare(self, request: ClipRequest) -> Tensor:
-        return decode_jpeg_clip(request) if isinstance(request.source, JpegSource) else decode_clip(request)
+        return self.prepare_together([request])[0]
+
+    def prepare_together(self, requests: Sequence[ClipRequest]) -> list[Tensor]:
+        is_jpeg = isinstance(requests[0].source, JpegSource)
+        return decode_jpeg_clips(requests) if is_jpeg else decode_clips(requests)
 
     def collate(self, prepared: list[Tensor]) -> Tensor:
         return torch.stack(prepared)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,10 @@ class DaliPreparer:
             if not all(file[:2] == b"\xff\xd8" and file[-2:] == b"\xff\xd9" for file in files):
                 raise DecodeError("one of its frames is no whole JPEG file")
         return EncodedClip(files, frames, places, request.box, request.flip)
+
+    def prepare_together(self, requests: Sequence[ClipRequest]) -> list[EncodedClip | DecodedClip]:
+        # A slice each: to share one, its pictures would have to be kept whole on the device until all are cropped.
+        return [self.prepare(request) for request in requests]
 
     def _refuse(self, codec: str, pix_fmt: str, width: int, height: int) -> str | None:
         if codec not in (("h264", "hevc", "vp9") if self._on_gpu else ("vp9", "mjpeg")):

@@ -33,6 +33,28 @@ def decode_jpeg_clip(request: ClipRequest) -> Tensor:
     return clip if np.array_equal(wanted, request.frame_numbers) else clip[torch.from_numpy(places)]
 
 
+def decode_jpeg_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
+    """`decode_jpeg_clip` of each request; a frame that several take from one source is decoded once."""
+    if len(requests) == 1:
+        return [decode_jpeg_clip(requests[0])]
+    images: dict[int, dict[int, Image.Image]] = {}
+    for source in {id(request.source): request.source for request in requests}.values():
+        assert isinstance(source, JpegSource)
+        wanted = np.unique([request.frame_numbers for request in requests if request.source is source])
+        files = source.read_jpegs(wanted)
+        images[id(source)] = {
+            number: _decode(file, source.height, source.width)
+            for number, file in zip(wanted.tolist(), files, strict=True)}
+    clips = []
+    for request in requests:
+        wanted, places = np.unique(request.frame_numbers, return_inverse=True)
+        corners = _corners(request.box)
+        own = images[id(request.source)]
+        frames = np.stack([np.asarray(own[number].crop(corners)) for number in wanted.tolist()])
+        clips.append(resize_clip(frames, request.size, request.flip)[torch.from_numpy(places)])
+    return clips
+
+
 def decode_jpegs(files: Sequence[bytes], height: int, width: int, box: Box | None = None) -> np.ndarray:
     """Frames of one size as RGB, by libjpeg-turbo's exact methods (slow integer DCT, smooth chroma).
 
@@ -48,12 +70,19 @@ def decode_jpegs(files: Sequence[bytes], height: int, width: int, box: Box | Non
         DecodeError: a file is damaged.
     """
     box = box or Box(0, 0, height, width)
-    corners = box.left, box.top, box.left + box.width, box.top + box.height
+    corners = _corners(box)
     frames = np.empty((len(files), box.height, box.width, 3), dtype=np.uint8)
     for number, file in enumerate(files):
-        try:
-            image = Image.frombytes("RGB", (width, height), file, "jpeg", "RGB", "")
-        except (ValueError, OSError) as error:
-            raise DecodeError(f"one of its JPEG files is damaged: {error}") from error
-        frames[number] = np.asarray(image.crop(corners))
+        frames[number] = np.asarray(_decode(file, height, width).crop(corners))
     return frames
+
+
+def _decode(file: bytes, height: int, width: int) -> Image.Image:
+    try:
+        return Image.frombytes("RGB", (width, height), file, "jpeg", "RGB", "")
+    except (ValueError, OSError) as error:
+        raise DecodeError(f"one of its JPEG files is damaged: {error}") from error
+
+
+def _corners(box: Box) -> tuple[int, int, int, int]:
+    return box.left, box.top, box.left + box.width, box.top + box.height

@@ -12,7 +12,7 @@ Rotation metadata is ignored, as in the reference's loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import av
@@ -40,13 +40,31 @@ def decode_clip(request: ClipRequest) -> Tensor:
     Raises:
         DecodeError: the file is gone, or a wanted frame cannot be decoded.
     """
-    source, box = request.source, request.box
+    return decode_clips([request])[0]
+
+
+def decode_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
+    """`decode_clip` of each of some requests with the same source: one pass over the frames that any of them wants.
+
+    Raises:
+        DecodeError: the file is gone, or a frame that one of them wants cannot be decoded.
+    """
+    source = requests[0].source
+    assert all(request.source is source for request in requests)
     if isinstance(source, ImageSource):
-        image = rgb_pixels(decode_image(source.path), box, request.size, request.flip)
-        return image.repeat(len(request.frame_numbers), 1, 1, 1)
+        rgb = decode_image(source.path)
+        return [rgb_pixels(rgb, request.box, request.size, request.flip).repeat(len(request.frame_numbers), 1, 1, 1)
+                for request in requests]
     assert isinstance(source, VideoSource)
-    to_pixels = ToPixels(source.index, box, request.size, request.flip)
-    return torch.cat(decode_each(source.path, source.index, request.frame_numbers, to_pixels))
+    converters = [ToPixels(source.index, one.box, one.size, one.flip) for one in requests]
+    wanted = [set(one.frame_numbers.tolist()) for one in requests]
+
+    def convert(number: int, frame: Any) -> dict[int, Tensor]:
+        return {clip: converters[clip](frame) for clip, own in enumerate(wanted) if number in own}
+
+    found = _decode(source.path, source.index, np.concatenate([one.frame_numbers for one in requests]), convert)
+    return [torch.cat([found[number][clip] for number in one.frame_numbers.tolist()])
+            for clip, one in enumerate(requests)]
 
 
 def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: Box | None = None) -> np.ndarray:
@@ -69,7 +87,13 @@ def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: 
 
 def decode_each(path: str, index: VideoIndex, frame_numbers: np.ndarray, convert: Callable[[Any], T]) -> list[T]:
     """What `convert` makes of each wanted frame, an av.VideoFrame; arguments and errors as of decode_frames."""
-    wanted, places = np.unique(np.asarray(frame_numbers, dtype=np.int64), return_inverse=True)
+    found = _decode(path, index, frame_numbers, lambda _, frame: convert(frame))
+    return [found[number] for number in np.asarray(frame_numbers).tolist()]
+
+
+def _decode(path: str, index: VideoIndex, frame_numbers: np.ndarray, convert: Callable[[int, Any], T]) -> dict[int, T]:
+    """What `convert` makes of the number and the av.VideoFrame of each wanted frame, by number."""
+    wanted = np.unique(np.asarray(frame_numbers, dtype=np.int64))
     assert len(wanted) and wanted[0] >= 0 and wanted[-1] < index.num_frames
     with reading(path):
         found: dict[int, T] = {}
@@ -81,10 +105,10 @@ def decode_each(path: str, index: VideoIndex, frame_numbers: np.ndarray, convert
     missing = [int(number) for number in wanted if int(number) not in found]
     if missing:
         raise DecodeError(f"frame {missing[0]} of {index.num_frames} cannot be decoded")
-    return [found[int(number)] for number in wanted[places]]
+    return found
 
 
-def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[Any], T],
+def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T],
                    ) -> Iterator[tuple[int, T]]:
     number_of = {int(index.pts[number]): int(number) for number in wanted}
     not_needed = set(index.pts[index.disposable].tolist())
@@ -112,7 +136,8 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Ca
                 if not is_clean or frame.is_corrupt:
                     return
                 if frame.pts in number_of:
-                    yield number_of[frame.pts], convert(frame)
+                    number = number_of[frame.pts]
+                    yield number, convert(number, frame)
             codec.flush_buffers()
 
 
@@ -135,7 +160,7 @@ def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int
     yield from codec.decode(None)
 
 
-def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[Any], T],
+def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T],
                 ) -> Iterator[tuple[int, T]]:
     numbers = set(wanted.tolist())
     last = int(wanted[-1])
@@ -144,7 +169,7 @@ def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, convert: Calla
         for count, frame in enumerate(container.decode(stream)):
             number = count if number_of is None else number_of.get(frame.pts, -1)
             if number in numbers and not frame.is_corrupt:
-                yield number, convert(frame)
+                yield number, convert(number, frame)
             if number >= last:
                 return
 
