@@ -19,7 +19,8 @@ COLUMNS = (
     "epoch", "itr", "loss", "iter-time(ms)", "gpu-time(ms)", "dataload-time(ms)",
     "step", "lr", "weight_decay", "momentum", "grad_norm", "skipped", "clips_per_s",
 )
-"""The first six are the reference's; gpu-time is the wall time of the training step on a CPU."""
+"""The first six are the reference's; gpu-time is the wall time of the training step on a CPU, dataload-time
+what that step waited for its clips (vjepa_fast.train.timing)."""
 
 
 class MetricsLog:

@@ -12,22 +12,28 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Speed:
-    """Clips per second, leaving out the first steps, which warm up, if there are others."""
+    """Clips per second and data-wait share, leaving out the first steps, which warm up, if there are others."""
 
     def __init__(self, warmup: int = 3) -> None:
         self.skip = warmup
-        self.num_clips, self.seconds = 0, 0.0
+        self.num_clips, self.seconds, self.waited = 0, 0.0, 0.0
 
-    def add(self, num_clips: int, seconds: float) -> None:
+    def add(self, num_clips: int, seconds: float, waited: float) -> None:
+        """A step: how long it took, and how much of that it waited for clips."""
         if self.skip == 0:
-            self.num_clips, self.seconds = 0, 0.0
+            self.num_clips, self.seconds, self.waited = 0, 0.0, 0.0
         self.skip -= 1
         self.num_clips += num_clips
         self.seconds += seconds
+        self.waited += waited
 
     @property
     def clips_per_s(self) -> float:
         return self.num_clips / self.seconds if self.seconds else float("nan")
+
+    @property
+    def data_wait(self) -> float:
+        return self.waited / self.seconds if self.seconds else float("nan")
 
 
 class RunConsole(Console):

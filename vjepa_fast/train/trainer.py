@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from vjepa_fast.train.run_folder import LATEST, choose_folder
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
+from vjepa_fast.train.timing import StepTimer, StepTimes
 
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
@@ -48,8 +49,8 @@ MAX_SKIPPED = 50
 NUM_EXPECTED = 256
 """Steps whose masks tell for which sizes CUDA graphs are captured."""
 
-_CLOSED = 1
-"""Exit code when nobody reads the output any more."""
+_CLOSED, _NO_CLIPS = 1, 2
+"""What the processes agree on when nobody reads the output any more, or one of them cannot have clips."""
 
 SYNTHETIC = "synthetic:"
 SYNTHETIC_SIZE = (400, 200)
@@ -61,13 +62,16 @@ class RunSummary:
     """How a run ended."""
 
     exit_code: int
-    """0 finished, 1 output closed, 130 interrupted, 143 ended by SIGTERM; all but 0 after a checkpoint was written."""
+    """0 finished, 1 output closed or no clips, 130 interrupted, 143 ended by SIGTERM; all but 0 after a checkpoint was
+    written."""
     step: int
     """Steps done, over all restarts."""
     loss: float
     """Mean of the last steps logged; that of the checkpoint if no step was left to do."""
     clips_per_s: float
     """Over all processes, after the first steps; nan if no step was left to do."""
+    data_wait: float
+    """Share of that time that the first process waited for clips, 0 to 1 (vjepa_fast.train.timing)."""
     folder: Path
 
 
@@ -82,9 +86,7 @@ class _Pending:
     schedule: dict[str, float]
     """Learning rate, weight decay and momentum, by their names in the log."""
     num_clips: int
-    iter_s: float
-    step_s: float
-    data_s: float
+    times: StepTimes
 
 
 class Trainer:
@@ -117,7 +119,7 @@ class Trainer:
         self._make_synthetic()
         self.loader = self._build_loader()
         if cfg.optimization.ipe is None:
-            cfg.optimization.ipe = max(1, self.loader.num_videos // self.global_batch)
+            cfg.optimization.ipe = max(1, self.loader.clips_per_epoch // self.global_batch)
         torch.manual_seed(cfg.train.seed)
         if cfg.model.compile_model is True:
             require_compiler(self.device)
@@ -141,14 +143,15 @@ class Trainer:
         self.profiler = StepProfiler(self.folder, self.step + 5) if profile and self.processes.is_first else None
         self.broken_list = BrokenList(self.folder, self.processes.rank, self.step > 0)
         self._stop_code = 0
+        self._no_clips: UserError | None = None
         self._num_skipped = 0
 
     def fit(self) -> RunSummary:
         """Train to the end, or until SIGINT or SIGTERM; both write a checkpoint first.
 
         Raises:
-            UserError: too many broken videos, a full disk, gradients that stay non-finite, or an output that nobody
-                reads any more.
+            UserError: too many broken videos or decoding processes that keep dying, both after a checkpoint was
+                written; a full disk, gradients that stay non-finite, or an output that nobody reads any more.
         """
         cfg = self.cfg
         if self.processes.is_first:
@@ -173,8 +176,11 @@ class Trainer:
             self.stop.restore()
         if self.processes.is_first:
             plot_loss(log.csv_path, log.jsonl_path, self.folder / "loss.png")
-        summary = RunSummary(self._stop_code, self.step, self._recent_loss, speed.clips_per_s, self.folder)
+        code = 1 if self._stop_code == _NO_CLIPS else self._stop_code
+        summary = RunSummary(code, self.step, self._recent_loss, speed.clips_per_s, speed.data_wait, self.folder)
         self._summarise(summary)
+        if self._stop_code == _NO_CLIPS and self._no_clips is not None:
+            raise self._no_clips
         if self._stop_code == _CLOSED and self.processes.is_first:
             raise UserError(f"nobody reads the output any more (a closed pipe): stopped at step {self.step}, after a "
                             "checkpoint was written; continue with --resume")
@@ -185,43 +191,52 @@ class Trainer:
         assert every is not None
         pending: list[_Pending] = []
         output: JEPAOutput | None = None
-        batches = iter(self.loader)
+        first, batches, timer = self.step, iter(self.loader), StepTimer(self.device)
         while self.step < self.last_step:
-            began = time.perf_counter()
-            batch = self.stop.waiting(lambda: next(batches))
+            timer.ask()
+            batch = self._take(batches)
             # Agreed on before the step, so that no process waits in a collective for one that has stopped.
             if self._agree_to_stop():
                 break
             assert batch is not None
-            arrived = time.perf_counter()
+            timer.arrive()
             result = self.run_step(batch)
-            ended = time.perf_counter()
+            times = timer.end()
             num_clips = sum(len(clips) for clips in batch.clips) * self.processes.world_size
             # Without the features and predictions, which would pile up until the next line of the log.
             pending.append(_Pending(
                 self.step, result.loss, result.grad_norm, result.skipped,
                 {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
-                num_clips, ended - began, ended - arrived, arrived - began))
+                num_clips, times))
             output = result.output
-            speed.add(num_clips, ended - began)
             self.step += 1
             progress.advance(self.step)
             if self.profiler is not None:
                 self.profiler.after_step(self.step)
             due = self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
             if due or self.step % self.cfg.train.log_every == 0:
-                self._flush(pending, output, log, progress)
+                self._flush(pending, output, log, progress, speed)
                 pending.clear()
             if due:
                 self.save()
         if pending:
-            self._flush(pending, output, log, progress)
-        if self._saved_step != self.step:
+            self._flush(pending, output, log, progress, speed)
+        # A run that never got clips leaves nothing that would have to be resumed.
+        if self._saved_step != self.step and not (self._stop_code == _NO_CLIPS and self.step == first):
             self.save()
         self._agree_to_stop()
 
+    def _take(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None when the run has to stop."""
+        try:
+            return self.stop.waiting(lambda: next(batches))
+        except UserError as error:
+            # Raised when all processes have heard of it and a checkpoint is written.
+            self._no_clips = error
+            return None
+
     def _agree_to_stop(self) -> bool:
-        code = self.stop.code or (_CLOSED if self.console.closed else 0)
+        code = self.stop.code or (_NO_CLIPS if self._no_clips else _CLOSED if self.console.closed else 0)
         self._stop_code = self.processes.largest(code)
         return self._stop_code != 0
 
@@ -333,32 +348,37 @@ class Trainer:
                 "have without the change", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _flush(
-        self, pending: list[_Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport
+        self, pending: list[_Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport,
+        speed: Speed
     ) -> None:
         """Read the figures of the pending steps back and write them down, with the health of the last one's output."""
         shares = torch.stack([p.loss for p in pending]).double().cpu()
         losses = (self.processes.sum_on_host(shares) / self.processes.world_size).tolist()
         norms = torch.stack([p.grad_norm for p in pending]).tolist()
         skipped = torch.stack([p.skipped for p in pending]).tolist()
+        # The device is past the last of these steps now.
+        times = [p.times.seconds() for p in pending]
+        for p, (wait, step) in zip(pending, times, strict=True):
+            speed.add(p.num_clips, wait + step, wait)
         ipe = self.cfg.optimization.ipe
         assert ipe is not None
         rows = [
             {
-                "epoch": p.step // ipe + 1, "itr": p.step % ipe, "loss": loss, "iter-time(ms)": 1e3 * p.iter_s,
-                "gpu-time(ms)": 1e3 * p.step_s, "dataload-time(ms)": 1e3 * p.data_s, "step": p.step, **p.schedule,
-                "grad_norm": norm, "skipped": int(skip), "clips_per_s": p.num_clips / p.iter_s,
+                "epoch": p.step // ipe + 1, "itr": p.step % ipe, "loss": loss, "iter-time(ms)": 1e3 * (wait + step),
+                "gpu-time(ms)": 1e3 * step, "dataload-time(ms)": 1e3 * wait, "step": p.step, **p.schedule,
+                "grad_norm": norm, "skipped": int(skip), "clips_per_s": p.num_clips / (wait + step),
             }
-            for p, loss, norm, skip in zip(pending, losses, norms, skipped, strict=True)
+            for p, loss, norm, skip, (wait, step) in zip(pending, losses, norms, skipped, times, strict=True)
         ]
         assert output is not None
         first = self.processes.is_first
         log.write(rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
-        seconds = sum(p.iter_s for p in pending)
+        seconds = sum(map(sum, times))
         finite = [loss for loss, skip in zip(losses, skipped, strict=True) if not skip] or losses
         self._recent_loss = sum(finite) / len(finite)
         progress.report(
             self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
-            clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(p.data_s for p in pending) / seconds)
+            clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(wait for wait, _ in times) / seconds)
         for skip in skipped:
             self._num_skipped = self._num_skipped + 1 if skip else 0
         if self._num_skipped >= MAX_SKIPPED:
@@ -415,14 +435,16 @@ class Trainer:
             self._say("what is set to auto is measured before the first step, which may take a minute or two")
 
     def _summarise(self, summary: RunSummary) -> None:
-        how = {0: "finished", _CLOSED: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
+        how = {0: "finished", 1: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
         figures = [f"loss {summary.loss:.4f}"] if math.isfinite(summary.loss) else []
-        figures += [f"{summary.clips_per_s:.1f} clips/s"] if math.isfinite(summary.clips_per_s) else []
+        if math.isfinite(summary.clips_per_s):
+            figures += [f"{summary.clips_per_s:.1f} clips/s", f"data wait {100 * summary.data_wait:.1f} %"]
         curve = self.folder / "loss.png"
+        written = [f"checkpoint {self.folder / LATEST}"] if self._saved_step is not None else []
+        written += [f"curve {curve}"] if curve.exists() else []
         self.console.print(
-            f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}\n"
-            f"checkpoint {self.folder / LATEST}{f', curve {curve}' if curve.exists() else ''}",
-            highlight=False, soft_wrap=True)
+            f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}"
+            + ("\n" if written else "") + ", ".join(written), highlight=False, soft_wrap=True)
         broken = [video for video in self.loader.broken() if not video.filtered]
         if broken:
             self.console.print(
