@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from vjepa_fast.bench.reference import REFERENCE_COMMIT
+
 from . import golden_format, meta_reference
 from .cases import CASES, Case, recipe_weights, zero_gradient
+from .frame_cases import frame_cases, frames_hash
 from .mask_cases import MASK_CASES, MaskCase
 
 SOURCES = (
     "app/vjepa/utils.py",
+    "src/datasets/video_dataset.py",
     "src/masks/multiseq_multiblock3d.py",
     "src/models/predictor.py",
     "src/models/utils/modules.py",
@@ -29,7 +33,7 @@ def provenance() -> dict[str, Any]:
     root = Path(os.environ["VJEPA2_REFERENCE"])
     return {
         "reference": "facebookresearch/vjepa2",
-        "commit": meta_reference.REFERENCE_COMMIT,
+        "commit": REFERENCE_COMMIT,
         "sha256": {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES},
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -69,6 +73,16 @@ def masks(case: MaskCase) -> list[str]:
             for i in range(golden_format.NUM_MASK_BATCHES)]
 
 
+def frames() -> dict[str, list[int]]:
+    """Start of the window (-1: there is none, -2: the loader gives up) and hash of the frame numbers of every case."""
+    starts, hashes = [], []
+    for seed, case in enumerate(frame_cases()):
+        result = meta_reference.frame_numbers(case, seed)
+        starts.append(-2 if result.numbers is None else -1 if result.start is None else result.start)
+        hashes.append(0 if result.numbers is None else frames_hash(result.numbers))
+    return {"starts": starts, "crc32_of_numbers": hashes}
+
+
 def main() -> None:
     if "VJEPA2_REFERENCE" not in os.environ:
         raise SystemExit("set VJEPA2_REFERENCE to a checkout of facebookresearch/vjepa2")
@@ -78,6 +92,7 @@ def main() -> None:
         print(golden_format.write(f"train_{case.name}", {"provenance": source, **training(case)}))
     hashes = {name: masks(case) for name, case in MASK_CASES.items()}
     print(golden_format.write("masks", {"provenance": source, "sha256_of_batches": hashes}))
+    print(golden_format.write("frames", {"provenance": source, **frames()}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import os
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from torch import nn
 from vjepa_fast.bench.reference import import_environment, load_modules, normalise
 
 from .cases import OPTIMIZATION, Batch, Case, make_batch
+from .frame_cases import FrameCase, FrameResult
 from .mask_cases import MaskCase, Masks
 
 needs_reference = pytest.mark.skipif(
@@ -223,3 +226,52 @@ def collate(collate_masks: Any, batch_sizes: dict[int, int]) -> Masks:
     """What a collator draws for a batch of samples that hold nothing but their frame numbers."""
     batch = [(torch.zeros(1), 0, [torch.arange(fpc)]) for fpc, size in batch_sizes.items() for _ in range(size)]
     return {sample[-1][-1].shape[1]: (enc, pred) for sample, enc, pred in collate_masks(batch)}
+
+
+class _FakeVideo:
+    """What the loader asks of decord's VideoReader."""
+
+    def __init__(self, case: FrameCase) -> None:
+        self._case = case
+
+    def __len__(self) -> int:
+        return self._case.num_frames
+
+    def get_avg_fps(self) -> float:
+        return self._case.avg_fps
+
+    def seek(self, number: int) -> None:
+        assert number == 0
+
+    def get_batch(self, numbers: list[int]) -> Any:
+        return types.SimpleNamespace(asnumpy=lambda: np.zeros(len(numbers)))
+
+
+@functools.cache
+def _video_dataset() -> types.ModuleType:
+    """The module src/datasets/video_dataset.py, without the packages that decode and read tables for it."""
+    stand_ins = {name: types.ModuleType(name) for name in ("decord", "pandas", "torchvision", "psutil")}
+    stand_ins["decord"].VideoReader = stand_ins["decord"].cpu = None  # type: ignore[attr-defined]
+    with import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve()), mock.patch.dict(sys.modules, stand_ins):
+        return importlib.import_module("src.datasets.video_dataset")
+
+
+def frame_numbers(case: FrameCase, seed: int) -> FrameResult:
+    """The frames that the reference's loader takes of a video, by its own code; `seed` is numpy's global one."""
+    module, drawn = _video_dataset(), []
+    randint = np.random.randint
+
+    def draw(low: int, high: int) -> int:
+        end = int(randint(low, high))
+        drawn.append(end - low)
+        return end
+
+    np.random.seed(seed)
+    with mock.patch.object(module, "VideoReader", lambda *_, **__: _FakeVideo(case)), \
+            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+        dataset = module.VideoDataset([], dataset_fpcs=[], **case.settings)
+        try:
+            _, (numbers,) = dataset.loadvideo_decord(__file__, case.fpc)
+        except AssertionError:
+            return FrameResult(None, None)
+    return FrameResult(drawn[0] if drawn else None, numbers)
