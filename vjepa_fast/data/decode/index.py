@@ -28,7 +28,7 @@ from av.stream import Disposition
 from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.data.decode.disposable import DisposableFinder
 
-_VERSION = 2
+_VERSION = 3
 # A stream is cut short when its frames end before this fraction of the duration it declares.
 _MIN_COVERED = 0.9
 
@@ -120,6 +120,8 @@ def build_index(path: str) -> VideoIndex:
                 if p.size:
                     finder.add(bytes(p))
                     packets.append((p.pts, p.dts, p.is_keyframe, p.is_discard, p.is_corrupt, p.duration or 0))
+            entries = stream.index_entries
+            claims_keyframe = len(entries) > 0 and entries[0].is_keyframe
             width, height = codec.width, codec.height
             rate, time_base, codec_name = stream.average_rate, stream.time_base, codec.name
             duration = _declared_duration(stream)
@@ -135,6 +137,9 @@ def build_index(path: str) -> VideoIndex:
         # VP8 has packets that are never displayed and look like any other.
         if not is_exact or codec_name == "vp8":
             return _count_frames(path, float(rate or 0), codec_name)
+        if claims_keyframe and not packets[0][2]:
+            # The pictures before the first keyframe are left out below, which must not hide that they are damaged.
+            _check_leading(path)
         keys = sorted((p[0], p[0] if p[1] is None else p[1]) for p in packets if p[2])
         # What is displayed before the first keyframe refers to pictures that the file does not hold.
         shown = sorted(p for p in shown if p[0] >= keys[0][0])
@@ -150,6 +155,16 @@ def build_index(path: str) -> VideoIndex:
         not_needed = [p[0] for p, found in zip(packets, finder.found(), strict=True) if found and not p[3]]
         return VideoIndex(len(pts), float(rate or 0), width, height, pts, numbers[exact], keyframe_dts[exact],
                           np.isin(pts, not_needed), codec_name)
+
+
+def _check_leading(path: str) -> None:
+    """Decodes what is stored before the first keyframe."""
+    with open_video(path) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.is_keyframe:
+                return
+            if any(frame.is_corrupt for frame in stream.codec_context.decode(packet)):
+                raise DecodeError("its first pictures are damaged")
 
 
 def _check_complete(path: str, stream: Any) -> None:
