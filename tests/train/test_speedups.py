@@ -151,6 +151,8 @@ def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatc
     runs: list[str] = []
 
     class Counted:
+        stopped = False
+
         def __init__(self, step: TrainStep, expected: list, say: Callable[[str], object]) -> None:
             self.expected = expected
 
@@ -175,6 +177,17 @@ def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatc
         "train.cuda_graphs=auto: CUDA graphs are not used, 2000 ms a step with and 1000 ms without"]
     assert runs.count("graphed") == 2 * (3 * len(trials) + 1)
     assert equal(everything(step), before)
+    # Graphs that gave up on the way ran eagerly, however the times came out.
+    monkeypatch.setattr(speedups, "race", seconds(1.0, 2.0))
+    monkeypatch.setattr(Counted, "stopped", True)
+    assert speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, False) is step
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(speedups, "race", out_of_memory)
+    assert speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, False) is step
+    assert "memory does not hold them" in said[-1] and equal(everything(step), before)
     profiled = speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, True)
     assert profiled is step and "single operators" in said[-1]
 

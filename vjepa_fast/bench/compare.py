@@ -123,8 +123,10 @@ def measure_graphed(ours: OurStep, limits: Limits, *, rounds: int, budget_s: flo
         seconds = interleave({"eager": ours, "graphed": graphed}, device, rounds, budget_s=budget_s)
     except (UserError, torch.OutOfMemoryError) as error:
         return {"error": str(error).splitlines()[0]}
-    ratios = [b / a for a, b in zip(seconds["graphed"], seconds["eager"], strict=True)]
     assert isinstance(graphed.run, GraphedStep)
+    if graphed.run.stopped or not graphed.run.num_replayed:
+        return {"error": "no step was replayed, as a warning says"}
+    ratios = [b / a for a, b in zip(seconds["graphed"], seconds["eager"], strict=True)]
     return step_figures(ours.workload, graphed, seconds["graphed"], limits) | {
         "eager_over_graphed": asdict(Quantiles.of(ratios)), "warm_up_s": warm_up_s,
         "eager": step_figures(ours.workload, ours, seconds["eager"], limits),

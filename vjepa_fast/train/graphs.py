@@ -193,6 +193,11 @@ class GraphedStep:
             self._note_parameters()
         return self._result(bucket, one_masks, scheduled)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether graphs have given up for good, which `say` was told."""
+        return self._stopped
+
     def _eagerly(
         self, step: int, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]
     ) -> StepResult:
@@ -242,7 +247,10 @@ class GraphedStep:
         try:
             # Pinned memory for the tables of the multi-tensor kernels is allocated within, and the loader's thread may
             # do so meanwhile; the stricter modes forbid both. Waiting for the stream is an error in this one too.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream(), capture_error_mode="relaxed"):
+            # The outer context puts the stream back, which a capture that fails to end does not.
+            stream = self._stream()
+            with torch.cuda.stream(torch.cuda.current_stream(stream.device)), torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"):
                 run()
         finally:
             if collecting:
@@ -261,7 +269,7 @@ class GraphedStep:
             try:
                 bucket.replay = self._record(lambda: self._run(bucket))
             except RuntimeError as error:
-                why = f"a capture failed: {str(error).splitlines()[0]}"
+                why = f"a capture failed: {_first_cause(error)}"
                 self.optimizer.zero_grad(set_to_none=True)
             self._note_parameters()
         if why is not None:
@@ -277,6 +285,9 @@ class GraphedStep:
         if not _same(self._places, self._places_now()):
             for bucket in self.buckets:
                 bucket.replay, bucket.num_runs = None, 0
+                bucket.output = bucket.figures = None
+            # A pool whose last graph is gone takes no other.
+            self._pool = None
         elif self._versions != [p._version for p in self._parameters]:
             self.optimizer.write_shadows()
         else:
@@ -327,6 +338,13 @@ class GraphedStep:
         if sentence not in self._said:
             self._said.add(sentence)
             self.say(sentence)
+
+
+def _first_cause(error: BaseException) -> str:
+    """Its first line; ending a capture that something broke raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).split("\n", 1)[0]
 
 
 def _only(groups: T | Sequence[T]) -> T | None:

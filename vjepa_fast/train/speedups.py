@@ -115,8 +115,12 @@ class SpeedUps:
             raise NotCompiled(why)
 
     def _graphs_are_faster(self, trials: Sequence[Trial]) -> bool:
-        with undone(self.train_step):
-            faster = self._race_graphs(trials)
+        faster = False
+        try:
+            with undone(self.train_step):
+                faster = self._race_graphs(trials)
+        except torch.OutOfMemoryError:
+            self.say("train.cuda_graphs=auto: CUDA graphs are not used, memory does not hold them beside eager steps")
         # Theirs were throw-away graphs: the moments that they know are not there any more.
         gc.collect()
         if self.device.type == "cuda":
@@ -129,10 +133,11 @@ class SpeedUps:
         for run in order:
             for trial in trials:
                 self._run(run, trial)
-        return self._faster(
+        faster = self._faster(
             "train.cuda_graphs=auto", "CUDA graphs",
             lambda number: self._run(graphed, trials[number % len(trials)]),
             lambda number: self._run(self.train_step, trials[number % len(trials)]))
+        return faster and not graphed.stopped
 
     def _faster(
         self, key: str, what: str, with_it: Callable[[int], None], without: Callable[[int], None]
