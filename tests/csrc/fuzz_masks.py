@@ -15,9 +15,7 @@ import ctypes
 import faulthandler
 import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,48 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from building import CHILD, run_sanitized
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-CHILD = "VJEPA_FAST_FUZZ_FOLDER"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 SLOWEST_S = 60
 EXTREMES = [-(2**63), -(2**32), -(2**31), -2, -1, 0, 1, 2, 13, 14, 255, 2**18, 2**24, 2**31 - 1, 2**31, 2**32, 2**62,
             2**63 - 1]
-
-
-def build(folder: Path) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", *SANITIZE]
-    subprocess.run([
-        compiler, *flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
-        *(word for path in include_paths() for word in ("-isystem", path)), str(ROOT / "csrc/mask_sampler.cpp"), "-o",
-        str(folder / "operators.so"), *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10",
-    ], check=True)
-    subprocess.run([compiler, *flags, str(ROOT / "tests/csrc/emulated_block.cpp"), "-o", str(folder / "block.so")],
-                   check=True)
-
-
-def run_again(seconds: float, seed: int) -> int:
-    """In a process that has the sanitizer's runtime from the start."""
-    compiler = os.environ.get("CXX", "g++")
-    # The C++ library too, or the sanitizer does not find what throws exceptions.
-    runtimes = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
-        environment = {
-            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "OMP_NUM_THREADS": "2",
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONPATH": str(ROOT),
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        }
-        command = [sys.executable, __file__, "--seconds", str(seconds), "--seed", str(seed)]
-        return subprocess.run(command, env=environment).returncode
 
 
 class Fuzzer:
@@ -76,7 +38,7 @@ class Fuzzer:
 
         torch.ops.load_library(str(folder / "operators.so"))
         self.ops = torch.ops.vjepa_fast
-        self.block = ctypes.CDLL(str(folder / "block.so"))
+        self.block = ctypes.CDLL(str(folder / "emulated.so"))
         self.mask_cases = mask_cases
         self.mask_ops = mask_ops
         self.random = random.Random(seed)
@@ -225,7 +187,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = os.environ.get(CHILD)
     if folder is None:
-        return run_again(arguments.seconds, arguments.seed)
+        return run_sanitized(__file__, sys.argv[1:], "mask_sampler.cpp", "emulated_block.cpp", OMP_NUM_THREADS="2")
     np.seterr(all="raise")
     fuzzer = Fuzzer(Path(folder), arguments.seed)
     end = time.monotonic() + arguments.seconds

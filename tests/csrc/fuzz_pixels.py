@@ -13,56 +13,18 @@ import argparse
 import ctypes
 import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
+from building import CHILD, run_sanitized
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-CHILD = "VJEPA_FAST_FUZZ_FOLDER"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Sides to 2**15 are in order and would only fill the memory.
 EXTREMES = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 10, 14, 15, 60, 2**15 + 1, 2**31 - 1, 2**31, 2**62,
             2**63 - 1]
-
-
-def build(folder: Path) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", *SANITIZE]
-    subprocess.run([
-        compiler, *flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
-        *(word for path in include_paths() for word in ("-isystem", path)), str(ROOT / "csrc/clip_pixels.cpp"), "-o",
-        str(folder / "operators.so"), *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10",
-    ], check=True)
-    subprocess.run([compiler, *flags, str(ROOT / "tests/csrc/emulated_pixels.cpp"), "-o", str(folder / "threads.so")],
-                   check=True)
-
-
-def run_again(seconds: float, seed: int) -> int:
-    """In a process that has the sanitizer's runtime from the start."""
-    compiler = os.environ.get("CXX", "g++")
-    # The C++ library too, or the sanitizer does not find what throws exceptions.
-    runtimes = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
-        environment = {
-            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONPATH": str(ROOT),
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        }
-        command = [sys.executable, __file__, "--seconds", str(seconds), "--seed", str(seed)]
-        return subprocess.run(command, env=environment).returncode
 
 
 def random_case(pick: random.Random) -> Any:
@@ -112,11 +74,11 @@ def main() -> int:
     options = parser.parse_args()
     folder = os.environ.get(CHILD)
     if folder is None:
-        return run_again(options.seconds, options.seed)
+        return run_sanitized(__file__, sys.argv[1:], "clip_pixels.cpp", "emulated_pixels.cpp")
     from tests.ops.pixel_cases import emulate
 
     torch.ops.load_library(f"{folder}/operators.so")
-    threads = ctypes.CDLL(f"{folder}/threads.so")
+    threads = ctypes.CDLL(f"{folder}/emulated.so")
     pick, outcomes, end = random.Random(options.seed), Counter[str](), time.monotonic() + options.seconds
     while time.monotonic() < end:
         case = random_case(pick)

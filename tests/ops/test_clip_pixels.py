@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.csrc.building import load_emulator
 from tests.ops.mask_cases import needs_extension
 from tests.ops.pixel_cases import EXAMPLES, Case, cases, emulate
 from vjepa_fast.ops.clip_pixels import (
@@ -69,14 +70,7 @@ def test_threads_change_nothing() -> None:
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The threads of the CUDA kernel, run on the CPU, with checks of arithmetic and of misaligned stores."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    target = tmp_path_factory.mktemp("emulator") / "emulated_pixels.so"
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined",
-                    "-fno-sanitize-recover=all", "-static-libubsan", str(ROOT / "tests/csrc/emulated_pixels.cpp"),
-                    "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    return load_emulator("emulated_pixels.cpp", tmp_path_factory.mktemp("emulator"))
 
 
 @settings(max_examples=150)

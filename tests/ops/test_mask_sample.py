@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.csrc.building import load_emulator
 from tests.ops.mask_cases import EXAMPLES, PLAIN, Case, cases, emulate, needs_extension
 from tests.test_rng import VECTORS
 from vjepa_fast import extension
@@ -65,14 +65,7 @@ def test_threads_change_nothing() -> None:
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The thread block of the CUDA kernels, run on the CPU phase by phase, with checks of every array access."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    target = tmp_path_factory.mktemp("emulator") / "emulated_block.so"
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined",
-                    "-fno-sanitize-recover=all", "-static-libubsan", str(ROOT / "tests/csrc/emulated_block.cpp"),
-                    "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    return load_emulator("emulated_block.cpp", tmp_path_factory.mktemp("emulator"))
 
 
 @settings(max_examples=150)
