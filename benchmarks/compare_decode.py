@@ -3,7 +3,7 @@
     python -m benchmarks.compare_decode --folder /tmp/videos
 
 16 frames of a random window of 112, cropped at random, to 256 px, from videos made for it (benchmarks/clip_sources.py):
-a panning texture, moving discs and noise. User and system time of this process (getrusage), one thread, lowest of five
+a panning texture, moving discs and noise. User and system time of this process (getrusage), one thread, lowest of nine
 rounds of ten clips, the ways in turns. Importing, building pipelines and indices are not in it. DALI's columns need the
 extra `dali`.
 """
@@ -35,7 +35,7 @@ from vjepa_fast.data.decode.index import DecodeError, build_index
 from vjepa_fast.data.decode.pyav import decode_clip, decode_each, decode_frames, resize_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
 
-_SIZE, _NUM_CLIPS, _NUM_ROUNDS = (256, 256), 10, 5
+_SIZE, _NUM_CLIPS, _NUM_ROUNDS = (256, 256), 10, 9
 _CPU = torch.device("cpu")
 _MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 _STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)

@@ -43,7 +43,7 @@ def decode_jpeg_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
         wanted = np.unique([request.frame_numbers for request in requests if request.source is source])
         files = source.read_jpegs(wanted)
         images[id(source)] = {
-            number: _decode(file, source.height, source.width)
+            number: _decode(file, Image.new("RGB", (source.width, source.height), None))
             for number, file in zip(wanted.tolist(), files, strict=True)}
     clips = []
     for request in requests:
@@ -72,16 +72,20 @@ def decode_jpegs(files: Sequence[bytes], height: int, width: int, box: Box | Non
     box = box or Box(0, 0, height, width)
     corners = _corners(box)
     frames = np.empty((len(files), box.height, box.width, 3), dtype=np.uint8)
+    # One image for all frames: new memory for each would cost a twentieth more.
+    image = Image.new("RGB", (width, height), None)
     for number, file in enumerate(files):
-        frames[number] = np.asarray(_decode(file, height, width).crop(corners))
+        frames[number] = np.asarray(_decode(file, image).crop(corners))
     return frames
 
 
-def _decode(file: bytes, height: int, width: int) -> Image.Image:
+def _decode(file: bytes, image: Image.Image) -> Image.Image:
+    """The image, filled with what a file of its size holds."""
     try:
-        return Image.frombytes("RGB", (width, height), file, "jpeg", "RGB", "")
+        image.frombytes(file, "jpeg", "RGB", "")
     except (ValueError, OSError) as error:
         raise DecodeError(f"one of its JPEG files is damaged: {error}") from error
+    return image
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:
