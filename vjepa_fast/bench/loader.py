@@ -141,7 +141,8 @@ def describe(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{what}: {row['error']}"
     notes = f" ({'; '.join(row['notes'])})" if row["notes"] else ""
-    return (f"{what}: {row['clips_per_s']:.1f} clips/s with {row['num_workers']} decoding processes, "
+    processes = "process" if row["num_workers"] == 1 else "processes"
+    return (f"{what}: {row['clips_per_s']:.1f} clips/s with {row['num_workers']} decoding {processes}, "
             f"{row['core_ms_per_clip']:.1f} core-ms a clip{notes}")
 
 
