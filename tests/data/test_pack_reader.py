@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vjepa_fast.data.decode.pyav import resize_clip
 from vjepa_fast.data.decode.request import ClipRequest, JpegSource
 from vjepa_fast.data.loader import Batch, build_loader
 from vjepa_fast.data.manifest import read_manifest
+from vjepa_fast.data.pack import encode
 from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.reader import Pack
 from vjepa_fast.data.pack.writer import make_pack
@@ -132,6 +134,19 @@ def test_short_videos(folder: Path) -> None:
     # An image is never too short.
     for batch in batches(config(folder, dataset_fpcs=[16], filter_short_videos=True), 3):
         assert batch.labels == [["still"] * 4]
+
+
+@pytest.mark.parametrize("phases", [None, 2])
+def test_two_phases_of_a_video_with_one_frame(write_video: Callable[..., Path], tmp_path: Path, phases: int | None,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    if phases:
+        # As earlier packs have it.
+        monkeypatch.setattr(encode, "packed_frames", lambda *_: (np.zeros(1, dtype=np.int64), 4.0, phases))
+    path = write_video(tmp_path / "a.mp4", num_frames=3)
+    make_pack([str(path)], [0], tmp_path / "pack", PackSettings(two_phase=True), num_workers=1)
+    assert len(Pack(str(tmp_path / "pack")).index.frame_bytes) == 1
+    for batch in batches(config(tmp_path / "pack", fps=4.0), 4):
+        assert (batch.clips[0] == batch.clips[0][:, :1]).all()
 
 
 def test_rates_that_do_not_fit(folder: Path, tmp_path: Path) -> None:

@@ -144,6 +144,10 @@ def test_frames_and_sizes() -> None:
             # No frame is missing at the end.
             assert numbers[-1] + rate / (fps * phases) > 55.5
             assert (fps, phases) == (min(rate, 4.0), 2 if two and rate >= 8 else 1)
+    # Three frames at 24 a second are one at 8: too few for two phases.
+    for num_frames, kept, phases in ((3, [0], 1), (4, [0, 3], 2), (1, [0], 1)):
+        numbers, _, found = packed_frames(num_frames, 24.0, PackSettings(two_phase=True))
+        assert (numbers.tolist(), found) == (kept, phases)
     assert packed_size(360, 640, 256) == (256, 448) and packed_size(1920, 1080, 256) == (448, 256)
     assert packed_size(240, 320, 256) == (224, 320) and packed_size(30, 640, 256) == (30, 640)
     assert packed_size(256, 256, 320) == (256, 256) and packed_size(480, 640, 256) == (256, 352)

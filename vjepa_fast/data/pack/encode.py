@@ -73,14 +73,18 @@ def packed_frames(num_frames: int, avg_fps: float, settings: PackSettings) -> tu
 
     Returns:
         Frame numbers int64 [N] ascending, frames per second of one phase, number of phases. A video slower than the
-        rate of the clips keeps all its frames; one slower than twice that rate has one phase.
+        rate of the clips keeps all its frames; one slower than twice that rate, or too short for two, has one phase.
     """
     if avg_fps <= settings.fps:
         return np.arange(num_frames), avg_fps, 1
-    phases = 2 if settings.two_phase and avg_fps >= 2 * settings.fps else 1
-    spacing = avg_fps / (settings.fps * phases)
-    numbers = np.ceil(np.arange(int(num_frames / spacing) + 2) * spacing - 0.5).astype(np.int64)
-    return numbers[numbers < num_frames], settings.fps, phases
+    for phases in (2, 1) if settings.two_phase and avg_fps >= 2 * settings.fps else (1,):
+        spacing = avg_fps / (settings.fps * phases)
+        numbers = np.ceil(np.arange(int(num_frames / spacing) + 2) * spacing - 0.5).astype(np.int64)
+        numbers = numbers[numbers < num_frames]
+        # No phase may be empty.
+        if len(numbers) >= phases:
+            break
+    return numbers, settings.fps, phases
 
 
 def encode_video(path: str, label: Any, key: str, settings: PackSettings, out: BinaryIO) -> Encoded:

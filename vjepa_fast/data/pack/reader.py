@@ -89,7 +89,9 @@ class Pack:
 
     def num_phases(self, video: int) -> int:
         """In how many sequences a video's frames are dealt out in turn; 0 for an image."""
-        return int(self.index.video_phases[video])
+        first, end = self.index.video_first[video:video + 2].tolist()
+        # Earlier packs say two also of a video with a single frame.
+        return min(int(self.index.video_phases[video]), end - first)
 
     def video(self, number: int, phase: int = 0) -> PackedVideo:
         """One phase of a video: every num_phases-th of its frames, from frame number `phase` on."""
