@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange
+from PIL import Image
 
 from tests.data.conftest import picture
-from vjepa_fast.data.decode.convert import ToPixels, ToRgb
-from vjepa_fast.data.decode.index import VideoIndex
+from vjepa_fast.data.decode.convert import ToPixels, ToRgb, rgb_pixels
+from vjepa_fast.data.decode.index import DecodeError, VideoIndex
+from vjepa_fast.data.decode.pyav import decode_clip
+from vjepa_fast.data.decode.request import ClipRequest, open_source
 from vjepa_fast.data.sampling import Box
+from vjepa_fast.ops.clip_pixels import CHROMA_444, clip_pixels, colour_ints
 
 NONE = np.zeros(0, dtype=np.int64)
 WHOLE = Box(0, 0, 48, 64)
@@ -103,3 +109,27 @@ def test_odd_sizes_and_boxes_at_the_edges(name: str, height: int, width: int) ->
     for box in (Box(0, 0, height, width), Box(height - 1, width - 1, 1, 1)):
         found = ToPixels(index(height=height, width=width), box, (9, 7), True)(frame)
         assert (found == 130).all()
+
+
+def test_sides_that_the_operator_does_not_take(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 40_000, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "wide.png")
+    source = open_source(str(tmp_path / "wide.png"))
+    box = Box(1, 33_000, 6, 5_000)
+    cut = rgb[1:7, 33_000:38_000]
+    found = decode_clip(ClipRequest(source, np.zeros(2, dtype=np.int64), box, (6, 5_000), False))
+    assert np.array_equal(found, np.stack([cut, cut]))
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format="yuv444p")
+    found = ToPixels(index(height=8, width=40_000), box, (6, 5_000), False)(frame)
+    assert np.abs(found[0].numpy().astype(int) - cut).max() <= 4
+    with pytest.raises(DecodeError, match="a crop of 39000 x 8 pixels is too large; 32768 a side are the most"):
+        decode_clip(ClipRequest(source, np.zeros(1, dtype=np.int64), Box(0, 0, 8, 39_000), (8, 8), False))
+
+
+def test_what_is_cut_first_is_equal_to_the_bit() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (41, 67, 3), dtype=np.uint8)
+    for box, size in ((Box(3, 5, 30, 50), (16, 24)), (Box(0, 40, 41, 27), (57, 31)), (Box(40, 66, 1, 1), (4, 4))):
+        found = rgb_pixels(rgb, box, size, flip=True)
+        whole = clip_pixels(*torch.from_numpy(rgb)[None].unbind(-1), box, size, flip=True, chroma=CHROMA_444,
+                            colour=colour_ints("rgb"))
+        assert torch.equal(found, whole)

@@ -177,7 +177,9 @@ PLANES = tuple(torch.zeros(2, *shape, dtype=torch.uint8) for shape in ((8, 10), 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"box": (0, 0, 9, 10)}, r"box is \(0, 0, 9, 10\); expected .* within a frame of 8 x 10"),
     ({"box": (-1, 0, 4, 4)}, "box is"), ({"box": (0, 7, 4, 4)}, "box is"), ({"box": (0, 0, 0, 4)}, "box is"),
-    ({"size": (0, 4)}, r"size is \(0, 4\)"), ({"depth": 16}, "depth is 16; expected 8 to 14"),
+    ({"size": (0, 4)}, r"size is \(0, 4\)"), ({"size": (4, 2**15 + 1)}, r"size is \(4, 32769\)"),
+    ({"y": PLANES[0].new_zeros(2, 8, 2**15 + 1)}, "a side of 32769; expected 32768 at most"),
+    ({"depth": 16}, "depth is 16; expected 8 to 14"),
     ({"depth": 10}, "expected torch.uint16 of 10 bits"), ({"y": PLANES[0].float()}, "dtypes torch.float32"),
     ({"u": PLANES[1][:, :3]}, "have shapes"), ({"y": PLANES[0][0]}, "have shapes"),
 ])

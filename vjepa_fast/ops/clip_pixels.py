@@ -44,6 +44,8 @@ _SAMPLE_BITS = 15
 _COLOUR_BITS = 13
 _COLOUR_SHIFT = _SAMPLE_BITS - 8 + _COLOUR_BITS
 MIN_DEPTH, MAX_DEPTH = 8, 14
+# kMaxSide of csrc/clip_pixels.h, where places are 32-bit integers.
+MAX_SIDE = 2**15
 
 
 class Chroma(NamedTuple):
@@ -230,6 +232,9 @@ def _check(y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[i
     if y.ndim != 3 or u.shape != v.shape or u.ndim != 3 or len(u) != len(y):
         raise ValueError(f"y, u and v have shapes {tuple(y.shape)}, {tuple(u.shape)} and {tuple(v.shape)}; expected "
                          "[T, H, W] and twice [T, h, w]")
+    sides = max(*y.shape[1:], *u.shape[1:])
+    if sides > MAX_SIDE:
+        raise ValueError(f"y, u and v have a side of {sides}; expected {MAX_SIDE} at most. Cut the box out first")
     if not MIN_DEPTH <= depth <= MAX_DEPTH:
         raise ValueError(f"depth is {depth}; expected {MIN_DEPTH} to {MAX_DEPTH}")
     dtype = torch.uint8 if depth == 8 and y.dtype != torch.uint16 else torch.uint16
@@ -239,5 +244,5 @@ def _check(y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[i
     if not (0 <= top < top + height <= y.shape[1] and 0 <= left < left + width <= y.shape[2]):
         raise ValueError(f"box is {tuple(box)}; expected (top, left, height, width) within a frame of "
                          f"{y.shape[1]} x {y.shape[2]}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size is {tuple(size)}; expected height and width of at least 1")
+    if len(size) != 2 or not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        raise ValueError(f"size is {tuple(size)}; expected height and width of 1 to {MAX_SIDE}")

@@ -11,9 +11,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from vjepa_fast.data.decode.index import VideoIndex
+from vjepa_fast.data.decode.index import DecodeError, VideoIndex
 from vjepa_fast.data.sampling import Box
-from vjepa_fast.ops.clip_pixels import CHROMA_444, MAX_DEPTH, Chroma, clip_pixels, colour_ints
+from vjepa_fast.ops.clip_pixels import CHROMA_444, MAX_DEPTH, MAX_SIDE, Chroma, clip_pixels, colour_ints
 
 # Steps down and across of chroma, by the digits of a format's name.
 _STEPS = {"420": (2, 2), "422": (1, 2), "444": (1, 1), "440": (2, 1), "411": (1, 4), "410": (4, 4)}
@@ -69,7 +69,7 @@ class ToPixels:
     """uint8 [1, S_h, S_w, 3] by vjepa_fast.ops.clip_pixels, without an RGB frame.
 
     What that does not take (palettes, RGB, alpha, more than 14 bits, colour spaces that are no matrix, frames of
-    another size than the index says) is converted to RGB by FFmpeg first.
+    another size than the index says, sides above 2**15) is converted to RGB by FFmpeg first.
 
     Args:
         index: of the video.
@@ -86,7 +86,9 @@ class ToPixels:
         planes = frame.planes
         layout, matrix = _layout(frame.format.name), _MATRICES.get(int(frame.colorspace))
         same_size = (frame.width, frame.height) == (self._index.width, self._index.height)
-        if layout is None or matrix is None or not same_size or any(plane.line_size <= 0 for plane in planes):
+        is_large = max(frame.width, frame.height) > MAX_SIDE
+        if (layout is None or matrix is None or not same_size or is_large
+                or any(plane.line_size <= 0 for plane in planes)):
             return rgb_pixels(self._to_rgb(frame), self._box, self._size, self._flip)
         tag = int(frame.color_range)
         is_full_range = tag == _FULL or (layout.is_full_range and tag != _LIMITED)
@@ -108,9 +110,18 @@ class ToPixels:
 
 
 def rgb_pixels(rgb: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
-    """Crop, resize and flip RGB: uint8 [H, W, 3] to [1, S_h, S_w, 3]."""
-    red, green, blue = torch.from_numpy(rgb)[None].unbind(-1)
-    return clip_pixels(red, green, blue, box, size, flip=flip, chroma=CHROMA_444, colour=colour_ints("rgb"))
+    """Crop, resize and flip RGB: uint8 [H, W, 3] to [1, S_h, S_w, 3].
+
+    Raises:
+        DecodeError: the box has a side that clip_pixels does not take.
+    """
+    top, left, height, width = box
+    if max(height, width) > MAX_SIDE:
+        raise DecodeError(f"a crop of {width} x {height} pixels is too large; {MAX_SIDE} a side are the most")
+    # Cut out here, so that the whole picture may be larger than that.
+    red, green, blue = torch.from_numpy(rgb[top:top + height, left:left + width])[None].unbind(-1)
+    return clip_pixels(red, green, blue, (0, 0, height, width), size, flip=flip, chroma=CHROMA_444,
+                       colour=colour_ints("rgb"))
 
 
 def _samples(plane: Any, is_wide: bool) -> Tensor:
