@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import errno
 import io
@@ -298,6 +299,24 @@ def test_a_video_that_kills_its_decoder(video_folder: Path, tmp_path: Path, monk
     assert (summary.num_videos, summary.num_broken) == (7, 1)
     reason = "it ends the process that decodes it (SIGKILL, most often: no memory is left)"
     assert f"3.mp4\t{reason}\n" in (tmp_path / "out" / "broken.tsv").read_text()
+
+
+def test_an_error_that_nobody_expects(video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = writer.encode_video
+    errors = {"2": ZeroDivisionError("by\tzero\nin it", lambda: None), "5": NotImplementedError()}
+
+    def fail(path: str, *args: Any) -> Any:
+        if Path(path).stem in errors:
+            raise errors[Path(path).stem]
+        return encode(path, *args)
+
+    monkeypatch.setattr(writer, "encode_video", fail)
+    summary = pack(video_folder / "list.csv", tmp_path / "out", max_broken=0.3)
+    assert (summary.num_videos, summary.num_broken) == (6, 2)
+    with (tmp_path / "out" / "broken.tsv").open(newline="") as file:
+        reasons = [row[1] for row in csv.reader(file, delimiter="\t")]
+    assert reasons[0] == "reason" and reasons[1].startswith("ZeroDivisionError: ('by")
+    assert reasons[2] == "NotImplementedError"
 
 
 def test_other_settings_are_refused(video_folder: Path, packed: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vjepa_fast.data.decode import index as index_module
-from vjepa_fast.data.decode.index import DecodeError, build_index, load_index
+from vjepa_fast.data.decode.index import DecodeError, build_index, load_index, reading
 from vjepa_fast.data.decode.pyav import decode_frames, decode_image, resize_clip
+from vjepa_fast.data.decode.request import open_source
 from vjepa_fast.data.sampling import Box
 
 
@@ -160,6 +163,26 @@ def test_images(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(DecodeError):
         decode_image(str(tmp_path / "cut.png"))
+
+
+def test_an_image_that_is_too_large_to_open(tmp_path: Path) -> None:
+    Image.new("L", (7, 9)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 20_000, 10_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    for read in (open_source, decode_image):
+        with pytest.raises(DecodeError, match=r"it is too large: Image size \(200000000 pixels\)"):
+            read(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (MemoryError(), "it is too large: there is no memory for it"), (EOFError(), "it is damaged: EOFError"),
+    (IndexError("no such row"), "it is damaged: no such row"), (struct.error("short"), "it is damaged: short")])
+def test_whatever_reading_raises_is_a_reason(error: Exception, reason: str) -> None:
+    with pytest.raises(DecodeError) as caught, reading("a.png"):
+        raise error
+    assert str(caught.value) == reason
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (48, 40), (37, 91), (1, 1), (64, 48)])

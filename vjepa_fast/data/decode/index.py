@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from typing import Any
 import av
 import numpy as np
 from av.stream import Disposition
+from PIL import Image
 
 from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.data.decode.disposable import DisposableFinder
@@ -81,9 +83,11 @@ def reading(path: str) -> Iterator[None]:
         raise DecodeError(f"FFmpeg cannot read it: {error.strerror}") from error
     except OSError as error:
         raise DecodeError(f"it cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError) as error:
-        # Pillow raises these for damaged headers.
-        raise DecodeError(f"it is damaged: {error}") from error
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"it is too large: {str(error) or 'there is no memory for it'}") from error
+    except (ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
+        # Pillow raises these for damaged files, PyAV an IndexError too.
+        raise DecodeError(f"it is damaged: {str(error) or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from vjepa_fast.data.workers import WorkerInit, start_context
+from vjepa_fast.errors import UserError
 
 # One is worked on, the other is there when it is done.
 _NUM_AHEAD = 2
@@ -17,8 +18,8 @@ _MAX_DEATHS = 2
 _JOIN_SECONDS = 5.0
 
 
-class Died(Exception):
-    """A task ended its process, twice; the message says how."""
+class Failed(Exception):
+    """A task raised an error that is not the user's, or ended its process, twice; the message says what happened."""
 
 
 class _Worker:
@@ -34,7 +35,7 @@ class Pool:
     """Processes that work on numbered tasks.
 
     Args:
-        work: what is done with a task; what it returns or raises can be pickled.
+        work: what is done with a task; what it returns can be pickled.
         num_workers: processes.
     """
 
@@ -60,10 +61,11 @@ class Pool:
     def run(self, tasks: Iterable[int]) -> Iterator[tuple[int, Any]]:
         """Tasks and what became of them, in the order they are done.
 
-        A task whose process ends is done again, and after the second time its result is a Died.
+        A task whose process ends is done again, and after the second time its result is a Failed; so is, at once, that
+        of a task that raises anything but a UserError.
 
         Raises:
-            Exception: what `work` raised.
+            UserError: what `work` raised.
         """
         source = iter(tasks)
         again: deque[int] = deque()
@@ -95,7 +97,7 @@ class Pool:
                     if deaths[task] < _MAX_DEATHS:
                         again.append(task)
                     else:
-                        yield task, Died(_how_it_ended(worker))
+                        yield task, Failed(_how_it_ended(worker))
                 else:
                     if not is_fine:
                         raise result
@@ -111,8 +113,11 @@ def _serve(connection: Connection, work: Callable[[int], Any], init: WorkerInit)
             return
         try:
             answer = True, work(task)
-        except Exception as error:
+        except UserError as error:
             answer = False, error
+        except Exception as error:
+            # As text: an error may hold what cannot be pickled.
+            answer = True, Failed(": ".join(filter(None, (type(error).__name__, str(error)))))
         connection.send(answer)
 
 

@@ -24,7 +24,7 @@ from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.manifest import PathList
 from vjepa_fast.data.pack.encode import encode_video
 from vjepa_fast.data.pack.index import INDEX_NAME, PackedFrames, PackSettings, encode_index, read_index
-from vjepa_fast.data.pack.pool import Died, Pool
+from vjepa_fast.data.pack.pool import Failed, Pool
 from vjepa_fast.data.pack.state import ADVICE, Part, ShardAssembler, State, check_same
 from vjepa_fast.errors import UserError
 from vjepa_fast.train.files import atomic_path, disk_errors, write_text
@@ -153,7 +153,7 @@ def make_pack(paths: Sequence[str], labels: Sequence[Any], folder: Path, setting
             encoder = _Encoder(state, PathList(paths), labels, settings)
             with Pool(encoder, min(num_workers, len(todo))) as pool:
                 for number, result in pool.run(todo):
-                    part = Part(number, str(result)) if isinstance(result, Died) else result
+                    part = Part(number, str(result)) if isinstance(result, Failed) else result
                     count(part)
                     assembler.add(part)
                     report(counts)
