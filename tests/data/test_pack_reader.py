@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -149,10 +150,23 @@ def test_two_phases_of_a_video_with_one_frame(write_video: Callable[..., Path], 
         assert (batch.clips[0] == batch.clips[0][:, :1]).all()
 
 
+@pytest.mark.parametrize(("own", "fps", "clips"), [
+    (4.1, 4.1, 4.1), (4.1, 1.0, 0.82), (29.97, 9.99, 9.99), (29.97, 4.0, 29.97 / 7), (0.5, 0.5, 0.25)])
+def test_rates_are_those_of_the_clips(folder: Path, own: float, fps: float, clips: float) -> None:
+    assert own / sampling.clip_step(own, 4, fps=fps) == pytest.approx(clips)
+    pack = Pack(str(folder))
+    pack.index = dataclasses.replace(pack.index, settings=dataclasses.replace(SETTINGS, fps=own))
+    if abs(clips / fps - 1) < 0.1:
+        pack.check_fps(fps)
+        return
+    with pytest.raises(ConfigError, match=f"holds {own:g} frames a second, of which clips would show {clips:g};"):
+        pack.check_fps(fps)
+
+
 def test_rates_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for fps in (16.0, 6.0):
-        with pytest.raises(ConfigError, match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second; expected "
-                                              rf"data.fps=8 .* --fps {fps:g}"):
+        with pytest.raises(ConfigError, match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second, of which "
+                                              rf"clips would show 8; expected data.fps=8 .* --fps {fps:g}, or"):
             build_loader(config(folder, fps=fps))
     build_loader(config(folder, fps=4.0))
     build_loader(config(folder, fps=None, duration=1.0))

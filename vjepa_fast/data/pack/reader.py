@@ -14,6 +14,7 @@ import numpy as np
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.pack.index import INDEX_NAME, PackIndex, read_index, shard_name
 from vjepa_fast.data.pack.shards import LocalShards, Range, RemoteShards, Shards
+from vjepa_fast.data.sampling import clip_step
 from vjepa_fast.errors import ConfigError, UserError
 
 UNFINISHED = ".unfinished"
@@ -82,10 +83,14 @@ class Pack:
         Raises:
             ConfigError: it is off by more than a tenth.
         """
+        if fps is None:
+            return
         own = self.index.settings.fps
-        if fps is not None and abs(own / max(1, own // fps) / fps - 1) > _MAX_RATE_ERROR:
-            raise ConfigError(f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second; expected "
-                              f"data.fps={own:g} or a whole fraction of it, or a pack made with --fps {fps:g}")
+        clips = own / clip_step(own, 1, fps=fps)
+        if abs(clips / fps - 1) > _MAX_RATE_ERROR:
+            raise ConfigError(f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second, of which "
+                              f"clips would show {clips:g}; expected data.fps={own:g} or a whole fraction of it, a "
+                              f"pack made with --fps {fps:g}, or data.frame_step in place of data.fps")
 
     def num_phases(self, video: int) -> int:
         """In how many sequences a video's frames are dealt out in turn; 0 for an image."""
