@@ -341,6 +341,31 @@ def test_two_at_once(video_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pass
 
 
+@pytest.mark.parametrize(("name", "is_after"), [("begin", False), ("begin", True), ("lock", False)])
+def test_another_command_is_faster(packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                   name: str, is_after: bool) -> None:
+    """It does all its work between two steps of this one."""
+    step = getattr(state.State, name)
+
+    def other_first(self: state.State, *args: Any) -> Any:
+        monkeypatch.undo()
+        if is_after:
+            step(self, *args)
+        pack(video_folder / "list.csv", tmp_path / "out")
+        return None if is_after else step(self, *args)
+
+    monkeypatch.setattr(state.State, name, other_first)
+    summary = pack(video_folder / "list.csv", tmp_path / "out")
+    assert summary.num_videos == 8 and summary.psnr is None
+    assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_a_lock_that_cannot_be_had(video_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / state.UNFINISHED / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write pack .*out: Is a directory"):
+        pack(video_folder / "list.csv", tmp_path / "out")
+
+
 def test_damaged_index(packed: Path, tmp_path: Path) -> None:
     data = bytearray((packed / "pack.index").read_bytes())
     place = random.Random(0).randrange(1000, len(data))

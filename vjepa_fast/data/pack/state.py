@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vjepa_fast.data.pack.encode import Encoded
-from vjepa_fast.data.pack.index import shard_name
+from vjepa_fast.data.pack.index import INDEX_NAME, shard_name
 from vjepa_fast.data.pack.reader import UNFINISHED
 from vjepa_fast.errors import UserError
 from vjepa_fast.train.files import atomic_path, disk_errors, remove_leftovers
@@ -94,13 +94,16 @@ class State:
         file = self.root / "settings.json"
         with disk_errors(self.root, advice=ADVICE):
             if not file.exists():
-                if self.folder.exists() and set(os.listdir(self.folder)) - {UNFINISHED}:
+                found = set(os.listdir(self.folder)) - {UNFINISHED} if self.folder.exists() else set()
+                # With an index it is a pack that another command has just finished.
+                if found and INDEX_NAME not in found:
                     raise UserError(f"--out {self.folder} is no pack and not empty; expected a new folder")
                 for part in ("parts", "shards"):
                     (self.root / part).mkdir(parents=True, exist_ok=True)
                 with atomic_path(file) as temporary:
                     temporary.write_text(json.dumps(about))
-        check_same(self.folder, json.loads(file.read_text()), about)
+            begun = json.loads(file.read_text())
+        check_same(self.folder, begun, about)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -110,6 +113,8 @@ class State:
         except ImportError:
             yield
             return
+        # Another command that finishes takes the folder away.
+        self.root.mkdir(exist_ok=True)
         with (self.root / "lock").open("w") as file:
             until = time.monotonic() + _LOCK_SECONDS
             while True:

@@ -123,14 +123,12 @@ def make_pack(paths: Sequence[str], labels: Sequence[Any], folder: Path, setting
     about = asdict(settings) | {"videos": len(paths), "manifest": digest[:16]}
     state = State(folder)
     if (folder / INDEX_NAME).exists():
-        index = read_index(folder / INDEX_NAME, str(folder))
-        check_same(folder, asdict(index.settings) | json.loads(index.manifest), about)
-        state.remove()
-        return Summary(len(index), len(paths) - len(index), len(index.frame_bytes), len(index.shard_bytes),
-                       int(index.shard_bytes.sum()) + (folder / INDEX_NAME).stat().st_size, None, None, 0, None,
-                       time.perf_counter() - began)
+        return _finished(state, about, began)
     state.begin(about)
-    with state.lock(), disk_errors(folder, "pack", ADVICE):
+    with disk_errors(folder, "pack", ADVICE), state.lock():
+        if (folder / INDEX_NAME).exists():
+            # Another command was faster.
+            return _finished(state, about, began)
         waiting = state.load()
         counts = Counts(len(paths))
         broken: list[Part] = []
@@ -165,6 +163,17 @@ def make_pack(paths: Sequence[str], labels: Sequence[Any], folder: Path, setting
         finally:
             assembler.abandon()
         return _finish(state, settings, about, last, paths, labels, began)
+
+
+def _finished(state: State, about: dict[str, Any], began: float) -> Summary:
+    """Of a pack that is there."""
+    file = state.folder / INDEX_NAME
+    index = read_index(file, str(state.folder))
+    check_same(state.folder, asdict(index.settings) | json.loads(index.manifest), about)
+    state.remove()
+    return Summary(len(index), about["videos"] - len(index), len(index.frame_bytes), len(index.shard_bytes),
+                   int(index.shard_bytes.sum()) + file.stat().st_size, None, None, 0, None,
+                   time.perf_counter() - began)
 
 
 def _finish(state: State, settings: PackSettings, about: dict[str, Any], last: list[Part], paths: Sequence[str],
