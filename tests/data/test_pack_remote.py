@@ -85,6 +85,21 @@ def test_index_is_kept_until_it_changes(folder: Path, address: str, tmp_path: Pa
     assert Pack(address, tmp_path).index.settings.quality == 91 and len(copied) == 2
 
 
+def test_a_damaged_copy_of_the_index_is_fetched_again(folder: Path, address: str, tmp_path: Path) -> None:
+    data = (folder / "pack.index").read_bytes()
+    Pack(address, tmp_path)
+    (cached,) = (tmp_path / "packs").iterdir()
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-64], b""):
+        cached.write_bytes(damaged)
+        assert len(Pack(address, tmp_path)) == 8 and cached.read_bytes() == data
+    # Where it is the pack's own that is damaged, no copy of it helps.
+    fsspec.filesystem("memory").pipe_file("/packs/small/pack.index", data[:-64])
+    cached.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="is damaged: its checksum does not fit"):
+            Pack(address, tmp_path)
+
+
 def test_what_goes_wrong(folder: Path, address: str, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     pack = Pack(address, tmp_path)

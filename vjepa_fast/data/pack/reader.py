@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Sequence
@@ -51,12 +52,19 @@ class Pack:
         if is_address(name):
             self._shards = remote = RemoteShards(name)
             path = remote.cached_index(cache_dir)
+            try:
+                self.index: PackIndex = read_index(path, name)
+            except UserError:
+                # It may be the copy alone that is damaged.
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                self.index = read_index(remote.cached_index(cache_dir), name)
         else:
             self._shards, path = LocalShards(name), Path(name) / INDEX_NAME
             if not path.exists():
                 raise UserError(f"pack {name!r} is unfinished; the `vjepa-fast pack` that began it, given once more, "
                                 "goes on where it stopped")
-        self.index: PackIndex = read_index(path, name)
+            self.index = read_index(path, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pack, (self.name, self._cache_dir)
