@@ -17,10 +17,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vjepa_fast.data.decode import index as index_module
+from vjepa_fast.data.decode.convert import rgb_pixels
 from vjepa_fast.data.decode.index import DecodeError, build_index, load_index, reading
 from vjepa_fast.data.decode.pyav import decode_frames, decode_image, resize_clip
 from vjepa_fast.data.decode.request import open_source
-from vjepa_fast.data.sampling import Box
+from vjepa_fast.data.sampling import Box, crop_box
 
 
 def decode_all(path: Path) -> np.ndarray:
@@ -195,3 +196,18 @@ def test_resize_is_the_rounded_float_interpolation_within_one(shape: tuple[int, 
     assert (resized.float() - exact.round()).abs().max() <= 1
     assert abs(float((resized.float() - exact).mean())) < 0.5
     assert torch.equal(resize_clip(frames, (64, 48), flip=True), resized.flip(2))
+
+
+def test_clips_of_packs_and_of_videos_are_resized_alike() -> None:
+    """The figures of docs/packs.md."""
+    rng = np.random.default_rng(0)
+    differences = []
+    for sample in range(50):
+        rgb = rng.integers(0, 256, (256, 448, 3), dtype=np.uint8)
+        box = crop_box(sample, 0, 256, 448, (0.3, 1.0), (0.75, 1.35), 239)
+        cut = rgb[None, box.top:box.top + box.height, box.left:box.left + box.width]
+        differences.append(resize_clip(cut, (256, 256)).int() - rgb_pixels(rgb, box, (256, 256), False).int())
+    all_of_them = torch.stack(differences)
+    assert all_of_them.abs().max() == 1 and 0.15 < (all_of_them != 0).double().mean() < 0.2
+    means = all_of_them.double().mean(dim=(1, 2, 3, 4))
+    assert means.min() > -0.01 and means.max() < 0.07
