@@ -19,10 +19,12 @@ from PIL import Image
 import vjepa_fast
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling, workers
+from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.decode.convert import ToPixels
 from vjepa_fast.data.decode.index import build_index
 from vjepa_fast.data.decode.pyav import decode_each
 from vjepa_fast.data.loader import Batch, Loader, build_loader
+from vjepa_fast.data.reader import ClipReader
 from vjepa_fast.errors import UserError
 
 BASE: dict[str, Any] = {"batch_size": 4, "dataset_fpcs": [4], "crop_size": 32, "fps": 8.0, "num_workers": 0}
@@ -178,6 +180,49 @@ def test_too_many_broken_videos_stop_the_run(config: Callable[..., DataConfig], 
     with pytest.raises(UserError, match=r"max_broken=0.1 .*\n.*2 of the 10 videos tried|2 of the 10") as error:
         collect(build_loader(config(datasets=[name]), num_steps=8))
     assert "the file is empty" in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tenth_of_broken_videos_gets_through_and_a_third_does_not(
+        config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path, seed: int) -> None:
+    good = [f"{video_folder}/{number % 8}.mp4 0\n" for number in range(180)]
+    (tmp_path / "empty.mp4").touch()
+    bad = [f"{tmp_path}/empty.mp4 99\n"]
+    name = tmp_path / "list.csv"
+    name.write_text("".join(good + 20 * bad))
+    loader = build_loader(config(datasets=[str(name)], batch_size=20, seed=seed), num_steps=10)
+    assert len(collect(loader)) == 10 and loader.num_tried == 200
+    # When all are tried there is no chance left.
+    name.write_text("".join(good + 21 * bad))
+    with pytest.raises(UserError, match="21 of the 201 videos"):
+        collect(build_loader(config(datasets=[str(name)], batch_size=3, seed=seed), num_steps=67))
+    name.write_text("".join(good + 90 * bad))
+    loader = build_loader(config(datasets=[str(name)], seed=seed), num_steps=60)
+    with pytest.raises(UserError, match="more than data.max_broken=0.1"):
+        collect(loader)
+    assert loader.num_tried < 100
+
+
+def fail_in_training_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostFinisher, "wait", lambda self, started: Finished(
+        started[0], [(position, "no") for position in range(len(started[0]))]))
+
+
+def test_clips_that_fail_in_the_training_process_are_replaced_until_there_are_none(
+        config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_in_training_process(monkeypatch)
+    loader = build_loader(config(max_broken=1.0), num_steps=1)
+    with pytest.raises(UserError, match="no usable video found .*8 of the 8 videos tried"):
+        collect(loader)
+
+
+def test_replacement_that_comes_back_is_no_endless_loop(config: Callable[..., DataConfig],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_in_training_process(monkeypatch)
+    find = ClipReader.find
+    monkeypatch.setattr(ClipReader, "find", lambda self, *arguments, after=None: find(self, *arguments))
+    with pytest.raises(AssertionError):
+        collect(build_loader(config(max_broken=1.0), num_steps=1))
 
 
 @pytest.mark.parametrize("max_broken", [0.1, 1.0])
