@@ -18,6 +18,7 @@ from PIL import Image
 
 import vjepa_fast
 from vjepa_fast.config.schema import DataConfig
+from vjepa_fast.data import loader as loader_module
 from vjepa_fast.data import sampling, workers
 from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.decode.convert import ToPixels
@@ -307,3 +308,14 @@ def test_clips_arrive_on_the_gpu(config: Callable[..., DataConfig]) -> None:
                                strict=True):
         assert batch.clips[0].is_cuda and batch.clips[0].dtype == torch.uint8
         assert torch.equal(batch.clips[0].cpu(), expected.clips[0])
+
+
+def test_gpu_without_a_number_is_the_callers(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
+                                             ) -> None:
+    """Threads that read ahead have a current device of their own."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(loader_module, "make_backend", lambda cfg, device, batch_size: (asked.append(device), None))
+    for device in ("cuda", "cuda:1", "cpu"):
+        build_loader(config(), device=device)
+    assert asked == [torch.device("cuda:3"), torch.device("cuda:1"), torch.device("cpu")]

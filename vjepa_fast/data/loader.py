@@ -230,7 +230,7 @@ def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: st
     Args:
         cfg: the data section.
         rank, world_size: of the training process.
-        device: where the clips go, as uint8.
+        device: where the clips go, as uint8; `cuda` is the caller's current GPU.
         start_step: first step.
         num_steps: how many batches; None is without end. The last step is start_step + num_steps - 1 wherever
             load_state_dict goes.
@@ -243,6 +243,9 @@ def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: st
     fpcs = list(dict.fromkeys(dataset.fpc for dataset in datasets))
     groups = [fpcs.index(dataset.fpc) for dataset in datasets]
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        # Asked here: the thread that reads ahead has a current device of its own.
+        device = torch.device("cuda", torch.cuda.current_device())
     preparer, finisher = make_backend(cfg, device, cfg.per_process(world_size))
     reader = ClipReader(datasets, groups, cfg, rank, world_size, preparer)
     return Loader(reader, finisher, device, start_step, num_steps)
