@@ -29,7 +29,13 @@ from vjepa_fast.data.decode.dali import DaliBatch, EncodedClip
 from vjepa_fast.data.decode.pyav import resize_clip
 from vjepa_fast.errors import UserError
 
-_DEVICE_TROUBLE = ("cuda", "cuvid", "nvjpeg", "out of memory", "alloc")
+_DEVICE_TROUBLE = (
+    "out of memory", "cuda allocation failed", "can't allocate", "could not allocate physical", "bad_alloc", "nvml",
+    "nvcuvid", "libcuda", "cuinit", "no cuda-capable device", "initialization error", "failed to load cuda driver",
+    "failed to initialize driver", "driver is not installed", "driver version is insufficient")
+"""Parts of messages that are no file's fault. The names of CUDA and NVDEC functions are not among them: damaged streams
+fail in these too, as "CUDA driver API error CUDA_ERROR_INVALID_VALUE (1): invalid argument"."""
+_LAST_LINE = "Current pipeline object is no longer valid."
 
 
 class _Sample(NamedTuple):
@@ -61,7 +67,7 @@ class DaliFinisher:
     """Runs the pipelines. `start` may be called by another thread than `wait`.
 
     Args:
-        device: where the clips go.
+        device: where the clips go; a GPU with its index, because threads differ in their current device.
         size: height and width of a clip.
         batch_size: most clips in a batch.
         num_ahead: batches in work at a time, each by its own pipeline.
@@ -153,19 +159,26 @@ class DaliFinisher:
         try:
             return [(run.samples, self._output(run))]
         except RuntimeError as error:
-            _raise_if_device(error)
+            self._raise_if_device(error)
             first = error
         outputs = []
         for sample in run.samples:
             try:
                 outputs.append(([sample], self._output(self._launch(run.key, [sample]))))
             except RuntimeError as error:
-                _raise_if_device(error)
+                self._raise_if_device(error)
                 failed.append((sample.position, f"DALI cannot decode it: {_reason(error)}"))
         if not outputs and len(run.samples) > 1:
             raise UserError(f"DALI decodes none of the {len(run.samples)} clips of a batch ({_reason(first)}); set "
                             "data.backend=pyav") from first
         return outputs
+
+    def _raise_if_device(self, error: RuntimeError) -> None:
+        reason = _reason(error)
+        if any(part in reason.lower() for part in _DEVICE_TROUBLE):
+            where = "GPU" if self._device.type == "cuda" else "CPU"
+            raise UserError(f"DALI cannot work on the {where} ({reason}); if memory is full lower data.device_prefetch "
+                            "or the batch size, otherwise set data.backend=pyav") from error
 
     def _output(self, run: _Run) -> Any:
         # On a GPU this does not wait for the decoder: the stream does.
@@ -197,13 +210,10 @@ class DaliFinisher:
 
         kind, num_frames = key
         on_gpu = self._device.type == "cuda"
-        device_id = None
-        if on_gpu:
-            device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
         batch_size = self._batch_size * (num_frames if kind == "jpeg" else 1)
         out_bytes = self._size[0] * self._size[1] * 3 * (num_frames if kind == "video" else 1)
-        pipeline = Pipeline(batch_size=batch_size, num_threads=self._num_threads, device_id=device_id,
-                            prefetch_queue_depth=1)
+        pipeline = Pipeline(batch_size=batch_size, num_threads=self._num_threads,
+                            device_id=self._device.index if on_gpu else None, prefetch_queue_depth=1)
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
             corner, shape = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("corner", "shape"))
@@ -241,14 +251,12 @@ def _as_whole(samples: Sequence[_Sample], output: Any) -> Tensor | None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of DALI's message that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    after = [line for line, before in zip(lines[1:], lines, strict=False) if before == "encountered:"]
-    return (after or lines or ["no reason given"])[0]
-
-
-def _raise_if_device(error: RuntimeError) -> None:
-    reason = _reason(error)
-    if any(word in reason.lower() for word in _DEVICE_TROUBLE):
-        raise UserError(f"DALI cannot work on the GPU ({reason}); if its memory is full lower data.device_prefetch or "
-                        "the batch size, otherwise set data.backend=pyav") from error
+    """What DALI's message says happened, as one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() not in ("", _LAST_LINE)]
+    starts = [number for number, before in enumerate(lines[:-1], 1) if before == "encountered:"]
+    rest = iter(lines[starts[0] if starts else 0:])
+    reason = next(rest, "no reason given")
+    while reason.endswith(":") and (more := next(rest, None)) is not None:
+        reason = f"{reason} {more}"
+    # A failed image ends in a colon with nothing behind it.
+    return reason.rstrip(" :")
