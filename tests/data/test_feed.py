@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import signal
 import threading
 import warnings
@@ -20,6 +22,7 @@ from vjepa_fast.data import reader as reader_module
 from vjepa_fast.data.feed import Feed
 from vjepa_fast.data.loader import build_loader
 from vjepa_fast.data.prefetch import PlainPrefetcher, ThreadedPrefetcher
+from vjepa_fast.data.workers import start_context
 from vjepa_fast.errors import UserError
 
 BROKEN = "a decoding process died"
@@ -124,3 +127,70 @@ def test_error_of_a_living_process_is_passed_on(config: Callable[..., DataConfig
     for num_workers in (0, 1):
         with build_loader(config(num_workers=num_workers)) as loader, pytest.raises(RuntimeError, match="a mistake"):
             next(iter(loader))
+
+
+@pytest.mark.parametrize(("error", "expected", "said"), [
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), UserError, "Cannot allocate memory.*lower data.num_workers"),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), UserError, "Too many open files.*ulimit -n"),
+    (pickle.PicklingError("no way to pickle it"), pickle.PicklingError, "no way to pickle it")])
+def test_processes_that_cannot_be_started(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
+                                          error: Exception, expected: type[Exception], said: str) -> None:
+    """What went wrong is told, and those that did start end."""
+    started: list[Any] = []
+    process = start_context().Process
+    original = process.start
+
+    def start(self: Any) -> None:
+        if started:
+            raise error
+        original(self)
+        started.append(self)
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(), build_loader(config()) as loader:
+        warnings.simplefilter("ignore")
+        patch.setattr(process, "start", start)
+        with pytest.raises(expected, match=said):
+            next(iter(loader))
+    (survivor,) = started
+    # As PyTorch and multiprocessing do at the end; it is ignored while training goes on.
+    survivor.terminate()
+    survivor.join(10)
+    assert survivor.exitcode is not None
+
+
+def test_prefetcher_that_fails_leaves_no_process(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
+                                                 ) -> None:
+    feeds: list[Feed] = []
+
+    def fail(take: Any, _: Any) -> Any:
+        feeds.append(take.__self__)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(loader_module, "PlainPrefetcher", fail)
+    with build_loader(config()) as loader, pytest.raises(RuntimeError, match="new thread"):
+        next(iter(loader))
+    assert not any(worker.is_alive() for worker in feeds[0]._batches._workers)
+
+
+class Entries:
+    """What is read of a process's entry, one time after another."""
+
+    def __init__(self, *entries: list[float]) -> None:
+        self.entries = iter(entries)
+
+    def __getitem__(self, _: slice) -> list[float]:
+        return next(self.entries)
+
+
+def test_file_that_is_held_is_told_only_where_it_is_sure(config: Callable[..., DataConfig]) -> None:
+    """An entry may be read, or left behind by a process that died, while it is half written."""
+    with build_loader(config(num_workers=0)) as loader:
+        feed = Feed(loader._reader, 0, None, 0)
+    sure, idle, impossible = [0.0, 3.0, 5.0], [0.0, 3.0, 0.0], [0.0, 8.0, 5.0]
+    held = (loader._reader.datasets[0].paths[3], 5.0)
+    for entries, expected in [((sure, sure), held), ((sure, [0.0, 3.0, 6.0]), None), (([0.0, 2.0, 5.0], sure), None),
+                              ((idle, idle), None), ((impossible, impossible), None)]:
+        feed._watch = Entries(*entries)
+        assert feed._held(0) == expected
+    feed._watch, feed._num_workers = Entries(impossible, impossible), 1
+    feed._report_stuck()

@@ -28,6 +28,9 @@ _MAX_RESTARTS = 3
 _FORGET_AFTER = 100
 _ADVICE = ("Most often memory ran out: lower data.num_workers (now {}) or data.prefetch, or give the container more "
            "shared memory (docker run --shm-size=16g); data.num_workers=0 decodes in the training process")
+_NO_START = ("the decoding processes cannot be started ({}): lower data.num_workers (now {}), or raise the limits of "
+             "memory, open files (ulimit -n) and processes (ulimit -u); data.num_workers=0 decodes in the training "
+             "process")
 
 
 class Feed:
@@ -38,6 +41,9 @@ class Feed:
         step: the first batch.
         end: behind the last one; None is without end.
         num_workers: decoding processes; 0 decodes where `take` is called.
+
+    Raises:
+        UserError: the system refuses to start them.
     """
 
     def __init__(self, reader: ClipReader, step: int, end: int | None, num_workers: int) -> None:
@@ -49,10 +55,33 @@ class Feed:
         self._num_since = 0
         self._closing: Any = None
         self._watch: Any = None
-        self._reported: set[tuple[int, int, float]] = set()
+        self._batches: Any = None
+        self._reported: set[tuple[str, float]] = set()
         self._start()
 
     def _start(self) -> None:
+        self._batches = None
+        failed: list[BaseException] = []
+
+        def start() -> None:
+            try:
+                self._batches = iter(self._loader())
+            except BaseException as error:
+                failed.append(error)
+
+        # Started from the main thread, PyTorch would raise in the middle of a step when a process dies. `take` notices
+        # it too, within a second, where it can be handled.
+        starter = threading.Thread(target=start)
+        starter.start()
+        starter.join()
+        for error in failed:
+            # Those that did start may end.
+            self.close()
+            if isinstance(error, OSError):
+                raise UserError(_NO_START.format(error.strerror or error, self._num_workers)) from error
+            raise error
+
+    def _loader(self) -> DataLoader[Any]:
         reader = self._reader
         options: dict[str, Any] = {}
         if self._num_workers:
@@ -64,15 +93,8 @@ class Feed:
             options = {"prefetch_factor": reader.cfg.prefetch, "multiprocessing_context": context,
                        "worker_init_fn": WorkerInit(self._closing), "timeout": _POLL_SECONDS}
         steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
-        loader: DataLoader[Any] = DataLoader(
-            reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
-            num_workers=self._num_workers, **options)
-        # Started from the main thread, PyTorch would raise in the middle of a step when a process dies. `take` notices
-        # it too, within a second, where it can be handled.
-        starter = threading.Thread(target=lambda: setattr(self, "_batches", iter(loader)))
-        starter.start()
-        starter.join()
-        self._batches: Any
+        return DataLoader(reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
+                          num_workers=self._num_workers, **options)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
@@ -133,18 +155,25 @@ class Feed:
         how = f"exit code {code}"
         if code < 0:
             how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        dataset, video, since = self._watch[3 * number:3 * number + 3]
-        where = f" while it read {self._reader.datasets[int(dataset)].paths[int(video)]}" if since else ""
-        return f"process {worker.pid}, {how}{where}"
+        held = self._held(number)
+        return f"process {worker.pid}, {how}" + (f" while it read {held[0]}" if held else "")
+
+    def _held(self, number: int) -> tuple[str, float] | None:
+        """The file that a process reads and since when; None if it reads none, or is just going over to the next."""
+        entry, again = (list(self._watch[3 * number:3 * number + 3]) for _ in range(2))
+        dataset, video, since = entry
+        paths = self._reader.datasets[int(dataset)].paths
+        # Written without a lock: half of an entry may be new, also for good where the process died over it.
+        if not since or entry != again or video >= len(paths):
+            return None
+        return paths[int(video)], since
 
     def _report_stuck(self) -> None:
         now = time.monotonic()
-        for worker in range(self._num_workers):
-            dataset, video, since = self._watch[3 * worker:3 * worker + 3]
-            held = int(dataset), int(video), since
-            if since and now - since > _STUCK_SECONDS and held not in self._reported:
+        for held in map(self._held, range(self._num_workers)):
+            if held is not None and now - held[1] > _STUCK_SECONDS and held not in self._reported:
                 self._reported.add(held)
-                path = self._reader.datasets[int(dataset)].paths[int(video)]
+                path, since = held
                 warnings.warn(f"a decoding process has been busy with {path} for {now - since:.0f} s, and training "
                               "waits for it; if that does not end, look whether the file can be read, and leave it out",
                               RuntimeWarning, stacklevel=2)
@@ -153,7 +182,8 @@ class Feed:
         """Ends the processes; nobody may be in `take`."""
         if self._closing is not None:
             self._closing.set()
-            self._batches._shutdown_workers()
+            if self._batches is not None:
+                self._batches._shutdown_workers()
 
 
 def _as_is(batch: RawBatch) -> RawBatch:

@@ -154,7 +154,11 @@ class Loader:
     def _start(self) -> Prefetcher:
         self._feed = Feed(self._reader, self._step, self._end, self.num_workers)
         kind = ThreadedPrefetcher if self._device.type == "cuda" else PlainPrefetcher
-        self._prefetcher = kind(self._feed.take, self._finisher)
+        try:
+            self._prefetcher = kind(self._feed.take, self._finisher)
+        except BaseException:
+            self._feed.close()
+            raise
         self._finalizer = weakref.finalize(self, _shut_down, self._prefetcher, self._feed, self._finisher)
         return self._prefetcher
 
