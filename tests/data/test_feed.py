@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -142,20 +143,24 @@ def test_processes_that_cannot_be_started(config: Callable[..., DataConfig], mon
 
     def start(self: Any) -> None:
         if started:
+            # Until the first one ignores signals.
+            time.sleep(0.5)
             raise error
         original(self)
         started.append(self)
 
-    with monkeypatch.context() as patch, warnings.catch_warnings(), build_loader(config()) as loader:
-        warnings.simplefilter("ignore")
-        patch.setattr(process, "start", start)
-        with pytest.raises(expected, match=said):
-            next(iter(loader))
-    (survivor,) = started
-    # As PyTorch and multiprocessing do at the end; it is ignored while training goes on.
-    survivor.terminate()
-    survivor.join(10)
-    assert survivor.exitcode is not None
+    try:
+        with monkeypatch.context() as patch, warnings.catch_warnings(), build_loader(config()) as loader:
+            warnings.simplefilter("ignore")
+            patch.setattr(process, "start", start)
+            with pytest.raises(expected, match=said):
+                next(iter(loader))
+        # As PyTorch and multiprocessing do at the end; it is ignored while training goes on.
+        started[0].terminate()
+        started[0].join(10)
+        assert started[0].exitcode is not None
+    finally:
+        started[0].kill()
 
 
 def test_prefetcher_that_fails_leaves_no_process(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
@@ -169,7 +174,11 @@ def test_prefetcher_that_fails_leaves_no_process(config: Callable[..., DataConfi
     monkeypatch.setattr(loader_module, "PlainPrefetcher", fail)
     with build_loader(config()) as loader, pytest.raises(RuntimeError, match="new thread"):
         next(iter(loader))
-    assert not any(worker.is_alive() for worker in feeds[0]._batches._workers)
+    workers = feeds[0]._batches._workers
+    try:
+        assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+    finally:
+        feeds[0].close()
 
 
 class Entries:
