@@ -137,6 +137,34 @@ def test_harmful_changes_are_named(make: Make, capsys: pytest.CaptureFixture[str
     assert "changed" not in capsys.readouterr().out
 
 
+def test_change_of_decoder_is_named(make: Make, capsys: pytest.CaptureFixture[str],
+                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of what decodes, whatever the key says."""
+    make("train.max_steps=3").fit()
+    make("train.max_steps=3", "data.backend=pyav", resume=True)
+    assert "changed" not in capsys.readouterr().out
+    monkeypatch.setattr(trainer_module, "choose", lambda backend, device: "dali")
+    make("train.max_steps=3", resume=True)
+    assert "changed since the checkpoint was written: decoder pyav -> dali; the run" in capsys.readouterr().out
+    path = tmp_path / "run" / "latest.pt"
+    contents = torch.load(path, weights_only=True)
+    del contents["vjepa_fast"]["backend"]
+    torch.save(contents, path)
+    make("train.max_steps=3", resume=True)
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_fallback_to_pyav_on_a_gpu_is_said_with_the_reason(make: Make, capsys: pytest.CaptureFixture[str],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module.dali, "missing", lambda device: "DALI is not installed; install it")
+    said = "PyAV decodes, on the CPU: DALI is not installed; install it\n"
+    for backend, device, expected in [("auto", "cuda", True), ("pyav", "cuda", False), ("auto", "cpu", False)]:
+        trainer = make(f"data.backend={backend}")
+        trainer.device = torch.device(device)
+        trainer._announce()
+        assert (said in capsys.readouterr().out) == expected
+
+
 def test_checkpoints_kept_for_good(make: Make, tmp_path: Path) -> None:
     make("train.max_steps=12", "train.save_every_freq=2").fit()
     assert sorted(path.name for path in (tmp_path / "run").glob("e*.pt")) == ["e0.pt", "e2.pt"]

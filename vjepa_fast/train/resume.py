@@ -12,6 +12,8 @@ _HARMLESS = frozenset({
     "data.device_prefetch", "data.dali_threads",
     # How the clips of a step are spread over processes; their number is compared by the trainer.
     "data.batch_size", "data.global_batch_size",
+    # `auto` may mean another decoder than before: what it stands for is compared by the trainer.
+    "data.backend",
     "model.use_activation_checkpointing", "model.activation_checkpointing", "model.compile_model", "model.attention",
     "train.cuda_graphs",
     "optimization.grad_accumulation",

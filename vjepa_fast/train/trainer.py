@@ -18,6 +18,8 @@ import vjepa_fast
 from vjepa_fast import config as config_files
 from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.config.schema import Config
+from vjepa_fast.data.decode import dali
+from vjepa_fast.data.decode.choice import choose
 from vjepa_fast.data.loader import Batch, Loader, build_loader
 from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.errors import ConfigError, UserError
@@ -116,6 +118,7 @@ class Trainer:
         self.folder = folder or choose_folder(cfg, resume)
         self.batch_size = cfg.data.per_process(self.processes.world_size)
         self.global_batch = self.batch_size * self.processes.world_size
+        self.backend = choose(cfg.data.backend, self.device)
         self._make_synthetic()
         self.loader = self._build_loader()
         if cfg.optimization.ipe is None:
@@ -287,7 +290,7 @@ class Trainer:
                 scaler=self.train_step.scaler,
                 extra={
                     "version": vjepa_fast.__version__, "step": self.step, "global_batch": self.global_batch,
-                    "masks": self.masks.state_dict(), "config": cfg.model_dump(mode="json"),
+                    "backend": self.backend, "masks": self.masks.state_dict(), "config": cfg.model_dump(mode="json"),
                 },
             )
             write_atomically(self.folder / LATEST, contents)
@@ -342,6 +345,9 @@ class Trainer:
         changed = changed_keys(own["config"], self.cfg.model_dump(mode="json"))
         if own["global_batch"] != self.global_batch:
             changed.append(f"clips a step {own['global_batch']} -> {self.global_batch}")
+        # Decoders differ in colours. Checkpoints of earlier versions do not say which it was.
+        if own.get("backend", self.backend) != self.backend:
+            changed.append(f"decoder {own['backend']} -> {self.backend}")
         if changed:
             self.console.print(
                 f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
@@ -428,6 +434,8 @@ class Trainer:
             f"{tokens} tokens a clip\n{self.loader.num_videos} videos, {self.global_batch} clips a step, "
             f"{self.device.type}{many}, {cfg.train.dtype}\n"
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
+        if self.device.type == "cuda" and cfg.data.backend == "auto" and self.backend == "pyav":
+            self._say(f"PyAV decodes, on the CPU: {dali.missing(self.device)}")
         if cfg.model.compile_model is True:
             self.console.print("model.compile_model is set: the first step compiles, which may take a minute or two",
                                highlight=False, soft_wrap=True)
