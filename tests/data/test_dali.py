@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +18,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 import vjepa_fast
-from tests.data.conftest import picture
+from tests.data.dali_cases import CPU, jpegs, needs_dali, run
 from vjepa_fast.config.schema import AugmentationConfig, DataConfig
 from vjepa_fast.data.decode import dali
 from vjepa_fast.data.decode.choice import choose
 from vjepa_fast.data.decode.dali import DaliPreparer, EncodedClip
 from vjepa_fast.data.decode.dali_pipelines import DaliFinisher
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.decode.jpeg import decode_jpeg_clip
 from vjepa_fast.data.decode.pyav import decode_clip
-from vjepa_fast.data.decode.request import ClipRequest, JpegSource, open_source
+from vjepa_fast.data.decode.request import ClipRequest, open_source
 from vjepa_fast.data.loader import Batch, build_loader
 from vjepa_fast.data.sampling import Box
 from vjepa_fast.errors import ConfigError, UserError
 
-CPU = torch.device("cpu")
-missing = dali.missing(CPU)
-needs_dali = pytest.mark.skipif(missing is not None, reason=str(missing))
 VP9: dict[str, Any] = {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "g": "12"}
 MJPEG: dict[str, Any] = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 
@@ -72,14 +66,6 @@ def config(folder: Path, tmp_path: Path) -> Callable[..., DataConfig]:
 def collect(cfg: DataConfig, num_steps: int, start_step: int = 0) -> list[Batch]:
     with build_loader(cfg, num_steps=num_steps, start_step=start_step) as loader:
         return list(loader)
-
-
-def run(requests: list[ClipRequest], preparer: DaliPreparer | None = None) -> torch.Tensor:
-    preparer = preparer or DaliPreparer(on_gpu=False)
-    finisher = DaliFinisher(CPU, requests[0].size, len(requests), 1, 1, False)
-    finished = finisher.wait(finisher.start(preparer.collate([preparer.prepare(request) for request in requests])))
-    assert finished.failed == []
-    return finished.clips
 
 
 def stated_colours(path: Path) -> np.ndarray:
@@ -252,71 +238,6 @@ def test_other_codecs_are_left_to_pyav_with_one_warning(config: Callable[..., Da
             labels.add(label >= 10)
             assert torch.equal(clip, reference) if label >= 10 else 0 < mean_difference(clip, reference) < 4
     assert labels == {False, True}
-
-
-@dataclass(frozen=True)
-class Frames:
-    """A video of JPEG files."""
-
-    files: list[bytes]
-    path: str = "frames"
-    avg_fps: float = 4.0
-    width: int = 64
-    height: int = 48
-    is_image: bool = False
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.files)
-
-    def read_jpegs(self, frame_numbers: np.ndarray) -> list[bytes]:
-        return [self.files[number] for number in frame_numbers]
-
-
-def jpegs(count: int) -> Iterator[bytes]:
-    for number in range(count):
-        file = io.BytesIO()
-        Image.fromarray(picture(number, 48, 64)).save(file, "jpeg", quality=92)
-        yield file.getvalue()
-
-
-@needs_dali
-def test_jpeg_frames_equal_pillow_to_the_bit() -> None:
-    source = Frames(list(jpegs(9)))
-    assert isinstance(source, JpegSource)
-    whole = Box(0, 0, 48, 64)
-    wanted = [np.array([0, 2, 4, 8]), np.array([5, 5, 6, 1])]
-    for numbers in (wanted, wanted[:1]):
-        clips = run([ClipRequest(source, one, whole, (48, 64), False) for one in numbers])
-        for clip, one in zip(clips, numbers, strict=True):
-            expected = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in source.read_jpegs(one)])
-            assert np.array_equal(clip.numpy(), expected)
-    flipped = run([ClipRequest(source, wanted[0], whole, (48, 64), True)])
-    assert torch.equal(flipped, run([ClipRequest(source, wanted[0], whole, (48, 64), False)]).flip(3))
-    cut = Frames([file[:-20] for file in source.files])
-    with pytest.raises(DecodeError, match="no whole JPEG"):
-        DaliPreparer(on_gpu=False).prepare(ClipRequest(cut, wanted[0], whole, (48, 64), False))
-
-
-@needs_dali
-@pytest.mark.parametrize("height, width, options", [
-    (48, 64, {"subsampling": "4:2:0"}), (75, 101, {"subsampling": "4:2:0", "progressive": True}),
-    (75, 101, {"subsampling": "4:2:2"}), (50, 40, {"subsampling": "4:4:4"})])
-def test_clips_of_jpeg_frames_equal_pillow_to_the_bit(height: int, width: int, options: dict[str, Any]) -> None:
-    """DALI decodes the blocks around a crop alone; they must be what a decoded frame has there."""
-    files = []
-    for number in range(4):
-        file = io.BytesIO()
-        Image.fromarray(picture(number, height, width)).save(file, "jpeg", quality=90, **options)
-        files.append(file.getvalue())
-    source, rng = Frames(files, height=height, width=width), np.random.default_rng(0)
-    requests = []
-    for number in range(16):
-        top, left = int(rng.integers(height - 8)), int(rng.integers(width - 8))
-        box = Box(top, left, int(rng.integers(8, height - top + 1)), int(rng.integers(8, width - left + 1)))
-        requests.append(ClipRequest(source, rng.integers(0, 4, 3), box, (32, 40), number % 2 == 1))
-    for clip, request in zip(run(requests), requests, strict=True):
-        assert torch.equal(clip, decode_jpeg_clip(request))
 
 
 @needs_dali
