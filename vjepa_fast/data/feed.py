@@ -19,7 +19,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from vjepa_fast.data.reader import ClipReader, RawBatch
-from vjepa_fast.data.workers import WorkerInit, start_context
+from vjepa_fast.data.workers import WorkerInit, start_context, unobserved
 from vjepa_fast.errors import UserError
 
 _POLL_SECONDS = 1.0
@@ -61,25 +61,15 @@ class Feed:
 
     def _start(self) -> None:
         self._batches = None
-        failed: list[BaseException] = []
-
-        def start() -> None:
-            try:
+        try:
+            with unobserved():
                 self._batches = iter(self._loader())
-            except BaseException as error:
-                failed.append(error)
-
-        # Started from the main thread, PyTorch would raise in the middle of a step when a process dies. `take` notices
-        # it too, within a second, where it can be handled.
-        starter = threading.Thread(target=start)
-        starter.start()
-        starter.join()
-        for error in failed:
+        except BaseException as error:
             # Those that did start may end.
             self.close()
             if isinstance(error, OSError):
                 raise UserError(_NO_START.format(error.strerror or error, self._num_workers)) from error
-            raise error
+            raise
 
     def _loader(self) -> DataLoader[Any]:
         reader = self._reader

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +56,34 @@ def start_context() -> Any:
     thread, never touches CUDA, and opens every file itself.
     """
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Inside, decoding processes are started.
+
+    From the main thread, because glibc's allocator treats a process as the thread that forked it, and outside its main
+    arena slices of video cost 5 kB a batch that never come back. There PyTorch installs a handler of SIGCHLD, which
+    would raise in the middle of a step when a process dies; Feed.take notices it too, within a second, where it can be
+    handled: the handler is taken out again. SIGINT and SIGTERM that arrive meanwhile, when half of the processes are
+    there, are handled behind. In any other thread there is nothing to do, and nothing of this can be done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    held = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in held}
+    on_child = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
+    try:
+        yield
+    finally:
+        if sys.platform != "win32" and on_child is not None:
+            signal.signal(signal.SIGCHLD, on_child)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 class WorkerInit:
