@@ -17,7 +17,8 @@ def test_memory_and_open_files_stay(tmp_path: Path) -> None:
     assert [row[0] for row in rows] == [320, 800, 1600, 2400]
     text = as_markdown(rows).splitlines()
     assert len(text) == 2 + len(rows) and len({line.count("|") for line in text}) == 1
-    # The allocators have what they need by then. The pixels of the 50 batches between these rows are 79 MB.
+    # The pixels of the 130 batches between these rows are 204 MB; the allocators take up to 100 MB in the first
+    # thousands of clips, and no more later.
     for column in range(1, 5):
-        assert rows[3][column] - rows[2][column] < 30
-    assert rows[3][5] <= rows[2][5] + 10
+        assert rows[3][column] - rows[0][column] < 140
+    assert rows[3][5] <= rows[0][5] + 10
