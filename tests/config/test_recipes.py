@@ -34,7 +34,7 @@ def test_dump_is_complete(tmp_path: Path) -> None:
     printed = yaml.safe_load(dump(Config()))
     assert set(printed) == set(Config.model_fields)
     assert set(Config.model_fields["model"].annotation.model_fields) - set(printed["model"]) == {
-        "crop_size", "patch_size", "tubelet_size", "num_frames", "dtype"}
+        "crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"}
     assert set(Config.model_fields["optimization"].annotation.model_fields) == set(printed["optimization"])
     assert set(Config.model_fields["train"].annotation.model_fields) == set(printed["train"])
 

@@ -20,7 +20,8 @@ from vjepa_fast.errors import ConfigError
 
 __all__ = ["Config", "ConfigWarning", "dump", "load_config", "load_recipe", "recipe_names"]
 
-_COPIES = {"model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype"}, "data": {"seed"}}
+_COPIES = {
+    "model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"}, "data": {"seed"}}
 """Keys that always equal a key of another section, which is the one to write."""
 
 

@@ -36,8 +36,11 @@ _EXPECTED = {
 def _walk(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from _walk(annotation, f"{prefix}{name}.")
+        # A section that may be left out is one or None.
+        sections = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(
+            one, Section) and one is not MaskSpec]
+        if sections:
+            yield from _walk(sections[0], f"{prefix}{name}.")
         else:
             yield prefix + name
             if MaskSpec in get_args(annotation):

@@ -99,6 +99,23 @@ class ModelConfig(Section):
     num_mask_tokens: PositiveInt | None = None
     """None: number of masks times number of datasets, as the reference counts."""
     zero_init_mask_tokens: bool = True
+    n_output_distillation: Literal[1, 4] | None = None
+    """V-JEPA 2.1: from how many depths of the encoder the features are taken, each with a norm of its own, and side by
+    side what the predictor gets and predicts. 1 is what the distilled ViT-B and ViT-L have. None: V-JEPA 1 and 2."""
+    teacher_embed_dim: PositiveInt | None = None
+    """Width of what the predictor predicts where that is not the encoder's: that of the teacher a checkpoint was
+    distilled from. Such a model serves inference only."""
+    return_all_tokens: bool = False
+    """The predictor has a second head, for context tokens; taken from loss.predict_all."""
+    img_temporal_dim_size: Literal[1] | None = None
+    """Clips of so many frames are images: they have a patch embedding of their own, with tubelets of one frame."""
+    modality_embedding: bool = False
+    """One learned vector for all tokens of a video and one for those of an image, in encoder and predictor; needs
+    img_temporal_dim_size."""
+    interpolate_rope: bool = False
+    """Rows and columns of any grid span the positions of a 256-pixel one (252 pixels at patch size 14)."""
+    init_type: Literal["default", "xavier_uniform", "xavier_normal"] = "default"
+    """How linear layers and patch embeddings of the encoder begin; the default is the reference's truncated normal."""
     attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "xformers", "sdpa"] = "auto"
     """What computes attention: by measurement, or FlashAttention 4, 3, 2, torch's two, xformers. The environment
     variable VJEPA_FAST_ATTENTION comes before it; `vjepa-fast doctor` says which can be used."""
@@ -125,6 +142,14 @@ class ModelConfig(Section):
             nearest = get_close_matches(self.model_name, known, n=1, cutoff=0)[0]
             raise ValueError(f"model_name is {self.model_name!r}; did you mean {nearest}? "
                              f"Known: {', '.join(MODEL_NAMES)}, each also with _rope at the end")
+        if self.modality_embedding and self.img_temporal_dim_size is None:
+            raise ValueError("modality_embedding tells videos from images, of which there are none; set "
+                             "img_temporal_dim_size to 1")
+        if self.return_all_tokens and self.n_output_distillation is None:
+            raise ValueError("return_all_tokens (from loss.predict_all) is of V-JEPA 2.1; set n_output_distillation to "
+                             "4 as well")
+        if self.teacher_embed_dim is not None and self.n_output_distillation is None:
+            raise ValueError("teacher_embed_dim is of V-JEPA 2.1; set n_output_distillation as well")
         return self
 
 
@@ -326,6 +351,32 @@ class LossConfig(Section):
     """p of mean |prediction - target|^p / p."""
     reg_coeff: NonNegative = 0.0
     """Weight of V-JEPA 1's variance term, the mean of relu(1 - standard deviation over a clip's predicted tokens)."""
+    predict_all: bool = False
+    """V-JEPA 2.1's dense loss: context tokens are predicted too, by a head of their own, and their loss is added."""
+    lambda_value_vid: NonNegative = 0.5
+    """Weight of the context tokens' loss of videos; lambda_value_img: of images. Only with predict_all."""
+    lambda_value_img: NonNegative = 0.5
+    lambda_progressive: bool = True
+    """Both weights are 0 up to the first of lambda_warmup and grow linearly up to the second."""
+    lambda_warmup: tuple[Annotated[int, Field(ge=0)], PositiveInt] = (15_000, 30_000)
+    """Steps; constants in the reference."""
+    weight_distance_loss: bool = False
+    """A context token weighs 1 / sqrt(its distance, in tokens, to the nearest predicted one)."""
+    offset_context_loss: bool = False
+    """These distances are divided by (tokens of a row) // 16."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.lambda_warmup[0] >= self.lambda_warmup[1]:
+            raise ValueError(f"lambda_warmup is {list(self.lambda_warmup)}; expected two steps, the first below the "
+                             "second")
+        if not self.predict_all and (self.weight_distance_loss or self.offset_context_loss):
+            raise ValueError("weight_distance_loss and offset_context_loss weigh the loss of context tokens, which "
+                             "predict_all=true adds")
+        if self.offset_context_loss and not self.weight_distance_loss:
+            raise ValueError("offset_context_loss is about distances, which weight_distance_loss=true takes into "
+                             "account")
+        return self
 
 
 class OptimizationConfig(Section):
@@ -354,6 +405,12 @@ class OptimizationConfig(Section):
     """Start from these weights and this optimizer state at step 0 (cooldown)."""
     grad_accumulation: PositiveInt = 1
     """Micro-batches per step; the batch size is that of the whole step."""
+    loss_reg_std_mult: Annotated[float, Field(gt=0)] | None = None
+    """Skip a step whose loss exceeds mean + so many standard deviations of the last losses. None: skip none."""
+    loss_reg_num_tracking_steps: PositiveInt = 300
+    """How many last losses; half of them must be there before a step is skipped."""
+    loss_reg_min_epoch: Annotated[int, Field(ge=0)] = 50
+    """No step is skipped up to this epoch, counted from 0."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizationConfig:
@@ -372,6 +429,20 @@ class OptimizationConfig(Section):
     def num_steps(self) -> int:
         assert self.ipe is not None, "the trainer sets ipe from the length of the data"
         return self.epochs * self.ipe
+
+
+class ImageDataConfig(Section):
+    """Images to train on together with videos (V-JEPA 2.1). What is not here is as in `data`."""
+
+    datasets: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """As data.datasets; a video stands for one of its frames."""
+    datasets_weights: list[float] | None = None
+    batch_size: PositiveInt = 72
+    """Images of a step: so many times rank_ratio for each process."""
+    rank_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the loss that images have. In the reference it is the share of the processes that train on images."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Decoding processes per training process; None: as data.num_workers."""
 
 
 class TrainConfig(Section):
@@ -408,6 +479,10 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     mask: MaskConfig = MaskConfig()
     data: DataConfig = DataConfig()
+    img_data: ImageDataConfig | None = None
+    """None: videos only."""
+    img_mask: MaskConfig | None = None
+    """Masks of images; None: those of `mask`."""
     loss: LossConfig = LossConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     train: TrainConfig = TrainConfig()
@@ -426,6 +501,14 @@ class Config(Section):
                 setattr(self.model, name, value)
             elif own != value:
                 raise ValueError(f"model.{name} is {own} but the data section says {value}; set it in data only")
+        if "return_all_tokens" in self.model.model_fields_set and (
+                self.model.return_all_tokens != self.loss.predict_all):
+            raise ValueError(f"model.return_all_tokens is {str(self.model.return_all_tokens).lower()} but "
+                             f"loss.predict_all is {str(self.loss.predict_all).lower()}; set it in loss only")
+        if self.loss.predict_all and self.model.n_output_distillation is None:
+            raise ValueError("loss.predict_all is of V-JEPA 2.1; set model.n_output_distillation to 4 as well")
+        self.model.return_all_tokens = self.loss.predict_all
+        self._check_images()
         if self.model.num_mask_tokens is None:
             self.model.num_mask_tokens = len(self.mask.masks) * len(self.data.dataset_fpcs)
         if self.model.model_name.endswith("_rope"):
@@ -439,6 +522,22 @@ class Config(Section):
         if self.mask.group_size is None:
             self.mask.group_size = self.data.batch_size or self.data.global_batch_size
         return self
+
+    def _check_images(self) -> None:
+        if self.img_data is None:
+            if self.img_mask is not None:
+                raise ValueError("img_mask is set but img_data is not; say in img_data what images to train on")
+            return
+        if self.model.img_temporal_dim_size is None:
+            raise ValueError("img_data needs a model that takes images beside videos; set model.img_temporal_dim_size "
+                             "to 1")
+        if not self.img_data.datasets:
+            raise ValueError("img_data.datasets is empty; say what images to train on, or set img_data to null")
+        share = self.img_data.batch_size * self.img_data.rank_ratio
+        if share != int(share) or share < 1:
+            raise ValueError(f"img_data.batch_size {self.img_data.batch_size} times rank_ratio "
+                             f"{self.img_data.rank_ratio:g} is {share:g} images for each process; expected a whole "
+                             "number, at least 1")
 
     def check_trainable(self) -> None:
         """What only training needs.
