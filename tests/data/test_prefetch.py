@@ -168,5 +168,6 @@ def test_stuck_worker_is_named_with_its_file(config: Callable[..., DataConfig], 
         warnings.simplefilter("always")
         with build_loader(config(), num_steps=4) as loader:
             assert len(list(loader)) == 4
-    (warning,) = said
-    assert "busy with" in str(warning.message) and "3.mp4 for" in str(warning.message)
+    # On a busy machine other files may take a third of a second too; this one is named once however long it takes.
+    busy = [str(warning.message) for warning in said if "busy with" in str(warning.message)]
+    assert len([message for message in busy if "3.mp4 for" in message]) == 1, busy
