@@ -29,7 +29,7 @@ from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("VJEPA_FAST_EXT") or "auto"
-SOURCES = ["csrc/mask_sampler.cpp", "csrc/clip_pixels.cpp"]
+SOURCES = ["csrc/mask_sampler.cpp", "csrc/clip_pixels.cpp", "csrc/rope3d.cpp"]
 INFO_SOURCE = "csrc/build_info.cpp"
 CUDA_SOURCES = ["csrc/mask_sampler.cu", "csrc/clip_pixels.cu"]
 ARCHITECTURES = ("80", "90", "100")

@@ -17,7 +17,7 @@ from pathlib import Path
 import vjepa_fast
 
 LIBRARY = Path(__file__).with_name("_C.so")
-_OPERATORS = ("mask_lengths", "mask_sample", "philox4x32", "clip_pixels")
+_OPERATORS = ("mask_lengths", "mask_sample", "philox4x32", "clip_pixels", "rope3d_rotate")
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,9 @@ def test_interrupted_nothing_stays(videos: list[str], tmp_path: Path) -> None:
                "--loader", manifest(tmp_path, videos), "--out", str(tmp_path / "out")]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                          start_new_session=True) as process:
+                          start_new_session=True,
+                          # A shell that starts something in the background has it ignore the signal.
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if "videos, PyAV" in line:

@@ -18,6 +18,8 @@ place; the backward writes a new buffer, as nobody else may see its incoming gra
 of the values over. Sine and cosine come from one table a step with a row for each position of each axis, a few kB that
 stay in the cache. So a token costs its id, 4 bytes, where three positions would cost 12 and its own row of a table 8 R.
 
+On a CPU, fp32 and fp64 buffers are rotated by the same rule in C++ (csrc/rope3d.cpp) where the extension is built.
+
 Bytes of a token, with s the size of an element: forward 4 H R s + 4, backward 6 H head_dim s + 4. FLOPs: 6 H R either
 way, so that memory bounds it.
 
@@ -26,6 +28,7 @@ Legend: L tokens, (T, h, w) the grid, H heads, R = 3 d rotated elements of a hea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vjepa_fast import extension
 from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
 
 Style = Literal["tiled", "interleaved"]
@@ -217,7 +221,10 @@ def _launch(
     x: Tensor, y: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool,
     parts: int,
 ) -> None:
-    """The first `parts` of queries, keys and values from x to y, queries and keys rotated."""
+    """The first `parts` of queries, keys and values from x to y, queries and keys rotated; all three in C++."""
+    if not use_triton(x):
+        torch.ops.vjepa_fast.rope3d_rotate(x, y, ids.contiguous(), cos, sin, grid, num_heads)
+        return
     count, head_dim = len(x), x.shape[1] // (3 * num_heads)
     cols = max(2, 1 << (head_dim - 1).bit_length())
     # A program walks over the heads in blocks: the largest of those that leave the fewest lanes idle. It has few
@@ -291,6 +298,13 @@ class _Rope3dRef(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+def _compiled_serves(tables: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the C++ operator does. A graph that is traced for others to run holds PyTorch's operators only."""
+    if tables.device.type != "cpu" or dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    return os.environ.get("VJEPA_FAST_OPS") != "ref" and extension.load().path is not None
+
+
 class Rope:
     """Rotation of one buffer of tokens, its tables made once and shared by all layers.
 
@@ -315,7 +329,9 @@ class Rope:
         self.rounds = precision == "reference" and dtype in (torch.bfloat16, torch.float16)
         self.tables = rope_tables(grid, head_dim, dtype, style, precision, scale, ids.device)
         self.by_token: tuple[Tensor, ...] | None = None
-        if not use_triton(self.tables):
+        if _compiled_serves(self.tables, dtype):
+            self.ids = ids.to(torch.int32)
+        elif not use_triton(self.tables):
             # PyTorch needs a row for each token, [L, R] in each table.
             frame, row, column = token_positions(ids, *grid[1:]).unbind(-1)
             rows = torch.stack([frame, grid[0] + row, grid[0] + grid[1] + column], dim=-1).flatten()
