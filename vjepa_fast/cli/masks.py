@@ -180,7 +180,8 @@ def _read_clip(cfg: Config, video: Path, fpc: int, size: tuple[int, int]) -> np.
     data = cfg.data
     try:
         index = load_index(str(video), data.cache_dir)
-        step = clip_step(index.avg_fps, fpc, fps=data.fps, duration=data.duration, frame_step=data.frame_step)
+        step = clip_step(index.avg_fps, fpc, fps=data.fps, duration=data.duration, frame_step=data.frame_step,
+                         round_fps=data.round_fps)
         # In a video as long as the clip there is one place for it, the first.
         numbers = clip_frames(0, 0, min(index.num_frames, fpc * step), fpc, step, cfg.train.seed)
         scale = min(index.height / size[0], index.width / size[1])

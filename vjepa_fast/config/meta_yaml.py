@@ -70,7 +70,8 @@ _MASK_KEYS: dict[str, Any] = {
     "max_temporal_keep": 1.0, "max_keep": None, "full_complement": False, "pred_full_complement": False,
     "inv_block": False,
 }
-assert set(_MASK_KEYS) == set(MaskSpec.model_fields) - {"strategy", "ratio", "temporal_probability"}
+assert set(_MASK_KEYS) == set(MaskSpec.model_fields) - {
+    "strategy", "ratio", "temporal_probability", "round_context_down"}
 
 _OFF = {
     "data_aug.auto_augment": "data_aug.auto_augment (RandAugment)",

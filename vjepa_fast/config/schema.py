@@ -87,6 +87,9 @@ class ModelConfig(Section):
     target_precision: Literal["same", "float8"] = "same"
     """`float8` runs the linear layers of the target encoder's blocks in float8: inexact, an experiment."""
     uniform_power: bool = False
+    init: Literal["vjepa2", "vjepa1", "xavier"] = "vjepa2"
+    """Weights of linear and convolution layers: normal with std 0.02, in V-JEPA 2 with the output projections of block
+    i divided by sqrt(2 i), in V-JEPA 1 without that; `xavier` is uniform by the numbers of inputs and outputs."""
     use_silu: bool = False
     use_pred_silu: bool = False
     wide_silu: bool = True
@@ -95,9 +98,12 @@ class ModelConfig(Section):
     pred_embed_dim: PositiveInt = 384
     pred_num_heads: PositiveInt | None = None
     """None: as many as the encoder."""
-    use_mask_tokens: Literal[True] = True
+    use_mask_tokens: bool = True
+    """False: the predictor is given noised target features in place of mask tokens, an option of V-JEPA 1."""
     num_mask_tokens: PositiveInt | None = None
     """None: number of masks times number of datasets, as the reference counts."""
+    mask_token_by: Literal["group", "mask"] = "group"
+    """What has a mask token of its own: a frames-per-clip group (V-JEPA 2), or a mask (V-JEPA 1)."""
     zero_init_mask_tokens: bool = True
     n_output_distillation: Literal[1, 4] | None = None
     """V-JEPA 2.1: from how many depths of the encoder the features are taken, each with a norm of its own, and side by
@@ -167,6 +173,9 @@ class MaskSpec(Section):
     strategy: MaskStrategy = "multiblock"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share that is predicted; every strategy but multiblock."""
+    round_context_down: bool = False
+    """Of `tube`: see int(places * (1 - ratio)) places of a frame, V-JEPA 1's rule; else the number of those predicted
+    is rounded to the nearest."""
     temporal_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the clips that are masked like `temporal` in a `mixture`; the others are like `patches`."""
     spatial_scale: Range = (0.2, 0.8)
@@ -194,9 +203,10 @@ class MaskSpec(Section):
             raise ValueError("full_complement and pred_full_complement exclude each other; set one of them to false")
         unused = {"spatial_scale", "temporal_scale", "aspect_ratio", "num_blocks"}
         if self.strategy == "multiblock":
-            unused = {"ratio", "temporal_probability"}
-        elif self.strategy != "mixture":
-            unused.add("temporal_probability")
+            unused = {"ratio", "temporal_probability", "round_context_down"}
+        else:
+            unused |= {"temporal_probability"} if self.strategy != "mixture" else set()
+            unused |= {"round_context_down"} if self.strategy != "tube" else set()
         # A written config names every key, so only a value that would have changed something counts.
         changed = [name for name in type(self).model_fields
                    if name in unused and getattr(self, name) != type(self).model_fields[name].default]
@@ -219,6 +229,8 @@ class MaskConfig(Section):
     """`batch_min`: every clip of a truncation group keeps as many ids as the shortest, the reference's rule."""
     group_size: PositiveInt | None = None
     """Clips per truncation group; None: the configured batch size."""
+    clips_per_mask: PositiveInt = 1
+    """Clips that share their masks: 1, or data.clips_per_video, as in V-JEPA 1, where all clips of a video do."""
 
     @model_validator(mode="before")
     @classmethod
@@ -229,8 +241,9 @@ class MaskConfig(Section):
     def _check(self) -> MaskConfig:
         others = sorted({spec.strategy for spec in self.masks} - {"multiblock"})
         if self.source == "reference" and others:
-            raise ValueError(f"source reference draws multiblock masks only, but a mask has strategy {others[0]}; set "
-                             "source to counter")
+            raise ValueError(f"source reference draws multiblock masks only, but a mask has strategy {others[0]} (the "
+                             "reference's tubes come from a stream that its loading processes share with cropping); "
+                             "set source to counter")
         return self
 
 
@@ -266,9 +279,15 @@ class DataConfig(Section):
     """Frames per second of a clip. At most one of fps, duration (seconds) and frame_step; none means fps 4."""
     duration: float | None = None
     frame_step: PositiveInt | None = None
+    round_fps: bool = True
+    """Round a video's frame rate up to a whole number before fps or duration is turned into frames, as V-JEPA 2 does;
+    V-JEPA 1 does not."""
     clips_per_video: PositiveInt = 1
     """Clips of a step that come from one video, each with its own window, crop and flip: PyAV decodes the video once
     for all of them. The clips of a batch are then less diverse. Divides batch_size or global_batch_size."""
+    split_videos: bool = False
+    """Cut a video into clips_per_video parts of one length and take a clip from each, as V-JEPA 1 does; else every
+    clip comes from anywhere in the video."""
     crop_size: Size = (256, 256)
     patch_size: PositiveInt = 16
     tubelet_size: PositiveInt = 2
@@ -403,6 +422,9 @@ class OptimizationConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     anneal_ckpt: Path | None = None
     """Start from these weights and this optimizer state at step 0 (cooldown)."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the encoder's gradients and of the predictor's, each by itself, from the second epoch after the
+    warm-up on, as in V-JEPA 1; None: any."""
     grad_accumulation: PositiveInt = 1
     """Micro-batches per step; the batch size is that of the whole step."""
     loss_reg_std_mult: Annotated[float, Field(gt=0)] | None = None
@@ -519,6 +541,10 @@ class Config(Section):
                 where = "model" if section is self.model else "data"
                 raise ValueError(f"{where}.{name} is {own} but train.{name} is {value}; set it in train only")
             setattr(section, name, value)
+        if self.mask.clips_per_mask not in (1, self.data.clips_per_video):
+            raise ValueError(f"mask.clips_per_mask is {self.mask.clips_per_mask}, but data.clips_per_video is "
+                             f"{self.data.clips_per_video}; expected that number, or 1 for masks of its own for every "
+                             "clip")
         if self.mask.group_size is None:
             self.mask.group_size = self.data.batch_size or self.data.global_batch_size
         return self

@@ -192,13 +192,17 @@ class ClipReader:
         numbers = np.zeros(fpc, dtype=np.int64)
         if not source.is_image:
             try:
-                step = sampling.clip_step(
-                    source.avg_fps, fpc, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
+                step = sampling.clip_step(source.avg_fps, fpc, fps=cfg.fps, duration=cfg.duration,
+                                          frame_step=cfg.frame_step, round_fps=cfg.round_fps)
             except ValueError as error:
                 raise DecodeError(str(error)) from error
             if cfg.filter_short_videos and source.num_frames < step * fpc:
                 raise TooShort(f"it has {source.num_frames} frames, a clip takes {step * fpc}")
-            numbers = sampling.clip_frames(sample, epoch, source.num_frames, fpc, step, cfg.seed)
+            num_parts = cfg.clips_per_video if cfg.split_videos else 1
+            length = source.num_frames // num_parts
+            if length == 0:
+                raise DecodeError(f"it has {source.num_frames} frames for {num_parts} clips")
+            numbers = sample % num_parts * length + sampling.clip_frames(sample, epoch, length, fpc, step, cfg.seed)
         box = sampling.crop_box(sample, epoch, source.height, source.width, cfg.aug.random_resize_scale,
                                 cfg.aug.random_resize_aspect_ratio, cfg.seed)
         flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)

@@ -21,6 +21,9 @@ Frames, for a clip of T frames (reference: src/datasets/video_dataset.py, loadvi
     the last one clipped to the window's last frame. The spacing is therefore length / (T - 1), not `step`.
     A video no longer than `length`: floor(linspace(0, n, n // step)) clipped, then the last frame repeated up to T.
 
+    With data.split_videos clip i of n is taken so from the i-th run of (number of frames) // n frames, and without
+    data.round_fps video_fps is not rounded (facebookresearch/jepa, src/datasets/video_dataset.py:174-240).
+
     Of a two-phase pack, frames 0, 2, 4 ... are one video and frames 1, 3, 5 ... another; a coin picks one.
 
 Crop (reference: src/datasets/utils/video/transforms.py, _get_param_spatial_crop): area uniform in `scale` of the
@@ -147,8 +150,10 @@ def replacements(sample: int, video: int, size: int, seed: int) -> Iterator[int]
 
 
 def clip_step(avg_fps: float, num_clip_frames: int, *, fps: float | None = None, duration: float | None = None,
-              frame_step: int | None = None) -> int:
+              frame_step: int | None = None, round_fps: bool = True) -> int:
     """Source frames per clip frame, at least 1. Exactly one of fps, duration (seconds), frame_step is given.
+
+    With `round_fps` the video's rate is rounded up first.
 
     Raises:
         ValueError: fps or duration is given and the video's rate is not positive.
@@ -157,7 +162,7 @@ def clip_step(avg_fps: float, num_clip_frames: int, *, fps: float | None = None,
         return frame_step
     if not avg_fps > 0:
         raise ValueError("its frame rate is unknown; data.frame_step does without one")
-    video_fps = math.ceil(avg_fps)
+    video_fps = math.ceil(avg_fps) if round_fps else avg_fps
     if duration is not None:
         return max(1, int(duration * video_fps / num_clip_frames))
     assert fps is not None

@@ -58,7 +58,8 @@ def read_split(manifest: Path, cfg: DataConfig) -> LabelledClips:
     clips, positions, velocities, classes = [], [], [], []
     for path in read_manifest(str(manifest))[0]:
         index = load_index(path, cfg.cache_dir)
-        step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step)
+        step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step,
+                         round_fps=cfg.round_fps)
         first = max(0, (index.num_frames - num_frames * step) // 2)
         frames = np.minimum(first + step * np.arange(num_frames), index.num_frames - 1)
         whole = Box(0, 0, index.height, index.width)

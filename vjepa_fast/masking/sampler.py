@@ -93,6 +93,8 @@ class StepMasks:
     tokens of a pair in the step, then over the pairs. Each target token therefore has a weight that depends on the
     step only, and the weights of all processes and micro-batches of a step add up to 1.
 
+    With `clips_per_mask` n, the n sample numbers from n * u on have the masks of number u.
+
     Args:
         cfg: masks.
         fpcs: frames per clip of each group, in the order of the configuration.
@@ -142,10 +144,15 @@ class StepMasks:
                                   f"train with {world_size}")
             self.reference = ReferenceMaskGenerators(cfg, fpcs, crop_size, patch_size, tubelet_size)
             return
-        self.group_size = cfg.group_size or global_batch
-        if cfg.truncate == "batch_min" and global_batch % self.group_size:
-            raise ConfigError(f"mask.group_size={self.group_size} does not divide the {global_batch} clips of a step; "
-                              "set mask.group_size to a divisor")
+        group_size = cfg.group_size or global_batch
+        if cfg.truncate == "batch_min" and (global_batch % group_size or group_size % cfg.clips_per_mask):
+            raise ConfigError(
+                f"mask.group_size={group_size} does not divide the {global_batch} clips of a step" + (
+                    f" into groups of {cfg.clips_per_mask}, which share their masks" if cfg.clips_per_mask > 1 else "")
+                + "; set mask.group_size to a divisor" + (
+                    f" that is a multiple of {cfg.clips_per_mask}" if cfg.clips_per_mask > 1 else ""))
+        # Counted in masks, as all below.
+        self.group_size = group_size // cfg.clips_per_mask
         cfg = cfg.model_copy(update={"group_size": self.group_size})
         self.samplers = [MaskSampler(cfg, grid, seed, group) for group, grid in enumerate(self.grids)]
 
@@ -162,8 +169,9 @@ class StepMasks:
         """
         if self.reference is not None:
             return [batch.to(device, non_blocking=True) for batch in self._from_reference(sample_ids, group_ids)]
+        sample_ids = [ids // self.cfg.clips_per_mask for ids in sample_ids]
         members = self._members(sample_ids)
-        groups = self.group_of(members)
+        groups = self.group_of(members * self.cfg.clips_per_mask)
         batches = []
         for ids, group in zip(sample_ids, group_ids, strict=True):
             batch = self.samplers[group](step, ids, device, members=members[groups == group])
@@ -173,7 +181,7 @@ class StepMasks:
         return self._weigh_by_group(batches, sample_ids, group_ids, members, groups)
 
     def _members(self, sample_ids: Sequence[Tensor]) -> np.ndarray:
-        own = np.sort(np.concatenate([ids.numpy() for ids in sample_ids]))
+        own = np.unique(np.concatenate([ids.numpy() for ids in sample_ids]))
         if self.cfg.truncate == "none":
             return own
         return (np.unique(own // self.group_size)[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
@@ -182,12 +190,13 @@ class StepMasks:
         self, batches: list[MaskBatch], sample_ids: Sequence[Tensor], group_ids: Sequence[int], members: np.ndarray,
         groups: np.ndarray,
     ) -> list[MaskBatch]:
-        num_parts = self.global_batch // self.group_size
+        num_parts = self.global_batch // (self.group_size * self.cfg.clips_per_mask)
         parts = members // self.group_size
         present = {part: len(np.unique(groups[parts == part])) for part in np.unique(parts)}
         weighed = []
         for batch, ids, group in zip(batches, sample_ids, group_ids, strict=True):
-            num_clips = {part: int(((parts == part) & (groups == group)).sum()) for part in present}
+            num_clips = {part: self.cfg.clips_per_mask * int(((parts == part) & (groups == group)).sum())
+                         for part in present}
             own_parts = np.tile(ids.numpy() // self.group_size, batch.num_masks)
             # Every clip of a truncation group keeps the same number of tokens, so its length is the group's.
             weights = tuple(
@@ -215,12 +224,14 @@ class StepMasks:
 
     def _from_reference(self, sample_ids: Sequence[Tensor], group_ids: Sequence[int]) -> list[MaskBatch]:
         assert self.reference is not None
-        sizes = {self.fpcs[group]: len(ids) for group, ids in zip(group_ids, sample_ids, strict=True)}
+        shared = self.cfg.clips_per_mask
+        sizes = {self.fpcs[group]: len(ids) // shared for group, ids in zip(group_ids, sample_ids, strict=True)}
         drawn = self.reference(sizes, self.positions)
         scale = 1.0 / (len(group_ids) * self.world_size)
         batches = []
         for place, group in enumerate(group_ids):
-            batch = MaskBatch.from_meta(*drawn[self.fpcs[group]], grid=self.grids[group])
+            enc, pred = ([ids.repeat_interleave(shared, 0) for ids in lists] for lists in drawn[self.fpcs[group]])
+            batch = MaskBatch.from_meta(enc, pred, grid=self.grids[group])
             tokens = [scale / (batch.num_masks * length) for length in batch.target_lengths]
             weights = tuple(weight / batch.batch_size for weight in tokens)
             batches.append(replace(batch, loss_weights=weights, mask_token=place))

@@ -137,7 +137,12 @@ class VJEPA(nn.Module):
             context, _ = self.encoder.forward_packed(groups, batches)
             context = label_backward(context, "context encoder")
         with label("predictor"):
-            predictions = label_backward(self.predictor.forward_packed(context, batches), "predictor")
+            targets = None
+            if not self.cfg.use_mask_tokens:
+                norm = self.target_encoder.norm
+                targets = target_features(features, rows, (norm.weight, norm.bias, norm.eps)).detach()
+            predictions = label_backward(
+                self.predictor.forward_packed(context, batches, targets=targets), "predictor")
         with label("loss"):
             return self._with_loss(predictions, features, rows, batches)
 

@@ -245,22 +245,35 @@ def run_blocks(
         yield x, branch
 
 
-def init_weights(module: nn.Module, blocks: nn.ModuleList) -> None:
+def init_weights(module: nn.Module, blocks: nn.ModuleList, kind: str = "vjepa2") -> None:
     """The reference's initialisation.
 
     Weights of linear and convolution layers: normal with std 0.02, cut at +-2; biases 0; layer norms 1 and 0. Then the
     output projections of block i (counted from 1) are divided by sqrt(2 i). In SwiGLU blocks that scales fc2, which is
     an input projection there, as in the reference (facebookresearch/vjepa2, src/models/vision_transformer.py:147-153).
     The reference's own sampler turns about one draw in 2^24 into -2; torch's does not, so a seed gives other numbers.
+
+    Args:
+        module: all of it is initialised.
+        blocks: those of its blocks.
+        kind: `vjepa2`; `vjepa1`, whose training script draws all linear layers once more, so that nothing is divided
+            (facebookresearch/jepa, app/vjepa/utils.py:127-140); or `xavier`, weights uniform within
+            sqrt(6 / (inputs + outputs)) of 0, a patch of pixels counting as the inputs (Glorot and Bengio 2010).
     """
     for child in _post_order(module):
         if isinstance(child, nn.Linear | nn.Conv2d | nn.Conv3d):
-            nn.init.trunc_normal_(child.weight, std=INIT_STD)
+            if kind == "xavier":
+                # A convolution's own count of outputs includes the places of its kernel.
+                nn.init.xavier_uniform_(child.weight.data.flatten(1))
+            else:
+                nn.init.trunc_normal_(child.weight, std=INIT_STD)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)
             nn.init.zeros_(child.bias)
+    if kind != "vjepa2":
+        return
     with torch.no_grad():
         for number, block in enumerate(blocks, start=1):
             assert isinstance(block, Block)

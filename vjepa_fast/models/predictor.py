@@ -1,7 +1,8 @@
 """The predictor: a narrow transformer that fills in the features of masked tokens.
 
 Context features are projected to the predictor's width, a learned mask token stands for each token to predict, both
-know their positions; after the blocks the mask tokens are projected back to the encoder's width.
+know their positions; after the blocks the mask tokens are projected back to the encoder's width. Without mask tokens
+the projected targets themselves stand there, with noise (vjepa_fast.models.noised_targets).
 
 Legend: S sequences (mask, clip), K context tokens, K' target tokens of a sequence, L all tokens, D encoder width, P
 predictor width.
@@ -19,6 +20,7 @@ from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
+from vjepa_fast.models.noised_targets import Noise, noised_targets
 from vjepa_fast.models.positions import sincos_table
 from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
 from vjepa_fast.ops.layer_norm import LayerNorm
@@ -53,7 +55,8 @@ class Predictor(nn.Module):
             cfg.num_frames // cfg.tubelet_size if is_video else 1,
             cfg.crop_size[0] // cfg.patch_size, cfg.crop_size[1] // cfg.patch_size)
         self.predictor_embed = Linear(encoder.embed_dim, width)
-        self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(cfg.num_mask_tokens or 1))
+        num_tokens = (cfg.num_mask_tokens or 1) if cfg.use_mask_tokens else 0
+        self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(num_tokens))
         self.predictor_pos_embed: nn.Parameter | None = None
         if not cfg.use_rope:
             table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
@@ -66,7 +69,7 @@ class Predictor(nn.Module):
         if not cfg.zero_init_mask_tokens:
             for token in self.mask_tokens:
                 nn.init.trunc_normal_(token, std=INIT_STD)
-        init_weights(self, self.predictor_blocks)
+        init_weights(self, self.predictor_blocks, cfg.init)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +77,8 @@ class Predictor(nn.Module):
         return compute_dtype(self.cfg, self.predictor_norm.weight)
 
     def forward(
-        self, x: Tensor, masks_x: Tensor | list[Tensor], masks_y: Tensor | list[Tensor], mask_index: int = 1
+        self, x: Tensor, masks_x: Tensor | list[Tensor], masks_y: Tensor | list[Tensor], mask_index: int = 1,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Predicted features of target tokens, with dense index lists as in the reference.
 
@@ -83,6 +87,7 @@ class Predictor(nn.Module):
             masks_x: int64 [B, K] ids of the context tokens, or a list of M.
             masks_y: int64 [B, K'] ids of the tokens to predict, or a list of M.
             mask_index: which mask token, modulo their number.
+            targets: [B, K', D] or [M * B, K', D] layer-normed target features, for a predictor without mask tokens.
 
         Returns:
             [B, K', D] or [M * B, K', D].
@@ -91,30 +96,43 @@ class Predictor(nn.Module):
         masks = MaskBatch.from_meta(lists[0], lists[1], self.grid)
         if x.shape[:2] != (masks.num_masks * masks.batch_size, lists[0][0].shape[1]):
             raise ValueError(f"context features have shape {list(x.shape)}; the masks keep {list(lists[0][0].shape)}")
-        out = self.forward_packed(x.flatten(0, 1), [masks], [mask_index])
+        given = None if targets is None else targets.flatten(0, 1)
+        out = self.forward_packed(x.flatten(0, 1), [masks], [mask_index], given)
         return out.view(len(x), -1, out.shape[-1])
 
     def forward_packed(
-        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None
+        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """All masks of all clips of all groups in one pass.
 
         Args:
             context: [sum of context lengths, D] encoder features, packed group by group as the encoder returns them.
             masks: for each group.
-            mask_tokens: which mask token each group uses; None: its `mask_token`, else its place in the list.
+            mask_tokens: which mask token each group uses; None: as configured, by mask, or by group: its `mask_token`,
+                else its place in the list.
+            targets: [sum of target lengths, D] layer-normed target features, for a predictor without mask tokens.
 
         Returns:
             [sum of target lengths, D], packed group by group.
+
+        Raises:
+            ValueError: there are no mask tokens, and no targets.
         """
-        if mask_tokens is None:
-            mask_tokens = [place if m.mask_token is None else m.mask_token for place, m in enumerate(masks)]
         dtype = self.dtype
-        tokens = self.predictor_embed(context.to(dtype))
-        queries = torch.cat([
-            self.mask_tokens[index % len(self.mask_tokens)][0].to(dtype).expand(len(m.target_ids), -1)
-            for index, m in zip(mask_tokens, masks, strict=True)
-        ])
+        if len(self.mask_tokens):
+            tokens = self.predictor_embed(context.to(dtype))
+            queries = torch.cat(self._queries(masks, mask_tokens))
+        elif targets is not None:
+            both = self.predictor_embed(torch.cat([context.to(dtype), targets.to(dtype)]))
+            tokens = both[: len(context)]
+            groups = both[len(context) :].split([len(m.target_ids) for m in masks])
+            queries = torch.cat([
+                noised_targets(group, m.target_packing, self.draw_noise(m)).to(dtype)
+                for group, m in zip(groups, masks, strict=True)])
+        else:
+            raise ValueError("a predictor without mask tokens (model.use_mask_tokens=false) starts from noised "
+                             "targets; give it the target features")
         ids, grid = join_ids([*(m.context_ids for m in masks), *(m.target_ids for m in masks)],
                              [m.grid for m in masks] * 2)
         if self.predictor_pos_embed is not None:
@@ -136,6 +154,35 @@ class Predictor(nn.Module):
         [(x, branch)] = deque(stream, maxlen=1)
         normed = self.predictor_norm(x) if branch is None else self.predictor_norm.add(x, branch)[1]
         return self.predictor_proj(normed)
+
+    def draw_noise(self, masks: MaskBatch) -> Noise:
+        """What is added to the targets of a group, new at every call, from torch's generator of the device."""
+        return Noise.draw(masks.target_packing, len(masks.target_ids), self.cfg.pred_embed_dim, masks.device)
+
+    def _queries(self, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None) -> list[Tensor]:
+        """For each group, the mask token of every target token, [K', P]."""
+        stack = [token[0].to(self.dtype) for token in self.mask_tokens]
+        if mask_tokens is None:
+            if self.cfg.mask_token_by == "mask":
+                return [_by_mask(stack, m) for m in masks]
+            mask_tokens = [place if m.mask_token is None else m.mask_token for place, m in enumerate(masks)]
+        return [stack[index % len(stack)].expand(len(m.target_ids), -1)
+                for index, m in zip(mask_tokens, masks, strict=True)]
+
+
+def _by_mask(tokens: list[Tensor], masks: MaskBatch) -> Tensor:
+    """Mask token i % (number of tokens), each [1, P], for the targets of mask i: [K', P]."""
+    size, chosen = len(masks.target_ids), [tokens[i % len(tokens)] for i in range(masks.num_masks)]
+    if not masks.target_packing.dynamic:
+        b = masks.batch_size
+        totals = [sum(masks.target_lengths[i * b : (i + 1) * b]) for i in range(masks.num_masks)]
+        # What lies behind the last sequence is never read.
+        totals[-1] += size - sum(totals)
+        return torch.cat([token.expand(total, -1) for token, total in zip(chosen, totals, strict=True)])
+    mask_of_row = sequence_of_rows(masks.cu_seqlens_target, size) // masks.batch_size
+    # Not a gather: its backward adds up in an order of its own at every run.
+    parts = [(mask_of_row == i)[:, None].to(token.dtype) * token for i, token in enumerate(chosen)]
+    return torch.stack(parts).sum(0)
 
 
 class _Interleave:

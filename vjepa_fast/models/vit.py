@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
             size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu,
             cfg.attention, cfg.compile_model is True)
         self.norm = LayerNorm(self.embed_dim, eps=1e-6)
-        init_weights(self, self.blocks)
+        init_weights(self, self.blocks, cfg.init)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,7 +37,8 @@ count(n) = min(n - 1, max(1, (n * R + 2**23) >> 24)) out of n, so that a single 
   word[i % 4] of philox(sample, step, tag(MASK_PATCHES, group, mask, attempt = frame (0 for tube), block = i // 4)), and
   the k places with the smallest (key, i) are taken. The tag bounds these: H * W <= 4096, and T <= 256 for patches and
   mixture. The reference's own tube (facebookresearch/jepa, src/masks/random_tube.py) keeps int(H * W * (1 - ratio))
-  places, so it rounds the context down where this rounds the target to the nearest.
+  places, so it rounds the context down where this rounds the target to the nearest; for `round_context_down` R stands
+  for the share of H * W that is left.
 
 Context: tokens that are not target and whose frame is below max_context_frames; token 0 if that leaves none. Target:
 every token that is not context.
@@ -83,7 +84,7 @@ COMPLEMENTS: tuple[Complement, ...] = get_args(Complement)
 Grid = tuple[int, int, int]
 
 
-def fixed_point(value: float, bits: int = FRACTION_BITS) -> int:
+def fixed_point(value: float | Fraction, bits: int = FRACTION_BITS) -> int:
     """ceil(value * 2**bits), exact."""
     return math.ceil(Fraction(value) * (1 << bits))
 
@@ -133,6 +134,11 @@ class BlockSpec:
             low, high = (fixed_point(bound) for bound in bounds)
             return low, high - low
 
+        ratio = Fraction(spec.ratio)
+        if spec.round_context_down:
+            places = height * width
+            # In float64, as the reference has it: 196 * (1 - 0.5) and its like must round as there.
+            ratio = Fraction(places - int(places * (1.0 - spec.ratio)), places)
         complement: Complement = "pred_full" if spec.pred_full_complement else "none"
         return cls(
             strategy=spec.strategy,
@@ -140,7 +146,7 @@ class BlockSpec:
             temporal=low_and_span(spec.temporal_scale),
             spatial=low_and_span(spec.spatial_scale),
             aspect=low_and_span(spec.aspect_ratio),
-            predicted=fixed_point(spec.ratio),
+            predicted=fixed_point(ratio),
             temporal_below=fixed_point(spec.temporal_probability, 32),
             max_context_frames=max(1, int(num_frames * spec.max_temporal_keep)),
             max_keep=None if spec.max_keep is None else min(spec.max_keep, num_tokens),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import math
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,9 @@ class AdamWEMA(torch.optim.AdamW):
     still moves. Parameters without a gradient are left alone. The state is that of torch.optim.AdamW, and each
     parameter group holds one value more, `ema_momentum`, that may be changed between steps like `lr`.
 
+    With `clip_norm` a step first scales the gradients of the encoder, and those of the predictor, to that norm where
+    theirs is larger, as torch.nn.utils.clip_grad_norm_ does for each of them.
+
     On a GPU the values of the groups are copied to the device at each step, so a captured CUDA graph sees new ones:
     call `write_group_values` before each replay.
 
@@ -109,6 +113,8 @@ class AdamWEMA(torch.optim.AdamW):
             they lie, the norm is of all shards, and there are no shadows.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; biases and vectors are not decayed.
         ema_momentum: share of the target encoder that a step keeps, 0 to 1.
+        clip_norm: largest norm of the gradients of each network; None: they are not clipped. The attribute of this name
+            may be changed between steps, for a captured graph from one number to another only, such as infinity.
 
     Raises:
         ValueError: a value out of range, or a target encoder whose shards differ from the encoder's.
@@ -125,22 +131,27 @@ class AdamWEMA(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.04,
         ema_momentum: float = 0.99925,
+        clip_norm: float | None = None,
     ) -> None:
         if not 0.0 <= ema_momentum <= 1.0:
             raise ValueError(f"ema_momentum is {ema_momentum}; expected 0 to 1")
+        if clip_norm is not None and not clip_norm > 0.0:
+            raise ValueError(f"clip_norm is {clip_norm}; expected a positive number, or None")
         groups = parameter_groups(model.encoder, model.predictor)
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         for values in (self.defaults, *self.param_groups):
             values["ema_momentum"] = ema_momentum
         self.model = model
+        self.clip_norm = clip_norm
         self.grad_norm: Tensor | None = None
-        """Scalar: norm of all gradients of the last step."""
+        """Scalar: norm of all gradients of the last step, before clipping."""
         self.skipped: Tensor | None = None
         """Scalar: 1 where the last step left the weights as they were, else 0."""
         self._targets = dict(zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
         self._plan: _Plan | None = None
         self._group_values: Tensor | None = None
         self._written: list[list[float]] = []
+        self._clip_value: Tensor | None = None
         self._shadows: dict[Tensor, Tensor] = {}
         self._dtype = COMPUTE_DTYPES[model.cfg.dtype]
         layers = [m for m in model.modules() if isinstance(m, Linear)] if self._dtype != torch.float32 else []
@@ -162,11 +173,16 @@ class AdamWEMA(torch.optim.AdamW):
                 loss = closure()
         plan = self._plan_of_step()
         operands = plan.operands
-        total = self._sum_of_squares(operands, plan.shards)
         fit = plan.fits and all(grad is None or grad.dtype == torch.float32 for grad in operands.grads)
-        if fit and use_triton(operands.params[0]):
-            if not is_capturing(operands.params[0].device):
-                self.write_group_values()
+        by_kernels = fit and use_triton(operands.params[0])
+        if by_kernels and not is_capturing(operands.params[0].device):
+            self.write_group_values()
+        self._unscale(operands)
+        total = self._clip(plan) if self.clip_norm is not None else self._sum_of_squares(operands.grads, plan.shards)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            total = torch.where(found_inf > 0, torch.nan, total)
+        if by_kernels:
             assert self._group_values is not None
             adamw_ema_(operands, self._group_values, total.float())
         elif is_capturing(operands.params[0].device):
@@ -215,8 +231,13 @@ class AdamWEMA(torch.optim.AdamW):
                         "pickled; make one for the copied model and load this one's state_dict()")
 
     def write_group_values(self) -> None:
-        """Copy lr, betas, eps, weight decay and momentum of the groups to the device, without waiting for it."""
+        """Copy lr, betas, eps, weight decay and momentum of the groups, and the norm to clip to, to the device, without
+        waiting for it."""
         device = local_of(self.param_groups[0]["params"][0]).device
+        if self.clip_norm is not None:
+            if self._clip_value is None or self._clip_value.device != device:
+                self._clip_value = torch.empty((), device=device)
+            self._clip_value.fill_(self.clip_norm)
         shape = len(self.param_groups), len(GROUP_VALUES)
         if self._group_values is None or self._group_values.shape != shape or self._group_values.device != device:
             self._group_values, self._written = torch.zeros(shape, dtype=torch.float64, device=device), []
@@ -275,24 +296,49 @@ class AdamWEMA(torch.optim.AdamW):
         operands.grads = [None] * len(parameters)
         return _Plan([], parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
 
-    def _sum_of_squares(self, operands: Operands, shards: list[_Shards]) -> Tensor:
-        """Over all gradients of all shards, a scalar on the device; NaN where a scaler found what is not finite."""
+    def _unscale(self, operands: Operands) -> None:
+        """Divide the gradients by the scale of a scaler that leaves this to the optimizer."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        grads = [grad for grad in operands.grads if grad is not None]
+        if grad_scale is not None and grads:
+            torch._foreach_mul_(grads, grad_scale.reciprocal())
+
+    def _sum_of_squares(self, gradients: Sequence[Tensor | None], shards: Sequence[_Shards]) -> Tensor:
+        """Over all these gradients and all their shards, a scalar on the device."""
         parts: dict[_Shards, list[Tensor]] = {}
-        for grad, key in zip(operands.grads, shards, strict=True):
+        for grad, key in zip(gradients, shards, strict=True):
             if grad is not None:
                 parts.setdefault(key, []).append(grad)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        total = torch.zeros((), device=operands.params[0].device)
+        total = torch.zeros((), device=local_of(self.param_groups[0]["params"][0]).device)
         for (mesh, dims), grads in parts.items():
-            if grad_scale is not None:
-                torch._foreach_mul_(grads, grad_scale.reciprocal())
             part = sum_of_squares(grads)
             for dim in dims:
                 assert mesh is not None
                 dist.all_reduce(part, group=mesh.get_group(dim))
             total = total + part
-        if found_inf is not None:
-            total = torch.where(found_inf > 0, torch.nan, total)
+        return total
+
+    def _clip(self, plan: _Plan) -> Tensor:
+        """Scale the gradients of encoder and predictor down, and the sum of squares of all as they were before.
+
+        Nothing waits for the device; in a graph the norm is the one that write_group_values has written last.
+        """
+        assert self.clip_norm is not None
+        gradients, device = plan.operands.grads, local_of(plan.parameters[0]).device
+        capturing = is_capturing(device)
+        limit: Tensor | float = self.clip_norm
+        if capturing:
+            assert self._clip_value is not None
+            limit = self._clip_value
+        total = torch.zeros((), device=device)
+        for in_encoder in (True, False):
+            members = [i for i, parameter in enumerate(plan.parameters) if (parameter in self._targets) == in_encoder]
+            part = self._sum_of_squares([gradients[i] for i in members], [plan.shards[i] for i in members])
+            total = total + part
+            own = [grad for i in members if (grad := gradients[i]) is not None]
+            if own and (capturing or math.isfinite(self.clip_norm)):
+                # As torch.nn.utils.clip_grad_norm_.
+                torch._foreach_mul_(own, (limit / (part.sqrt() + 1e-6)).clamp(max=1.0))
         return total
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:

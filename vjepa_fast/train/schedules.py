@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and momentum as pure functions of the step.
+"""Learning rate, weight decay, momentum and clipping as pure functions of the step.
 
 The reference advances its schedules before the optimizer step, so step 0 already uses the value after one increment
 (facebookresearch/vjepa2, src/utils/schedulers.py and app/vjepa/train.py:299-302, 425-426). Here `step` counts from 0.
@@ -12,7 +12,7 @@ from vjepa_fast.config.schema import OptimizationConfig
 
 
 class Schedules:
-    """All three schedules of a run."""
+    """All schedules of a run."""
 
     def __init__(self, cfg: OptimizationConfig) -> None:
         assert cfg.ipe is not None
@@ -47,6 +47,18 @@ class Schedules:
         """EMA momentum of a step: linear from ema[0] to ema[1], then constant."""
         first, last = self.cfg.ema
         return first + min(step, self.momentum_span) * (last - first) / self.momentum_span
+
+    def clip_norm(self, step: int) -> float | None:
+        """Largest norm of the gradients: infinite until the second epoch after the warm-up; None: never clipped.
+
+        The reference counts epochs from 0 and clips where the epoch is above the warm-up (facebookresearch/jepa,
+        app/vjepa/train.py:468).
+        """
+        cfg = self.cfg
+        if cfg.clip_grad is None:
+            return None
+        assert cfg.ipe is not None
+        return cfg.clip_grad if step // cfg.ipe > cfg.warmup else math.inf
 
 
 def _cosine(first: float, last: float, progress: float) -> float:

@@ -31,7 +31,7 @@ class StepResult:
     loss: Tensor
     """Scalar: this process's share of the loss times the number of processes; their mean is the loss of the step."""
     grad_norm: Tensor
-    """Scalar: norm of all gradients together."""
+    """Scalar: norm of all gradients together, before any clipping."""
     skipped: Tensor
     """Scalar: 1 where the gradients were not finite."""
     lr: float
@@ -86,6 +86,7 @@ class TrainStep:
         """Learning rate, weight decay and momentum of a step, which the optimizer gets to know."""
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
         momentum = self.schedules.momentum(step)
+        self.optimizer.clip_norm = self.schedules.clip_norm(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["ema_momentum"] = momentum

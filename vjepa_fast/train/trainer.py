@@ -246,7 +246,7 @@ class Trainer:
     def run_step(self, batch: Batch) -> StepResult:
         """Train on one batch: masks, forward, backward, update."""
         masks = self._masks_of(batch)
-        # Drop path is the only thing that draws from torch's generator; this makes a resumed run draw the same.
+        # Drop path and noised targets draw from torch's generator; this makes a resumed run draw the same.
         words = random_words(self.cfg.train.seed, self.processes.rank, batch.step, pack_tag(Stream.DROP_PATH))
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
         if self._run is None:
@@ -402,8 +402,9 @@ class Trainer:
     def _data_parallel(self) -> DistributedDataParallel | None:
         if not self.processes.distributed:
             return None
-        # Tokens that no frames-per-clip group uses never get a gradient; data parallelism must not wait for one.
-        unused = range(len(self.loader.fpcs), len(self.model.predictor.mask_tokens))
+        # Tokens that no mask or frames-per-clip group uses never get a gradient, which nobody must wait for.
+        used = len(self.cfg.mask.masks) if self.cfg.model.mask_token_by == "mask" else len(self.loader.fpcs)
+        unused = range(used, len(self.model.predictor.mask_tokens))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self.model, [f"predictor.mask_tokens.{index}" for index in unused])
         return DistributedDataParallel(
