@@ -71,8 +71,9 @@ def main(folder: Path) -> None:
     loader = Loader(first_epoch * OPTIMIZATION["ipe"])
     data_manager.init_data = lambda **_: (loader, sampler)  # type: ignore[attr-defined]
     transforms.make_transforms = lambda **_: None  # type: ignore[attr-defined]
-    sys.modules["src.datasets.data_manager"] = data_manager
-    sys.modules["app.vjepa.transforms"] = transforms
+    with meta_reference.environment():
+        sys.modules["src.datasets.data_manager"] = data_manager
+        sys.modules["app.vjepa.transforms"] = transforms
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     # The script looks sizes up by name in this module.

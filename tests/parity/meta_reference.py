@@ -45,9 +45,14 @@ def modules() -> types.SimpleNamespace:
     return load_modules(Path(os.environ["VJEPA2_REFERENCE"]).resolve())
 
 
+def environment() -> contextlib.AbstractContextManager[None]:
+    """In which its modules can be imported."""
+    return import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve())
+
+
 def training_script() -> types.ModuleType:
     """The module app/vjepa/train.py; importing it seeds the global generators."""
-    with import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve()):
+    with environment():
         return importlib.import_module("app.vjepa.train")
 
 
@@ -252,7 +257,7 @@ def _video_dataset() -> types.ModuleType:
     """The module src/datasets/video_dataset.py, without the packages that decode and read tables for it."""
     stand_ins = {name: types.ModuleType(name) for name in ("decord", "pandas", "torchvision", "psutil")}
     stand_ins["decord"].VideoReader = stand_ins["decord"].cpu = None  # type: ignore[attr-defined]
-    with import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve()), mock.patch.dict(sys.modules, stand_ins):
+    with environment(), mock.patch.dict(sys.modules, stand_ins):
         return importlib.import_module("src.datasets.video_dataset")
 
 
