@@ -16,16 +16,18 @@ _HOME = {
     "AdamWEMA": "train.optim",
     "build_loader": "data.loader",
     "Trainer": "train.trainer",
+    "load": "inference",
 }
 
 __all__ = [
-    "AdamWEMA", "MaskBatch", "MaskSampler", "Trainer", "VJEPA", "__version__", "build_loader", "load_config",
-    "load_recipe",
+    "AdamWEMA", "MaskBatch", "MaskSampler", "Trainer", "VJEPA", "__version__", "build_loader", "load",
+    "load_config", "load_recipe",
 ]
 
 if TYPE_CHECKING:
     from vjepa_fast.config import load_config, load_recipe
     from vjepa_fast.data.loader import build_loader
+    from vjepa_fast.inference import load
     from vjepa_fast.masking.batch import MaskBatch
     from vjepa_fast.masking.sampler import MaskSampler
     from vjepa_fast.models.jepa import VJEPA

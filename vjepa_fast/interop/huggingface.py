@@ -56,7 +56,8 @@ def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         hf_state: state_dict of a VJEPA2Model.
 
     Returns:
-        (encoder_state, predictor_state), for strict loads into models with as many mask tokens.
+        (encoder_state, predictor_state), for strict loads into models with as many mask tokens; the second is empty
+        where there is no predictor at all.
 
     Raises:
         UserError: a key that VJEPA2Model does not have, or mask tokens, queries, keys or values that are missing.
@@ -69,6 +70,8 @@ def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
                             "which begin with encoder. or predictor.")
         parts[part][name] = value
     encoder, predictor = parts["encoder"], parts["predictor"]
+    if not predictor:
+        return _part_from_hf(encoder, "encoder", "blocks", _ENCODER), {}
     if _MASK_TOKENS not in predictor:
         raise UserError(f"the Hugging Face state has no predictor.{_MASK_TOKENS}; expected a whole VJEPA2Model")
     tokens = {f"mask_tokens.{i}": token.clone() for i, token in enumerate(predictor.pop(_MASK_TOKENS))}

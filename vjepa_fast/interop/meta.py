@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_fast.errors import UserError
+from vjepa_fast.interop import shapes
 from vjepa_fast.models.jepa import VJEPA
 
 PREFIX = "module.backbone."
 STRIPPED = ("_orig_mod.", "module.", "backbone.")
 NETWORKS = ("encoder", "predictor", "target_encoder")
+_TABLES = ("pos_embed", "predictor_pos_embed")
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,8 +36,12 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """The contents of a checkpoint file, on the CPU.
+
+    Args:
+        path: file.
+        mmap: leave tensors in the file until they are touched, so that those nobody wants cost no memory.
 
     Raises:
         UserError: no such file, not a checkpoint, truncated, or a pickle that wants to run code.
@@ -43,10 +50,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} " + ("is not a file" if path.exists() else "does not exist"))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # torch's own text advises to load the file with code and all.
-        found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        found = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
         what = f" (it asks for {found.group(1)})" if found else ""
         raise UserError(f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values{what}; "
                         "nothing in it was run") from error
@@ -66,18 +74,12 @@ def load_network(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     """
     state = strip_prefixes(state)
     own = module.state_dict()
-    if "pos_embed" in state and "pos_embed" not in own:
-        # Released rope checkpoints carry a position table that nothing reads.
-        state.pop("pos_embed")
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"the {what} in the checkpoint does not fit the configured model: {shown}")
+    for table in _TABLES:
+        if table in state and table not in own:
+            # Released rope checkpoints carry position tables that nothing reads.
+            state.pop(table)
+    if differences := shapes.differences(own, state):
+        raise UserError(f"the {what} in the checkpoint does not fit the configured model: {differences}")
     module.load_state_dict(state)
 
 
@@ -103,13 +105,18 @@ def load_checkpoint(
     needed = (*NETWORKS, "epoch", *(("opt",) if optimizer is not None else ()))
     missing = [key for key in needed if key not in checkpoint]
     if missing:
-        raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {_shorten(map(str, checkpoint))}")
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {shorten(map(str, checkpoint))}")
     odd = [key for key in NETWORKS if not isinstance(checkpoint[key], dict)]
     if odd or not isinstance(checkpoint["epoch"], int):
         raise UserError(f"checkpoint {path}: {(odd or ['epoch'])[0]} is not what the reference or vjepa-fast writes "
                         "there")
-    for key in NETWORKS:
-        load_network(getattr(model, key), checkpoint.pop(key), key)
+    networks = {key: checkpoint.pop(key) for key in NETWORKS}
+    for key, state in networks.items():
+        try:
+            load_network(getattr(model, key), state, key)
+        except UserError as error:
+            fits = shapes.fitting(*(strip_prefixes(networks[name]) for name in ("encoder", "predictor")))
+            raise UserError(f"{error}" + (f". A config that fits it has {fits}" if fits else "")) from None
     state = checkpoint.pop("opt", None)
     if optimizer is not None:
         _load_optimizer(optimizer, state, path)
@@ -142,7 +149,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Pa
                 state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
-def _shorten(names: Iterable[str], limit: int = 12) -> str:
+def shorten(names: Iterable[str], limit: int = 12) -> str:
+    """The first names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -1,0 +1,98 @@
+"""The config of a model is told from the names and shapes of its weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vjepa_fast as vf
+from tests.interop import models
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.interop import shapes
+from vjepa_fast.models.predictor import Predictor
+from vjepa_fast.models.vit import VisionTransformer
+
+RELEASED = {
+    "v1 ViT-L/16": {"model_name": "vit_large", "use_rope": False, "uniform_power": True, "crop_size": 224,
+                    "num_frames": 16, "num_mask_tokens": 2},
+    "v1 ViT-H/16": {"model_name": "vit_huge", "use_rope": False, "uniform_power": True, "crop_size": 224,
+                    "num_frames": 16, "num_mask_tokens": 2},
+    "v1 ViT-H/16-384": {"model_name": "vit_huge", "use_rope": False, "uniform_power": True, "crop_size": 384,
+                        "num_frames": 16, "num_mask_tokens": 2},
+    "v2 ViT-L/16": {"model_name": "vit_large", "pred_num_heads": 12, "num_mask_tokens": 10},
+    "v2 ViT-H/16": {"model_name": "vit_huge", "pred_num_heads": 12, "num_mask_tokens": 10},
+    "v2 ViT-g/16": {"model_name": "vit_giant_xformers", "pred_num_heads": 12, "num_mask_tokens": 10},
+}
+
+
+def states(fields: dict) -> tuple[dict, dict, ModelConfig]:
+    sizes = {"crop_size": 256, "num_frames": 16, "patch_size": 16, "tubelet_size": 2}
+    cfg = ModelConfig.model_validate({**sizes, **fields})
+    with torch.device("meta"):
+        return VisionTransformer(cfg).state_dict(), Predictor(cfg).state_dict(), cfg
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models(name: str) -> None:
+    encoder, predictor, cfg = states(RELEASED[name])
+    found, notes = shapes.guess(encoder, predictor)
+    assert notes == []
+    assert (found.pred_num_heads or 16) == (cfg.pred_num_heads or 16)
+    for key in ("model_name", "use_rope", "uniform_power", "crop_size", "num_frames", "patch_size", "tubelet_size",
+                "pred_depth", "pred_embed_dim", "num_mask_tokens", "use_silu"):
+        assert getattr(found, key) == getattr(cfg, key), key
+
+
+@pytest.mark.parametrize("tokens", [8192, 2048, 18432])
+def test_table_of_released_rope_models_is_not_taken_for_sincos(tokens: int) -> None:
+    encoder, predictor, _ = states(RELEASED["v2 ViT-L/16"])
+    encoder["pos_embed"] = torch.zeros(1, tokens, 1024, device="meta")
+    found, notes = shapes.guess(encoder, predictor)
+    assert found.use_rope and "use_rope=true is assumed" in notes[0]
+    assert found.crop_size == ((384, 384) if tokens == 18432 else (256, 256))
+    assert shapes.guess(encoder, predictor, overrides={"use_rope": False})[0].use_rope is False
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_silu": True}, {"use_silu": True, "wide_silu": False, "use_pred_silu": True}, {"mlp_ratio": 3.3},
+    {"mlp_ratio": 48 / 11}, {"depth": 5, "pred_depth": 1}, {"use_rope": False},
+    {"use_rope": False, "uniform_power": True},
+], ids=str)
+def test_fields_come_back(changes: dict) -> None:
+    made = models.model(**changes)
+    found, _ = shapes.guess(made.encoder.state_dict(), made.predictor.state_dict(), overrides=models.NOT_IN_SHAPES)
+    keys = ["use_silu", "use_pred_silu", "use_rope"] + (["uniform_power", "crop_size"] if not found.use_rope else [])
+    for key in keys:
+        assert getattr(found, key) == getattr(made.cfg, key), key
+    with torch.device("meta"):
+        for module, own in ((VisionTransformer(found), made.encoder), (Predictor(found), made.predictor)):
+            assert shapes.differences(module.state_dict(), own.state_dict()) == ""
+
+
+def test_what_was_assumed_is_said() -> None:
+    made = models.model()
+    found, notes = shapes.guess(made.encoder.state_dict(), made.predictor.state_dict())
+    assert any("num_heads is assumed to be 1: " in note for note in notes)
+    assert any("pred_num_heads is assumed" in note for note in notes)
+    assert found.num_heads == 1
+
+
+def test_an_override_that_does_not_fit_is_told_with_what_would(tmp_path) -> None:
+    made = models.model()
+    torch.save(models.contents(made), tmp_path / "c.pt")
+    with pytest.raises(UserError) as error:
+        vf.load(tmp_path / "c.pt", **models.NOT_IN_SHAPES, depth=5, embed_dim=192)
+    text = str(error.value)
+    assert "patch_embed.proj.weight is [96, 3, 2, 16, 16], expected [192, 3, 2, 16, 16]" in text
+    assert "missing blocks.3.norm1.weight" in text and "more of other shapes; missing" in text
+    assert "A config that fits it has model.model_name=vit_tiny model.embed_dim=96 model.depth=3" in text
+    with pytest.raises(ConfigError, match="num_head is not a field"):
+        vf.load(tmp_path / "c.pt", num_head=3)
+    with pytest.raises(ConfigError, match="rope_style is 'round'"):
+        vf.load(tmp_path / "c.pt", rope_style="round")
+
+
+def test_an_image_model_of_something_else_is_refused() -> None:
+    with pytest.raises(UserError, match="not of a V-JEPA encoder: it has no patch_embed.proj.weight"):
+        shapes.guess({"conv1.weight": torch.zeros(1)})
