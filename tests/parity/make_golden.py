@@ -43,7 +43,11 @@ def provenance() -> dict[str, Any]:
 def training(case: Case) -> dict[str, Any]:
     """Three steps in float64 from the weights that cases.recipe_weights makes."""
     shapes = {name: tuple(value.shape) for name, value in meta_reference.build(case).weights().items()}
-    run = meta_reference.run(case, recipe_weights(shapes, case.seed), torch.float64)
+    return summaries(case, meta_reference.run(case, recipe_weights(shapes, case.seed), torch.float64))
+
+
+def summaries(case: Case, run: meta_reference.Run) -> dict[str, Any]:
+    """What a golden file holds of a run."""
     for step in run.steps:
         if case.loss_exp == 1 and step.margin < 1e-5:
             raise SystemExit(f"{case.name}: a prediction lies {step.margin:.1e} from its target; change Case.seed")

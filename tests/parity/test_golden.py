@@ -44,8 +44,11 @@ def assert_gradients(
 
 @EVERY_CASE
 def test_training_fp64(case: Case) -> None:
+    compare_fp64(case, run(case, torch.float64))
+
+
+def compare_fp64(case: Case, mine: ours.OurRun) -> None:
     golden = golden_format.read(f"train_{case.name}")
-    mine = run(case, torch.float64)
     for step, expected in zip(mine.steps, golden["steps"], strict=True):
         for key in ("loss", "lr", "weight_decay", "momentum"):
             assert getattr(step, key) == pytest.approx(expected[key], rel=1e-10), key
@@ -57,8 +60,11 @@ def test_training_fp64(case: Case) -> None:
 
 @EVERY_CASE
 def test_training_fp32(case: Case) -> None:
+    compare_fp32(case, run(case, torch.float32))
+
+
+def compare_fp32(case: Case, mine: ours.OurRun) -> None:
     golden = golden_format.read(f"train_{case.name}")
-    mine = run(case, torch.float32)
     for step, expected in zip(mine.steps, golden["steps"], strict=True):
         assert step.loss == pytest.approx(expected["loss"], rel=1e-5)
     # Later steps start from weights that rounding has moved; their gradients are compared in fp64.

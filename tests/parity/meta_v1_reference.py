@@ -1,0 +1,144 @@
+"""V-JEPA 1's own modules (facebookresearch/jepa), run at our sizes.
+
+The checkout is named by the environment variable VJEPA1_REFERENCE; it is imported at run time and nothing of it is
+copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vjepa_fast.bench.reference import import_environment, normalise
+
+from .cases import Batch
+from .meta_reference import Run, Step, Triple
+from .v1_cases import V1_OPTIMIZATION, V1Case, v1_batch, v1_noise
+
+needs_v1_reference = pytest.mark.skipif(
+    not os.environ.get("VJEPA1_REFERENCE"),
+    reason="VJEPA1_REFERENCE does not name a checkout of facebookresearch/jepa",
+)
+
+_MODULES = {
+    "vit": "src.models.vision_transformer",
+    "predictor": "src.models.predictor",
+    "wrappers": "src.models.utils.multimask",
+    "multiblock": "src.masks.multiblock3d",
+    "tube": "src.masks.random_tube",
+    "mask_utils": "src.masks.utils",
+    "tensors": "src.utils.tensors",
+    "utils": "app.vjepa.utils",
+}
+
+
+def root() -> Path:
+    return Path(os.environ["VJEPA1_REFERENCE"]).resolve()
+
+
+@functools.cache
+def modules() -> types.SimpleNamespace:
+    """The reference's modules by short names."""
+    with import_environment(root()):
+        return types.SimpleNamespace(**{key: importlib.import_module(name) for key, name in _MODULES.items()})
+
+
+def build(case: V1Case, dtype: torch.dtype = torch.float32) -> Triple:
+    """The three modules of `case` with the initialisation of the reference's classes (torch's global seed)."""
+    shared = {
+        "img_size": case.crop_size, "patch_size": case.patch_size, "num_frames": max(case.frames),
+        "tubelet_size": case.tubelet_size, "uniform_power": case.uniform_power, "mlp_ratio": 4.0, "qkv_bias": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6), "num_heads": case.num_heads,
+    }
+    encoder = modules().wrappers.MultiMaskWrapper(modules().vit.VisionTransformer(
+        embed_dim=case.embed_dim, depth=case.depth, **shared))
+    predictor = modules().wrappers.PredictorMultiMaskWrapper(modules().predictor.VisionTransformerPredictor(
+        embed_dim=case.embed_dim, predictor_embed_dim=case.pred_embed_dim, depth=case.pred_depth,
+        use_mask_tokens=case.use_mask_tokens, num_mask_tokens=case.num_masks, **shared))
+    triple = Triple(encoder.to(dtype), predictor.to(dtype), copy.deepcopy(encoder))
+    triple.target_encoder.requires_grad_(False)
+    return triple
+
+
+@contextlib.contextmanager
+def _drawn(case: V1Case, step: int, counts: list[int]) -> Iterator[None]:
+    """The predictor's noise is that of v1_noise: a level, then normal numbers for each mask."""
+    drawn: Iterator[torch.Tensor] = iter(
+        x for mask, count in enumerate(counts) for x in v1_noise(case, step, mask, count))
+    with mock.patch.object(torch, "randint", lambda *_, **__: next(drawn)), \
+            mock.patch.object(torch, "randn", lambda *_, **__: next(drawn)):
+        yield
+
+
+class Training:
+    """The reference's step (app/vjepa/train.py:408-500) over its own modules, optimizer and schedules."""
+
+    def __init__(self, triple: Triple, case: V1Case) -> None:
+        self.triple, self.case, options = triple, case, V1_OPTIMIZATION
+        self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
+            encoder=triple.encoder, predictor=triple.predictor, iterations_per_epoch=options["ipe"],
+            start_lr=options["start_lr"], ref_lr=options["lr"], warmup=options["warmup"],
+            num_epochs=options["epochs"], wd=options["weight_decay"], final_wd=options["final_weight_decay"],
+            final_lr=options["final_lr"], mixed_precision=False, ipe_scale=options["ipe_scale"])
+        first, last = options["ema"]
+        count = options["ipe"] * options["epochs"] * options["ipe_scale"]
+        self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
+
+    def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, float]:
+        triple, case = self.triple, self.case
+        clips = normalise(batch.clips[0], next(triple.encoder.parameters()).dtype)
+        enc, pred = ([modules().tensors.repeat_interleave_batch(ids, case.batch_size, repeat=case.num_clips)
+                      for ids in masks[0]] for masks in (batch.masks_enc, batch.masks_pred))
+        with torch.no_grad():
+            target = triple.target_encoder(clips)
+            targets = modules().mask_utils.apply_masks(F.layer_norm(target, target.shape[-1:]), pred, concat=False)
+        with _drawn(case, step, [ids.shape[1] for ids in pred]):
+            predictions = triple.predictor(triple.encoder(clips, enc), targets, enc, pred)
+        distances = [(z - h).abs() for z, h in zip(predictions, targets, strict=True)]
+        loss = torch.stack([(d ** case.loss_exp).mean() / case.loss_exp for d in distances]).mean()
+        spread = torch.stack([(z.var(dim=1) + 0.0001).sqrt() for z in predictions]).mean(0)
+        return loss + case.reg_coeff * F.relu(1 - spread).mean(), min(d.min().item() for d in distances)
+
+    def step(self, batch: Batch, step: int) -> Step:
+        triple, case = self.triple, self.case
+        lr, weight_decay = self.lr_schedule.step(), self.wd_schedule.step()
+        loss, margin = self._loss(batch, step)
+        loss.backward()
+        gradients = {
+            f"{part}.{key}": None if value.grad is None else value.grad.clone()
+            for part, module in list(triple.parts())[:2]
+            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr]
+            if value.requires_grad
+        }
+        if case.clip_grad is not None and step // V1_OPTIMIZATION["ipe"] > V1_OPTIMIZATION["warmup"]:
+            for network in (triple.encoder, triple.predictor):
+                torch.nn.utils.clip_grad_norm_(network.parameters(), case.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        momentum = next(self.momenta)
+        with torch.no_grad():
+            for new, old in zip(triple.encoder.parameters(), triple.target_encoder.parameters(), strict=True):
+                old.mul_(momentum).add_((1 - momentum) * new)
+        return Step(loss.item(), gradients, lr, weight_decay, momentum, margin)
+
+
+def run(case: V1Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Run:
+    """`case.num_steps` steps of the reference from `weights`."""
+    triple = build(case, dtype)
+    triple.load(weights)
+    training = Training(triple, case)
+    steps = [training.step(v1_batch(case, step), step) for step in range(case.num_steps)]
+    return Run(steps, triple.weights())
+
