@@ -1,4 +1,7 @@
-"""Write golden/train_v1_*.json from runs of V-JEPA 1: VJEPA1_REFERENCE=<checkout> python -m tests.parity.make_golden_v1"""
+"""Write golden/train_v1_*.json from runs of V-JEPA 1.
+
+VJEPA1_REFERENCE=<checkout> python -m tests.parity.make_golden_v1
+"""
 
 from __future__ import annotations
 
