@@ -17,17 +17,19 @@ _HOME = {
     "build_loader": "data.loader",
     "Trainer": "train.trainer",
     "load": "inference",
+    "swap": "interop.swap",
 }
 
 __all__ = [
     "AdamWEMA", "MaskBatch", "MaskSampler", "Trainer", "VJEPA", "__version__", "build_loader", "load",
-    "load_config", "load_recipe",
+    "load_config", "load_recipe", "swap",
 ]
 
 if TYPE_CHECKING:
     from vjepa_fast.config import load_config, load_recipe
     from vjepa_fast.data.loader import build_loader
     from vjepa_fast.inference import load
+    from vjepa_fast.interop.swap import swap
     from vjepa_fast.masking.batch import MaskBatch
     from vjepa_fast.masking.sampler import MaskSampler
     from vjepa_fast.models.jepa import VJEPA

@@ -46,7 +46,7 @@ def sincos_table(dim: int, grid: tuple[int, int, int], uniform_power: bool, vide
 
 
 def interpolate_table(
-    table: Tensor, trained: tuple[int, int, int], wanted: tuple[int, int, int], video: bool = True
+    table: Tensor, trained: tuple[int, int, int], wanted: tuple[int, int, int], video: bool = True, cuts: bool = True
 ) -> Tensor:
     """The table of another grid.
 
@@ -56,13 +56,15 @@ def interpolate_table(
     Args:
         table: [T * H * W, D] of the trained grid.
         trained, wanted: (T, H, W) in tokens.
+        cuts: False: fewer frames are interpolated too, as in V-JEPA 1 (facebookresearch/jepa,
+            src/models/vision_transformer.py:199-234).
 
     Returns:
         [T' * H' * W', D] of the wanted grid.
     """
     if wanted == trained:
         return table
-    if video and wanted[1:] == trained[1:] and wanted[0] < trained[0]:
+    if video and cuts and wanted[1:] == trained[1:] and wanted[0] < trained[0]:
         return table[: wanted[0] * wanted[1] * wanted[2]]
     dim = table.shape[-1]
     if video:

@@ -239,11 +239,13 @@ class VisionTransformer(nn.Module):
         return self._run(torch.cat(tokens), *join_ids(all_ids, grids), packing, final_norm)[-1], packing
 
     def _embed(self, clips: Tensor, rows: Tensor | None, grid: Grid) -> Tensor:
-        table = None
-        if self.pos_embed is not None:
-            table = interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
         with label("patch embedding"):
-            return label_backward(self.patch_embed(clips, rows, self.dtype, table), "patch embedding")
+            return label_backward(self.patch_embed(clips, rows, self.dtype, self._table(grid)), "patch embedding")
+
+    def _table(self, grid: Grid) -> Tensor | None:
+        """[T * H * W, D] positions that are added to the tokens of a clip; None: nothing is."""
+        return None if self.pos_embed is None else interpolate_table(
+            self.pos_embed[0], self.grid, grid, self.is_video)
 
     def _run(self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, final_norm: bool = True) -> list[Tensor]:
         rope = None

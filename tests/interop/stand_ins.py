@@ -1,0 +1,260 @@
+"""Small modules with the class, attribute and parameter names of Meta's code, written for these tests.
+
+They do by the shortest code what the reference's do, one mask at a time, so that the swap can be checked without a
+checkout. `V1` and `V2` hold the classes of facebookresearch/jepa and facebookresearch/vjepa2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIDE, PATCH, FRAMES, TUBELET = 24, 8, 8, 2
+GRID = (FRAMES // TUBELET, SIDE // PATCH, SIDE // PATCH)
+NUM_TOKENS = math.prod(GRID)
+WIDTH, DEPTH, HEADS = 48, 2, 3
+PRED_WIDTH, PRED_DEPTH, PRED_HEADS = 32, 2, 2
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGLUFFN(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = 88
+        self.fc1, self.fc2, self.act = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.SiLU()
+        self.fc3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, H, N, d] turned by positions [B, 1, N], with the angles tiled over the pairs as V-JEPA 2 does."""
+    half = x.shape[-1] // 2
+    angles = positions[..., None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    angles = torch.cat([angles, angles], -1)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * angles.cos() + turned * angles.sin()
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.use_sdpa = num_heads, (dim // num_heads) ** -0.5, True
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, places: list[Tensor] | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if places is not None:
+            part = 2 * (q.shape[-1] // 6)
+            for axis, positions in enumerate(places):
+                own = slice(axis * part, (axis + 1) * part)
+                q, k = (
+                    torch.cat([t[..., : own.start], rotate(t[..., own], positions[:, None]), t[..., own.stop :]], -1)
+                    for t in (q, k))
+        weights = (q @ k.mT * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(-2))
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = torch.empty(len(x), 1, 1).bernoulli_(1 - self.drop_prob)
+        return x * keep / (1 - self.drop_prob)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, silu: bool, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp: nn.Module = SwiGLUFFN(dim) if silu else MLP(dim)
+
+    def forward(self, x: Tensor, places: list[Tensor] | None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), places))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed3D(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        kernel = (TUBELET, PATCH, PATCH)
+        self.proj = nn.Conv3d(3, WIDTH, kernel, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).mT
+
+
+def pick(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def axes(ids: Tensor) -> list[Tensor]:
+    _, height, width = GRID
+    return [ids // (height * width), ids % (height * width) // width, ids % width]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, rope: bool, silu: bool, drop_path: float) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.out_layers = WIDTH, HEADS, None
+        self.patch_size, self.num_frames, self.tubelet_size, self.is_video = PATCH, FRAMES, TUBELET, True
+        self.patch_embed = PatchEmbed3D()
+        self.pos_embed = None if rope else nn.Parameter(torch.randn(1, NUM_TOKENS, WIDTH), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(WIDTH, HEADS, silu, drop_path) for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+
+    def forward(self, x: Tensor, masks: Tensor | list[Tensor] | None = None) -> Any:
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed[:, : x.shape[1]]
+        ids = torch.arange(x.shape[1]).expand(len(x), -1)
+        if masks is not None:
+            ids = torch.cat([masks] if isinstance(masks, Tensor) else masks)
+            x = pick(x.repeat(len(ids) // len(x), 1, 1), ids)
+        outs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, axes(ids) if self.pos_embed is None else None)
+            if self.out_layers is not None and index in self.out_layers:
+                outs.append(self.norm(x))
+        return self.norm(x) if self.out_layers is None else outs
+
+
+class _Predictor(nn.Module):
+    def __init__(self, rope: bool, silu: bool, num_mask_tokens: int) -> None:
+        super().__init__()
+        self.patch_size, self.num_frames, self.tubelet_size, self.is_video = PATCH, FRAMES, TUBELET, True
+        self.num_mask_tokens = num_mask_tokens
+        self.predictor_embed = nn.Linear(WIDTH, PRED_WIDTH)
+        self.mask_tokens = nn.ParameterList(torch.randn(1, 1, PRED_WIDTH) for _ in range(num_mask_tokens))
+        self.predictor_pos_embed = None if rope else nn.Parameter(
+            torch.randn(1, NUM_TOKENS, PRED_WIDTH), requires_grad=False)
+        self.predictor_blocks = nn.ModuleList(Block(PRED_WIDTH, PRED_HEADS, silu) for _ in range(PRED_DEPTH))
+        self.predictor_norm = nn.LayerNorm(PRED_WIDTH, eps=1e-6)
+        self.predictor_proj = nn.Linear(PRED_WIDTH, WIDTH)
+
+    def run(self, x: Tensor, context: Tensor, target: Tensor, mask_index: int) -> Tensor:
+        token = self.mask_tokens[mask_index % self.num_mask_tokens]
+        x = torch.cat([self.predictor_embed(x), token.expand(*target.shape, -1)], 1)
+        ids = torch.cat([context, target], 1)
+        if self.predictor_pos_embed is not None:
+            x = x + pick(self.predictor_pos_embed.expand(len(x), -1, -1), ids)
+        for block in self.predictor_blocks:
+            x = block(x, axes(ids) if self.predictor_pos_embed is None else None)
+        return self.predictor_proj(self.predictor_norm(x)[:, context.shape[1] :])
+
+
+class V1:
+    class VisionTransformer(_Encoder):
+        def __init__(self) -> None:
+            super().__init__(False, False, 0.0)
+            self.input_size = SIDE
+
+    class VisionTransformerPredictor(_Predictor):
+        def __init__(self, num_mask_tokens: int) -> None:
+            super().__init__(False, False, num_mask_tokens)
+            self.input_size = SIDE
+
+        def forward(
+            self, ctxt: Tensor, tgt: Any, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1
+        ) -> Tensor:
+            return self.run(ctxt, masks_ctxt, masks_tgt, mask_index)
+
+    class MultiMaskWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Tensor, masks: Any = None) -> Any:
+            return self.backbone(x) if masks is None else [self.backbone(x, masks=mask) for mask in masks]
+
+    class PredictorMultiMaskWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, ctxt: Any, tgt: Any, masks_ctxt: Any, masks_tgt: Any) -> Any:
+            rows = enumerate(zip(ctxt, tgt, masks_ctxt, masks_tgt, strict=True))
+            return [self.backbone(*row, mask_index=i) for i, row in rows]
+
+
+class V2:
+    class VisionTransformer(_Encoder):
+        def __init__(self, rope: bool = True, silu: bool = False, drop_path: float = 0.0) -> None:
+            super().__init__(rope, silu, drop_path)
+            self.img_height, self.img_width, self.use_rope = SIDE, SIDE, rope
+            self.handle_nonsquare_inputs, self.use_activation_checkpointing = True, False
+
+    class VisionTransformerPredictor(_Predictor):
+        def __init__(self, num_mask_tokens: int = 4, rope: bool = True, silu: bool = False) -> None:
+            super().__init__(rope, silu, num_mask_tokens)
+            self.img_height, self.img_width, self.use_rope = SIDE, SIDE, rope
+            self.return_all_tokens, self.chop_last_n_tokens, self.use_activation_checkpointing = False, 0, False
+
+        def forward(
+            self, x: Tensor, masks_x: Any, masks_y: Any, mask_index: int = 1, has_cls: bool = False
+        ) -> Tensor:
+            return self.run(x, masks_x, masks_y, mask_index)
+
+    class MultiSeqWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Any, masks: Any = None) -> Any:
+            if masks is None:
+                return [self.backbone(clips) for clips in x]
+            return [[self.backbone(clips, masks=mask) for mask in group] for clips, group in zip(x, masks, strict=True)]
+
+    class PredictorMultiSeqWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Any, masks_x: Any, masks_y: Any, has_cls: bool = False) -> Any:
+            return [
+                [self.backbone(*row, mask_index=i, has_cls=has_cls) for row in zip(*group, strict=True)]
+                for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))]
+
+
+def randomise(*modules: nn.Module) -> None:
+    """Nothing stays at 0 or 1."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+
+
+def make_masks(batch_size: int, num_frames: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Two masks of different lengths, as (context, target) index lists."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = NUM_TOKENS * num_frames // FRAMES
+    context, target = [], []
+    for kept, wanted in ((5, 9), (7, 4)):
+        order = torch.rand(batch_size, num_tokens, generator=generator).argsort(1)
+        context.append(order[:, :kept].sort(1).values)
+        target.append(order[:, kept : kept + wanted].sort(1).values)
+    return context, target
+
+
+def make_clips(batch_size: int, num_frames: int = FRAMES) -> Tensor:
+    return torch.randn(batch_size, 3, num_frames, SIDE, SIDE)
