@@ -8,7 +8,8 @@ Legend: B clips, T frames, H W pixels, N tokens of a clip, K predicted tokens, D
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,10 +282,36 @@ def build(
     """The model of an opened checkpoint; arguments and errors as `load`."""
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(COMPUTE_DTYPES)}")
+    if not predictor:
+        checkpoint = replace(checkpoint, predictor=None)
     key = checkpoint.choose(weights)
-    encoder_state = checkpoint.encoders[key]
-    predictor_state = checkpoint.predictor if predictor else None
-    overrides = overrides or {}
+    cfg, assumed = model_config(checkpoint, key, overrides or {}, dtype)
+    modules = check_fit(checkpoint, key, cfg)
+    states = {key: checkpoint.encoders[key], "predictor": checkpoint.predictor}
+    for name, module in modules.items():
+        state = states[name]
+        assert state is not None
+        module.to(COMPUTE_DTYPES[dtype]).to_empty(device=device)
+        module.load_state_dict(_read(module, state))
+    encoder, loaded = modules[key], modules.get("predictor")
+    assert isinstance(encoder, VisionTransformer) and (loaded is None or isinstance(loaded, Predictor))
+    return InferenceModel(encoder, loaded, checkpoint.data, key, assumed)
+
+
+def model_config(
+    checkpoint: Checkpoint, weights: str, overrides: dict[str, Any], dtype: Dtype = "float32"
+) -> tuple[ModelConfig, list[str]]:
+    """The config of the model of an opened checkpoint, and a sentence for everything that was assumed.
+
+    Args:
+        checkpoint: from open_checkpoint.
+        weights: key of the encoder.
+        overrides: as `load`.
+        dtype: of the computation.
+
+    Raises:
+        ConfigError: a field that does not exist or does not fit.
+    """
     unknown = [name for name in overrides if name not in ModelConfig.model_fields]
     if unknown:
         raise ConfigError(f"{unknown[0]} is not a field of the model's config; there are "
@@ -292,25 +319,35 @@ def build(
     # What training alone uses has no place here.
     fixed = {"dtype": dtype, "compile_model": False, "target_precision": "same"}
     cfg, assumed = shapes.guess(
-        encoder_state, predictor_state, checkpoint.model | fixed, overrides, f"{key} of {checkpoint.path}")
+        checkpoint.encoders[weights], checkpoint.predictor, checkpoint.model | fixed, overrides,
+        f"{weights} of {checkpoint.path}")
     if checkpoint.action_predictor is not None:
         assumed.append("the file holds an action-conditioned predictor, which cannot be run yet: the encoder is loaded "
                        "alone")
+    return cfg, assumed
+
+
+def check_fit(checkpoint: Checkpoint, weights: str, cfg: ModelConfig) -> dict[str, nn.Module]:
+    """The modules of a config on the meta device, by their key in the checkpoint, whose weights fit them.
+
+    Raises:
+        UserError: they do not; the message says where, and what config would fit.
+    """
     with torch.device("meta"):
-        modules: list[tuple[str, nn.Module, shapes.State]] = [(key, VisionTransformer(cfg), encoder_state)]
-        if predictor_state is not None:
-            modules.append(("predictor", Predictor(cfg), predictor_state))
-    for name, module, state in modules:
-        own = module.state_dict()
-        state = {one: value for one, value in state.items() if one in own or one not in _UNREAD}
-        if differences := shapes.differences(own, state):
-            fits = shapes.fitting(encoder_state, predictor_state)
+        modules: dict[str, nn.Module] = {weights: VisionTransformer(cfg)}
+        if checkpoint.predictor is not None:
+            modules["predictor"] = Predictor(cfg)
+    for name, module in modules.items():
+        state = checkpoint.predictor if name == "predictor" else checkpoint.encoders[name]
+        assert state is not None
+        if differences := shapes.differences(module.state_dict(), _read(module, state)):
+            fits = shapes.fitting(checkpoint.encoders[weights], checkpoint.predictor)
             raise UserError(f"the {name} in checkpoint {checkpoint.path} does not fit the model: {differences}"
                             + (f". A config that fits it has {fits}" if fits else ""))
-        module.to(COMPUTE_DTYPES[dtype]).to_empty(device=device)
-        module.load_state_dict(state)
-    encoder = modules[0][1]
-    assert isinstance(encoder, VisionTransformer)
-    loaded = modules[1][1] if len(modules) > 1 else None
-    assert loaded is None or isinstance(loaded, Predictor)
-    return InferenceModel(encoder, loaded, checkpoint.data, key, assumed)
+    return modules
+
+
+def _read(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the tables that nothing reads."""
+    own = module.state_dict()
+    return {key: value for key, value in state.items() if key in own or key not in _UNREAD}

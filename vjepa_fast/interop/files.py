@@ -53,6 +53,8 @@ class Checkpoint:
     """Fields of DataConfig that the file names."""
     labels: dict[str, Any] = field(default_factory=dict)
     """`id2label` of a classifier."""
+    probe_heads: int | None = None
+    """Heads of the attentive probes, where the file names them."""
 
     def choose(self, weights: str | None = None) -> str:
         """The key of the encoder that is meant.
@@ -122,6 +124,7 @@ def _open_pickle(path: Path) -> Checkpoint:
     own = contents.get("vjepa_fast")
     if isinstance(own, dict) and isinstance(own.get("config"), dict):
         found.model, found.data = _section(own["config"], "model"), _section(own["config"], "data")
+        found.labels, found.probe_heads = own.get("labels") or {}, own.get("probe_heads")
     if _is_state(contents):
         _split_bare(found, contents)
     if not (found.encoders or found.predictor or found.action_predictor or found.classifiers):
@@ -186,7 +189,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
         return found
     try:
         own = json.loads(metadata[METADATA_KEY])
-        found = Checkpoint(path, "fast", {}, model=own["model"], data=own["data"], labels=own["labels"])
+        found = Checkpoint(path, "fast", {}, model=own["model"], data=own["data"], labels=own["labels"],
+                           probe_heads=own["probe_heads"])
         key, num_probes = str(own["weights"]), int(own["num_classifiers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its metadata is damaged ({error!r})") from error
@@ -235,7 +239,8 @@ def _open_hf(folder: Path) -> Checkpoint:
         if not (folder / name).is_file():
             raise UserError(f"folder {folder} has config.json but no {name}")
         state |= read_safetensors(folder / name)[0]
-    found = Checkpoint(folder, "hf", {}, model=from_hf_config(config), labels=config.get("id2label") or {})
+    found = Checkpoint(folder, "hf", {}, model=from_hf_config(config), 
+                       labels=config.get("id2label") or {})
     _set_hf(found, state)
     return found
 
@@ -245,6 +250,7 @@ def _set_hf(found: Checkpoint, state: State) -> None:
     if any(key.startswith("vjepa2.") for key in state):
         found.classifiers = [classifier_from_hf(
             {key: value for key, value in state.items() if not key.startswith("vjepa2.")})]
+        found.probe_heads = found.model.get("num_heads")
         state = _below(state, "vjepa2.")
     encoder, predictor = huggingface.from_hf(state)
     found.encoders = {"encoder": encoder}

@@ -41,12 +41,17 @@ def to_hf(encoder_state: Mapping[str, Tensor], predictor_state: Mapping[str, Ten
     Raises:
         UserError: a parameter that VJEPA2Model has no place for.
     """
-    state = {f"encoder.{key}": value for key, value in _part_to_hf(encoder_state, "blocks", _ENCODER).items()}
+    state = encoder_to_hf(encoder_state)
     tokens = {key: value for key, value in predictor_state.items() if key.startswith("mask_tokens.")}
     rest = {key: value for key, value in predictor_state.items() if key not in tokens}
     state |= {f"predictor.{key}": value for key, value in _part_to_hf(rest, "predictor_blocks", _PREDICTOR).items()}
     state[f"predictor.{_MASK_TOKENS}"] = torch.stack([tokens[f"mask_tokens.{i}"] for i in range(len(tokens))])
     return state
+
+
+def encoder_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of to_hf that has no predictor: keys `encoder.*`."""
+    return {f"encoder.{key}": value for key, value in _part_to_hf(state, "blocks", _ENCODER).items()}
 
 
 def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
