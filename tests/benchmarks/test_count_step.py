@@ -18,7 +18,8 @@ from vjepa_fast.cost.counter import LaunchCounter, count_step
 CPU = torch.device("cpu")
 
 
-def test_fake_step_dispatches_what_a_true_one_does() -> None:
+def test_fake_step_dispatches_what_a_true_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
     step = OurStep(TRIAL, CPU, 1)
     step(0)
     with LaunchCounter() as counter:

@@ -221,10 +221,7 @@ def _launch(
     x: Tensor, y: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool,
     parts: int,
 ) -> None:
-    """The first `parts` of queries, keys and values from x to y, queries and keys rotated; all three in C++."""
-    if not use_triton(x):
-        torch.ops.vjepa_fast.rope3d_rotate(x, y, ids.contiguous(), cos, sin, grid, num_heads)
-        return
+    """The first `parts` of queries, keys and values from x to y, queries and keys rotated."""
     count, head_dim = len(x), x.shape[1] // (3 * num_heads)
     cols = max(2, 1 << (head_dim - 1).bit_length())
     # A program walks over the heads in blocks: the largest of those that leave the fewest lanes idle. It has few
@@ -276,6 +273,26 @@ class _Rope3d(torch.autograd.Function):
         return torch.ops.vjepa_fast.rope3d_bwd(grad, ids, tables[0], tables[2], *ctx.options), *[None] * 5
 
 
+class _Rope3dCpu(torch.autograd.Function):
+    """By C++."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, ids: Tensor, tables: Tensor, grid: Grid, num_heads: int):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids, tables)
+        ctx.options = grid, num_heads
+        ctx.mark_dirty(qkv)
+        torch.ops.vjepa_fast.rope3d_rotate(qkv, qkv, ids, tables[0], tables[1], *ctx.options)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        ids, tables = ctx.saved_tensors
+        out = torch.empty(grad.shape, dtype=grad.dtype)
+        torch.ops.vjepa_fast.rope3d_rotate(rows_contiguous(grad), out, ids, tables[0], tables[2], *ctx.options)
+        return out, *[None] * 4
+
+
 class _Rope3dRef(torch.autograd.Function):
     """By PyTorch, with tables for each token."""
 
@@ -298,11 +315,11 @@ class _Rope3dRef(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _compiled_serves(tables: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the C++ operator does. A graph that is traced for others to run holds PyTorch's operators only."""
-    if tables.device.type != "cpu" or dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+def _use_compiled(tables: Tensor, dtype: torch.dtype) -> bool:
+    """Whether C++ serves. A graph that is traced, perhaps for others to run, holds PyTorch's operators only."""
+    if type(tables) is not Tensor or tables.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return False
-    return os.environ.get("VJEPA_FAST_OPS") != "ref" and extension.load().path is not None
+    return not (torch.compiler.is_compiling() or os.environ.get("VJEPA_FAST_OPS")) and extension.load().path is not None
 
 
 class Rope:
@@ -329,8 +346,9 @@ class Rope:
         self.rounds = precision == "reference" and dtype in (torch.bfloat16, torch.float16)
         self.tables = rope_tables(grid, head_dim, dtype, style, precision, scale, ids.device)
         self.by_token: tuple[Tensor, ...] | None = None
-        if _compiled_serves(self.tables, dtype):
-            self.ids = ids.to(torch.int32)
+        self.compiled = _use_compiled(self.tables, dtype)
+        if self.compiled:
+            self.ids = ids.to(torch.int32).contiguous()
         elif not use_triton(self.tables):
             # PyTorch needs a row for each token, [L, R] in each table.
             frame, row, column = token_positions(ids, *grid[1:]).unbind(-1)
@@ -360,8 +378,11 @@ class Rope:
         if qkv.stride(-1) != 1 or (len(qkv) > 1 and qkv.stride(0) < qkv.shape[1]):
             raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side, and that "
                              "do not overlap")
-        if self.by_token is None:
-            out: Tensor = _Rope3d.apply(qkv, self.ids, self.tables, self.grid, num_heads, self.rounds)
+        out: Tensor
+        if self.compiled:
+            out = _Rope3dCpu.apply(qkv, self.ids, self.tables, self.grid, num_heads)
+        elif self.by_token is None:
+            out = _Rope3d.apply(qkv, self.ids, self.tables, self.grid, num_heads, self.rounds)
         else:
             out = _Rope3dRef.apply(qkv, *self.by_token, num_heads)
         return out
