@@ -64,7 +64,7 @@ def convert(
 ) -> None:
     """Convert V-JEPA weights between Meta's layout, Hugging Face's and ours, and prove that they are the same."""
     with exit_codes():
-        fields = _fields(overrides or [])
+        fields_given = fields(overrides or [], "SRC DST")
         if reference is not None and to != "meta":
             raise ConfigError(f"--reference runs Meta's modules on a file in Meta's layout; --to is {to}")
         # Imported here: torch takes seconds, which --help need not wait for.
@@ -80,7 +80,7 @@ def convert(
             checkpoint.labels = other.labels or checkpoint.labels
         chosen = _choose_classifier(checkpoint, classifier)
         key = checkpoint.choose(weights)
-        cfg = _config(checkpoint, key, fields)
+        cfg = _config(checkpoint, key, fields_given)
         if to == "hf":
             _warn_hf(checkpoint)
         if weights is not None:
@@ -91,17 +91,26 @@ def convert(
             _check(checkpoint, key, chosen, written, to, reference)
 
 
-def _fields(overrides: list[str]) -> dict[str, Any]:
+def fields(overrides: list[str], where: str) -> dict[str, Any]:
+    """Fields of the model from KEY=VALUE texts, values in YAML.
+
+    Args:
+        overrides: the texts.
+        where: of the command line they stand, for messages.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
     from vjepa_fast.config.yaml_io import parse
 
-    fields = {}
+    found = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"unexpected argument {text!r}; expected SRC DST and fields of the model as "
+            raise ConfigError(f"unexpected argument {text!r} after {where}; expected fields of the model as in "
                               "num_heads=12")
-        fields[name.removeprefix("model.")] = parse(value, f"override {text!r}")
-    return fields
+        found[name.removeprefix("model.")] = parse(value, f"override {text!r}")
+    return found
 
 
 def _choose_classifier(checkpoint: Checkpoint, given: int | None) -> int:

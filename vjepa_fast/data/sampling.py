@@ -182,9 +182,27 @@ def clip_frames(sample: int, epoch: int, num_frames: int, num_clip_frames: int, 
     Returns:
         int64 [T], not decreasing, each in [0, num_frames).
     """
+    spare = num_frames - num_clip_frames * step
+    start = 0
+    if spare > 0:
+        start = int(below(random_words(seed, sample, epoch, pack_tag(Stream.FRAMES))[0], spare + 1))
+    return window_frames(start, num_frames, num_clip_frames, step)
+
+
+def window_frames(start: int, num_frames: int, num_clip_frames: int, step: int) -> np.ndarray:
+    """Frame numbers of the clip that begins at frame `start` (formula in the module docstring).
+
+    Args:
+        start: at most num_frames - num_clip_frames * step, 0 in a video that is shorter than that.
+        num_frames: of the video, > 0.
+        num_clip_frames: T.
+        step: from clip_step.
+
+    Returns:
+        int64 [T], not decreasing, each in [0, num_frames).
+    """
     length = num_clip_frames * step
     if num_frames > length:
-        start = int(below(random_words(seed, sample, epoch, pack_tag(Stream.FRAMES))[0], num_frames - length + 1))
         numbers = np.linspace(start, start + length, num=num_clip_frames)
         return np.clip(numbers, start, start + length - 1).astype(np.int64)
     own = num_frames // step

@@ -1,0 +1,171 @@
+"""`vjepa-fast embed`: features of videos by a pretrained encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from vjepa_fast.inference_videos import Progress
+
+EPILOG = """
+Examples:
+
+  vjepa-fast embed video.mp4 --checkpoint runs/run --out features.safetensors
+
+  vjepa-fast embed videos.csv --checkpoint vitl.pt --out features.npz --pool mean --fps 4
+
+  vjepa-fast embed 'videos/**/*.mp4' --checkpoint vitl-hf --out features.safetensors --dtype bfloat16 --batch-size 16
+
+Stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_FRAMES = 0.2
+
+
+def embed(
+    videos: Annotated[list[str], typer.Argument(
+        metavar="VIDEO...", show_default=False,
+        help="Videos and images: files, folders, globs, CSV or .npy manifests, packs.")],
+    checkpoint: Annotated[Path, typer.Option(
+        metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
+                                                 ".safetensors file, or a folder of Hugging Face.")],
+    out: Annotated[Path, typer.Option(
+        metavar="FILE", show_default=False, help="New: .safetensors or .npz, with an entry a video under its path.")],
+    pool: Annotated[Literal["none", "mean"], typer.Option(
+        help="none: all tokens, [N, D]; mean: their average, [D].")] = "none",
+    frames: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16")] = None,
+    fps: Annotated[float | None, typer.Option(
+        metavar="F", min=0.001, help="Frames a second of a clip.",
+        show_default="that of the checkpoint, else 4")] = None,
+    size: Annotated[int | None, typer.Option(
+        metavar="PX", min=1, help="Height and width of a clip.",
+        show_default="those of the checkpoint, else 256")] = None,
+    clips: Annotated[int, typer.Option(
+        metavar="N", min=1, help="Clips of a video: the middle one, or several spread evenly; features are then "
+                                 "[clips, ...].")] = 1,
+    weights: Annotated[str | None, typer.Option(
+        metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
+        show_default="the teacher if there is one")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
+        help="Of the computation and of the features.")] = "float32",
+    batch_size: Annotated[int | None, typer.Option(
+        "--batch-size", metavar="N", min=1, help="Clips encoded together.",
+        show_default="1 on a CPU, 8 on a GPU")] = None,
+    workers: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")] = None,
+    option: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as "
+                                           "in num_heads=12.", show_default=False)] = None,
+) -> None:
+    """Write the features of videos, one entry a video; stopped, the same command goes on."""
+    with exit_codes():
+        # Imported here: they need seconds, which --help need not wait for.
+        import torch
+
+        from vjepa_fast.data.workers import auto_num_workers
+        from vjepa_fast.inference import InferenceModel, build
+        from vjepa_fast.inference_videos import EmbedJob, default_sampling, list_videos
+        from vjepa_fast.interop.files import open_checkpoint
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
+        target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        found = list_videos(videos)
+        opened = open_checkpoint(checkpoint)
+        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=_fields(option or []))
+        for note in model.assumed:
+            say("warning", note)
+        stat = opened.path.stat()
+        file = hashlib.sha256(f"{opened.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+        job = EmbedJob(found, out, default_sampling(model, frames, fps, size, clips), {
+            "checkpoint": f"{opened.path}:{file}", "weights": model.weights, "pool": pool, "dtype": dtype})
+
+        def encode(loaded: InferenceModel, batch: Any) -> Any:
+            return loaded.encode(batch, pool="mean" if pool == "mean" else None)
+
+        progress = _Bar(job.progress)
+        try:
+            # On the GPU only once the decoding processes are there: they are forked, which CUDA does not survive.
+            first = job.run(lambda: model.to(target), encode, batch_size or (8 if target.type == "cuda" else 1),
+                            workers or max(1, auto_num_workers(target)), progress.show)
+        except KeyboardInterrupt:
+            progress.close()
+            say("warning", f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command "
+                           "goes on")
+            raise
+        finally:
+            progress.close()
+        total, broken = job.progress.total, job.progress.broken
+        if broken:
+            path, reason = next(iter(job.broken.items()))
+            say("warning", f"{broken} of {total} videos could not be read and were left out: {job.broken_list} "
+                           f"({path}: {reason}{', ...' if broken > 1 else ''})")
+        if first is None:
+            raise UserError(f"none of the {total} videos could be read; {out} was not written")
+        shape = " x ".join(map(str, first.shape))
+        typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, "
+                   f"{str(first.dtype).removeprefix('torch.')}, of the {model.weights}")
+
+
+def _fields(overrides: list[str]) -> dict[str, Any]:
+    from vjepa_fast.cli.convert import fields
+
+    return fields(overrides, "--set")
+
+
+class _Bar:
+    """A bar for a person, a line now and then for a log file."""
+
+    def __init__(self, start: Progress) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._console = Console(stderr=True)
+        self._began = time.monotonic(), start.done
+        self._shown = time.monotonic()
+        self._bar: RichProgress | None = None
+        if start.done:
+            self._console.print(f"going on: {start.done} of {start.total} videos were done before", highlight=False)
+        if self._console.is_terminal:
+            # No thread of its own: decoding processes are forked while the bar is shown.
+            self._bar = RichProgress(
+                TextColumn("embedded {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                TextColumn("{task.description}"), console=self._console, auto_refresh=False)
+            self._task = self._bar.add_task("starting", total=start.total, completed=start.done)
+            self._bar.start()
+
+    def show(self, progress: Progress) -> None:
+        """Called after every video."""
+        now = time.monotonic()
+        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_FRAMES
+        if now - self._shown < pause and (self._bar is None or progress.done < progress.total):
+            return
+        self._shown = now
+        seconds, num_new = now - self._began[0], progress.done - self._began[1]
+        left = timedelta(seconds=round(seconds / num_new * (progress.total - progress.done)))
+        text = f"{num_new / seconds:.2f} videos/s  {progress.broken} broken  eta {left}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.done, description=text, refresh=True)
+        else:
+            self._console.print(f"embedded {progress.done}/{progress.total}  {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
