@@ -82,11 +82,11 @@ def resources(compiled: Any) -> dict[str, Any]:
             "instructions": sorted(found)}
 
 
-def latent_loss_case(dtype: torch.dtype, width: int, exponent: float) -> None:
-    rows, weights, affine = torch.zeros(64, dtype=torch.int64), torch.zeros(64), torch.zeros(width)
-    x = torch.zeros(64, width, dtype=dtype)
-    _, slopes = latent_loss._latent_loss_fwd(x, x, rows, weights, affine, affine, 1e-6, exponent)
-    latent_loss._latent_loss_bwd(slopes, weights, torch.zeros(()), dtype)
+def latent_loss_case(dtype: torch.dtype, width: int, exponent: float, levels: int = 1) -> None:
+    rows, weights, affine = torch.zeros(64, dtype=torch.int64), torch.zeros(64), torch.zeros(levels * width)
+    x = torch.zeros(64, levels * width, dtype=dtype)
+    _, slopes = latent_loss._latent_loss_fwd(x, x, rows, weights, affine, affine, 1e-6, exponent, levels)
+    latent_loss._latent_loss_bwd(slopes, weights, torch.zeros(()), dtype, levels)
 
 
 def layer_norm_case(dtype: torch.dtype, width: int, with_branch: bool) -> None:
@@ -155,6 +155,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
     "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
     "latent_loss bf16 1024 p=1.5": lambda: latent_loss_case(torch.bfloat16, 1024, 1.5),
+    "latent_loss bf16 4 x 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0, 4),
     "latent_loss fp32 4096 p=1": lambda: latent_loss_case(torch.float32, 4096, 1.0),
     "layer_norm bf16 1024": lambda: layer_norm_case(torch.bfloat16, 1024, False),
     "layer_norm bf16 1024 + residual": lambda: layer_norm_case(torch.bfloat16, 1024, True),

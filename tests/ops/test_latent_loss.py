@@ -28,14 +28,17 @@ def operands(count: int, width: int, dtype: torch.dtype, device: torch.device, n
     return predictions, features, weights, rows, norm
 
 
-def check(predictions: Tensor, features: Tensor, weights: Tensor, exponent: float, rows, norm, scale: float = 1.0):
+def check(
+    predictions: Tensor, features: Tensor, weights: Tensor, exponent: float, rows, norm, scale: float = 1.0,
+    levels: int = 1,
+):
     """Value and gradient of the kernels; the truth is the definition in fp64 on the same operands."""
 
     def run(function, dtype=None):
         z = predictions.detach().to(dtype or predictions.dtype).requires_grad_()
         f = features if dtype is None else features.to(dtype)
         n = None if norm is None else (*(p if dtype is None else p.to(dtype) for p in norm[:2]), norm[2])
-        loss = function(z, f, weights, exponent, rows, n)
+        loss = function(z, f, weights, exponent, rows, n, levels)
         return loss, torch.autograd.grad(loss * scale, z)[0]
 
     results = [run(latent_loss), run(latent_loss_ref), run(latent_loss_ref, torch.float64)]
@@ -51,6 +54,26 @@ def test_value_and_gradient(kernels, count, width, dtype, exponent):
     z, features, weights, rows, norm = operands(count, width, dtype, kernels, 2 * count + 1)
     check(z, features, weights, exponent, rows, norm)
     assert _dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [1.0, 1.5])
+@pytest.mark.parametrize("count, width, levels", [(1, 1, 4), (7, 37, 4), (3, 1664, 4), (5, 16, 3)])
+def test_levels(kernels, count, width, levels, dtype, exponent):
+    """Rows of several levels, as parts of wider rows."""
+    z, features, weights, rows, norm = operands(count, levels * width, dtype, kernels, count + 2)
+    wide = torch.cat([z, torch.full_like(z, torch.nan)], dim=1)[:, : z.shape[1]]
+    check(wide, features, weights, exponent, rows, norm, levels=levels)
+    assert _dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
+
+
+def test_levels_are_losses_of_their_own(kernels):
+    z, features, weights, rows, (weight, bias, eps) = operands(6, 4 * 24, torch.float32, kernels)
+    parts = [
+        latent_loss(*(x[:, 24 * i : 24 * i + 24] for x in (z, features)), weights, 1.0, rows,
+                    (weight[24 * i : 24 * i + 24], bias[24 * i : 24 * i + 24], eps)) for i in range(4)]
+    together = latent_loss(z, features, weights, 1.0, rows, (weight, bias, eps), 4)
+    torch.testing.assert_close(together, torch.stack(parts).mean())
 
 
 @pytest.mark.parametrize("with_rows, with_norm", [(False, False), (True, False), (False, True)])
@@ -105,7 +128,7 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     rows = torch.tensor([0, 1, 2])
     _dispatch.launch(
         module._latent_loss_fwd_kernel, (3,), z, far, rows, weights.float(), None, None, losses, slopes, width, FAR,
-        width, 0.0, 1e-5, 1.0, IS_L1=True, BLOCK=16)
+        width, 0.0, 1e-5, 1.0, IS_L1=True, LEVELS=1, BLOCK=16)
     torch.testing.assert_close(losses.sum(), latent_loss_ref(z, features, weights, 1.0, rows, None))
 
 
@@ -113,13 +136,14 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
 def test_opcheck(kernels, exponent):
     z, features, weights, rows, norm = operands(5, 24, torch.bfloat16, kernels)
     forward = torch.ops.vjepa_fast.latent_loss_fwd.default
-    args = (z, features, rows, weights.float(), norm[0], norm[1], 1e-6, exponent)
+    args = (z, features, rows, weights.float(), norm[0], norm[1], 1e-6, exponent, 4)
     torch.library.opcheck(forward, args)
-    torch.library.opcheck(forward, (z.t().contiguous().t(), features, None, weights.float(), None, None, 0.0, exponent))
+    torch.library.opcheck(
+        forward, (z.t().contiguous().t(), features, None, weights.float(), None, None, 0.0, exponent, 1))
     slopes = forward(*args)[1]
     grad = torch.tensor(2.0, device=kernels)
     torch.library.opcheck(
-        torch.ops.vjepa_fast.latent_loss_bwd.default, (slopes, weights.float(), grad, torch.bfloat16))
+        torch.ops.vjepa_fast.latent_loss_bwd.default, (slopes, weights.float(), grad, torch.bfloat16, 4))
 
 
 def test_compiles_whole(kernels):
@@ -162,6 +186,7 @@ def test_no_gradient_reaches_the_features(kernels):
     ({"features": torch.ones(4, 8)}, "features \\[4, 8\\]"),
     ({"rows": torch.zeros(2, dtype=torch.int64)}, "rows \\[2\\]"),
     ({"exponent": 0.0}, "exponent is 0.0; expected a positive number"),
+    ({"levels": 3}, "a width of 8 does not hold 3 levels"),
 ])
 def test_bad_operands(change, message):
     good = {"predictions": torch.ones(3, 8), "features": torch.ones(3, 8), "weights": torch.ones(3)}

@@ -52,6 +52,9 @@ class MaskBatch:
     loss_weights: tuple[float, ...] | None = None
     """Weight of each target token of a sequence in the loss. None: the mean over the tokens of a (group, mask) pair,
     then over all pairs of the list handed to the model."""
+    context_loss_weights: tuple[float, ...] | None = None
+    """Likewise for the context tokens, where they have a loss (V-JEPA 2.1). None: such that those of a sequence weigh
+    together what its target tokens do."""
     mask_token: int | None = None
     """Which mask token the predictor uses; None: the place of this group in the list handed to the model."""
     offsets: Tensor | None = None
@@ -61,7 +64,7 @@ class MaskBatch:
 
     def __post_init__(self) -> None:
         num_sequences = self.num_masks * self.batch_size
-        for name in ("context_lengths", "target_lengths", "loss_weights"):
+        for name in ("context_lengths", "target_lengths", "loss_weights", "context_loss_weights"):
             value = getattr(self, name)
             if value is not None and len(value) != num_sequences:
                 raise ValueError(f"{name} has {len(value)} entries; expected one for each of the "
@@ -152,6 +155,11 @@ class MaskBatch:
         weights = np.array(self.with_weights(num_groups).loss_weights)
         return self._sequence_of(self.target_ids, self.target_lengths, weights)
 
+    def context_token_weights(self, num_groups: int = 1) -> Tensor:
+        """float64 [len(context_ids)], the same for the context tokens."""
+        weights = np.array(self.with_weights(num_groups).context_loss_weights)
+        return self._sequence_of(self.context_ids, self.context_lengths, weights)
+
     def clip_weights(self, num_groups: int = 1) -> Tensor:
         """float64 [batch_size]: what the target tokens of each clip weigh together; see token_weights."""
         weights = np.array(self.with_weights(num_groups).loss_weights) * np.array(self.target_lengths)
@@ -159,13 +167,22 @@ class MaskBatch:
 
     def with_weights(self, num_groups: int = 1) -> MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""
-        if self.loss_weights is not None:
-            return self
+        if self.loss_weights is None:
+            target, context = (
+                self._mean_over_tokens(num_groups, lengths) for lengths in (self.target_lengths, self.context_lengths))
+            return replace(self, loss_weights=target, context_loss_weights=context)
+        if self.context_loss_weights is None:
+            lengths = zip(self.loss_weights, self.target_lengths, self.context_lengths, strict=True)
+            return replace(self, context_loss_weights=tuple(
+                weight * target / max(1, context) for weight, target, context in lengths))
+        return self
+
+    def _mean_over_tokens(self, num_groups: int, lengths: Sequence[int]) -> tuple[float, ...]:
         weights: list[float] = []
         for m in range(self.num_masks):
-            total = sum(self.target_lengths[m * self.batch_size : (m + 1) * self.batch_size])
+            total = sum(lengths[m * self.batch_size : (m + 1) * self.batch_size])
             weights += [1.0 / (num_groups * self.num_masks * max(1, total))] * self.batch_size
-        return replace(self, loss_weights=tuple(weights))
+        return tuple(weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskBatch:
         """The same masks with their ids on another device."""
@@ -212,6 +229,8 @@ class MaskBatch:
             context_lengths=tuple(self.context_lengths[s] for s in keep),
             target_lengths=tuple(self.target_lengths[s] for s in keep),
             loss_weights=None if self.loss_weights is None else tuple(self.loss_weights[s] for s in keep),
+            context_loss_weights=None if self.context_loss_weights is None else tuple(
+                self.context_loss_weights[s] for s in keep),
             offsets=None,
             capacity=None,
         )

@@ -60,6 +60,8 @@ class DynamicMasks(MaskBatch):
 
     weights: Tensor = field(kw_only=True)
     """float64 [S]: weight of each target token of a sequence in the loss."""
+    weights_of_context: Tensor = field(kw_only=True)
+    """float64 [S], the same for context tokens."""
     longest: int = field(kw_only=True)
     """Context and target tokens of a sequence together, at most."""
 
@@ -78,7 +80,8 @@ class DynamicMasks(MaskBatch):
             target_lengths=(room.longest_target,) * num_sequences, mask_token=masks.mask_token,
             offsets=torch.zeros((3, num_sequences + 1), dtype=torch.int32, device=device),
             capacity=(room.context, room.target),
-            weights=torch.zeros(num_sequences, dtype=torch.float64, device=device), longest=room.longest)
+            weights=torch.zeros(num_sequences, dtype=torch.float64, device=device),
+            weights_of_context=torch.zeros(num_sequences, dtype=torch.float64, device=device), longest=room.longest)
 
     def fill(self, masks: MaskBatch) -> None:
         """Take over other masks of the same kind that fit; nothing waits for a GPU."""
@@ -93,8 +96,11 @@ class DynamicMasks(MaskBatch):
         if offsets is None:
             offsets = torch.stack([masks.cu_seqlens_context, masks.cu_seqlens_target, masks.cu_seqlens])
         self.offsets.copy_(offsets)
-        weights = np.array(masks.with_weights().loss_weights, dtype=np.float64)
-        self.weights.copy_(to_device(weights, self.device))
+        weighed = masks.with_weights()
+        for own, weights in (
+            (self.weights, weighed.loss_weights), (self.weights_of_context, weighed.context_loss_weights)
+        ):
+            own.copy_(to_device(np.array(weights, dtype=np.float64), self.device))
 
     @property
     def context_packing(self) -> Packing:
@@ -125,6 +131,11 @@ class DynamicMasks(MaskBatch):
         """As of a MaskBatch; `num_groups` was decided when the buffers were filled."""
         sequence = sequence_of_rows(self.cu_seqlens_target, len(self.target_ids))
         return F.pad(self.weights, (0, 1)).index_select(0, sequence)
+
+    def context_token_weights(self, num_groups: int = 1) -> Tensor:
+        """As of a MaskBatch; `num_groups` was decided when the buffers were filled."""
+        sequence = sequence_of_rows(self.cu_seqlens_context, len(self.context_ids))
+        return F.pad(self.weights_of_context, (0, 1)).index_select(0, sequence)
 
     def clip_weights(self, num_groups: int = 1) -> Tensor:
         """As of a MaskBatch; `num_groups` was decided when the buffers were filled."""

@@ -208,19 +208,22 @@ class StepMasks:
 
     def _weigh_all_tokens(self, batches: list[MaskBatch], group_ids: Sequence[int]) -> list[MaskBatch]:
         num_masks = len(self.cfg.masks)
-        counts = torch.zeros(len(self.fpcs), num_masks, dtype=torch.int64)
+        counts = torch.zeros(2, len(self.fpcs), num_masks, dtype=torch.int64)
         for batch, group in zip(batches, group_ids, strict=True):
-            counts[group] = torch.tensor(batch.target_lengths).view(num_masks, -1).sum(1)
+            for kind, lengths in enumerate((batch.target_lengths, batch.context_lengths)):
+                counts[kind, group] = torch.tensor(lengths).view(num_masks, -1).sum(1)
         if self.world_size > 1:
             assert self.sum_over_processes is not None
             self.sum_over_processes(counts)
-        num_pairs = int((counts > 0).sum())
-        return [
-            replace(batch, loss_weights=tuple(
-                1.0 / (num_pairs * max(1, int(counts[group, s // batch.batch_size])))
-                for s in range(num_masks * batch.batch_size)))
-            for batch, group in zip(batches, group_ids, strict=True)
-        ]
+        num_pairs = int((counts[0] > 0).sum())
+        weighed = []
+        for batch, group in zip(batches, group_ids, strict=True):
+            target, context = (
+                tuple(1.0 / (num_pairs * max(1, int(count))) for count in counts[kind, group]
+                      for _ in range(batch.batch_size))
+                for kind in range(2))
+            weighed.append(replace(batch, loss_weights=target, context_loss_weights=context))
+        return weighed
 
     def _from_reference(self, sample_ids: Sequence[Tensor], group_ids: Sequence[int]) -> list[MaskBatch]:
         assert self.reference is not None

@@ -1,6 +1,6 @@
 """V-JEPA: context encoder, predictor and EMA target encoder with the training loss.
 
-Legend: B clips, T frames, K predicted tokens, D encoder width.
+Legend: B clips, T frames, K predicted tokens, D encoder width, or in V-JEPA 2.1 that of all levels side by side.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops import fp8_linear
+from vjepa_fast.ops.context_weights import context_weights
 from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.variance_loss import variance_loss
+
+OFFSET_SIDE = 16
+"""Rows of tokens to which LossConfig.offset_context_loss relates distances (2.1's masks_dist.py)."""
 
 
 @dataclass
@@ -36,8 +40,10 @@ class JEPAOutput:
     target_rows: Tensor
     """int64 [sum of target lengths]: the row of `features` that each prediction is of."""
     final_norm: FinalNorm
-    """A copy of the target encoder's last norm, which the loss applies to those rows."""
+    """A copy of the target encoder's last norm, which the loss applies to those rows; of several, side by side."""
     masks: list[MaskBatch]
+    levels: int = 1
+    """How many depths of the encoder D is made of."""
 
     @property
     def packed_targets(self) -> Tensor:
@@ -46,7 +52,7 @@ class JEPAOutput:
         Made when asked for: the loss does not store them.
         """
         with torch.no_grad():
-            return target_features(self.features, self.target_rows, self.final_norm)
+            return target_features(self.features, self.target_rows, self.final_norm, self.levels)
 
     @property
     def predictions(self) -> list[list[Tensor]]:
@@ -73,6 +79,15 @@ class JEPAOutput:
         ]
 
 
+def _rows_of_batches(masks: Sequence[MaskBatch], name: str) -> Tensor:
+    """context_rows or target_rows of all groups, in the buffer that holds the clips of one after those of another."""
+    rows, offset = [], 0
+    for batch in masks:
+        rows.append(getattr(batch, name) + offset)
+        offset += batch.batch_size * batch.num_tokens
+    return torch.cat(rows)
+
+
 def _mask_totals(masks: MaskBatch) -> list[int]:
     b = masks.batch_size
     return [sum(masks.target_lengths[i * b : (i + 1) * b]) for i in range(masks.num_masks)]
@@ -85,18 +100,27 @@ class VJEPA(nn.Module):
         encoder: VisionTransformer, trained.
         predictor: Predictor, trained.
         target_encoder: a copy of the encoder that no gradient reaches; an optimizer or an EMA moves it.
+        context_scale: weights of the context tokens' loss of videos and of images, where the predictor has a head for
+            them (cfg.return_all_tokens): two numbers, or a float64 tensor [2] on the device of the model, which a
+            captured CUDA graph reads anew at each replay.
 
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set (a loaded config has them).
         loss_exp: p of the L_p loss.
         reg_coeff: weight of V-JEPA 1's variance term; 0 leaves it out.
+        weight_distance_loss, offset_context_loss: as in LossConfig.
     """
 
-    def __init__(self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0) -> None:
+    def __init__(
+        self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0, weight_distance_loss: bool = False,
+        offset_context_loss: bool = False,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.loss_exp = loss_exp
         self.reg_coeff = reg_coeff
+        self.weight_distance_loss, self.offset_context_loss = weight_distance_loss, offset_context_loss
+        self.context_scale: tuple[float, float] | Tensor = (0.5, 0.5)
         self.encoder = VisionTransformer(cfg)
         self.predictor = Predictor(cfg)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -136,24 +160,62 @@ class VJEPA(nn.Module):
         with label("context encoder"):
             context, _ = self.encoder.forward_packed(groups, batches)
             context = label_backward(context, "context encoder")
+        images = [self.encoder.is_image(group) for group in groups]
+        of_context: Tensor | None = None
         with label("predictor"):
-            targets = None
-            if not self.cfg.use_mask_tokens:
-                norm = self.target_encoder.norm
-                targets = target_features(features, rows, (norm.weight, norm.bias, norm.eps)).detach()
-            predictions = label_backward(
-                self.predictor.forward_packed(context, batches, targets=targets), "predictor")
+            if self.cfg.return_all_tokens:
+                predictions, of_context = self.predictor.forward_packed_all(context, batches, images=images)
+                of_context = label_backward(of_context, "predictor")
+            else:
+                targets = None
+                if not self.cfg.use_mask_tokens:
+                    norm = self.target_encoder.norm
+                    targets = target_features(features, rows, (norm.weight, norm.bias, norm.eps)).detach()
+                predictions = self.predictor.forward_packed(context, batches, targets=targets, images=images)
+            predictions = label_backward(predictions, "predictor")
         with label("loss"):
-            return self._with_loss(predictions, features, rows, batches)
+            output = self._with_loss(predictions, features, rows, batches)
+            if of_context is not None:
+                output.loss = output.loss + self._context_term(of_context, output, images)
+            return output
 
     def _with_loss(self, predictions: Tensor, features: Tensor, rows: Tensor, batches: list[MaskBatch]) -> JEPAOutput:
         weights = torch.cat([batch.token_weights(len(batches)) for batch in batches])
-        norm = self.target_encoder.norm
-        final_norm = norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps
-        loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm)
+        norms = self.target_encoder.level_norms
+        # Copies, as the target encoder moves on.
+        weight, bias = (torch.cat([getattr(norm, name).detach() for norm in norms]) for name in ("weight", "bias"))
+        final_norm, levels = (weight, bias, norms[0].eps), len(norms)
+        loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm, levels)
         if self.reg_coeff != 0:
             loss = loss + self.reg_coeff * self._variance_term(predictions, batches)
-        return JEPAOutput(loss, predictions, features, rows, final_norm, batches)
+        return JEPAOutput(loss, predictions, features, rows, final_norm, batches, levels)
+
+    def _context_term(self, predictions: Tensor, output: JEPAOutput, images: Sequence[bool]) -> Tensor:
+        """Loss of the context tokens, weighed as configured (facebookresearch/vjepa2 at 204698b,
+        app/vjepa_2_1/train.py, "Context loss").
+
+        Args:
+            predictions: [sum of context lengths, D].
+            output: of the target tokens.
+            images: which groups are of images.
+        """
+        weights = []
+        for batch, image in zip(output.masks, images, strict=True):
+            weight = batch.context_token_weights(len(output.masks)) * self.context_scale[int(image)]
+            if self.weight_distance_loss:
+                weight = weight * self._closeness(batch)
+            weights.append(weight)
+        rows = _rows_of_batches(output.masks, "context_rows")
+        return latent_loss(
+            predictions, output.features, torch.cat(weights), self.loss_exp, rows, output.final_norm, output.levels)
+
+    def _closeness(self, batch: MaskBatch) -> Tensor:
+        unit = batch.grid[1] // OFFSET_SIDE if self.offset_context_loss else 1
+        if unit < 1:
+            raise ValueError(f"offset_context_loss divides distances by rows of tokens // {OFFSET_SIDE}, but there are "
+                             f"{batch.grid[1]} rows; set loss.offset_context_loss=false")
+        return context_weights(
+            batch.context_ids, batch.cu_seqlens_context, batch.target_ids, batch.cu_seqlens_target, batch.grid, unit)
 
     @staticmethod
     def _variance_term(predictions: Tensor, batches: Sequence[MaskBatch]) -> Tensor:
@@ -169,13 +231,10 @@ class VJEPA(nn.Module):
 
     @torch.no_grad()
     def encode_targets(self, clips: Sequence[Tensor], masks: Sequence[MaskBatch]) -> tuple[Tensor, Tensor]:
-        """Output of the target encoder's last block for all tokens, [L, D], and the rows of those to predict.
+        """Output of the target encoder's last block, or of all its levels, for all tokens, [L, D], and the rows of
+        those to predict.
 
         The final norm is left to the loss, which needs it for these rows only.
         """
         features, _ = self.target_encoder.forward_packed(clips, final_norm=False)
-        rows, offset = [], 0
-        for batch in masks:
-            rows.append(batch.target_rows + offset)
-            offset += batch.batch_size * batch.num_tokens
-        return features, torch.cat(rows)
+        return features, _rows_of_batches(masks, "target_rows")

@@ -258,13 +258,16 @@ def init_weights(module: nn.Module, blocks: nn.ModuleList, kind: str = "vjepa2")
         blocks: those of its blocks.
         kind: `vjepa2`; `vjepa1`, whose training script draws all linear layers once more, so that nothing is divided
             (facebookresearch/jepa, app/vjepa/utils.py:127-140); or `xavier`, weights uniform within
-            sqrt(6 / (inputs + outputs)) of 0, a patch of pixels counting as the inputs (Glorot and Bengio 2010).
+            sqrt(6 / (inputs + outputs)) of 0, a patch of pixels counting as the inputs (Glorot and Bengio 2010); or
+            `xavier_uniform` or `xavier_normal`, V-JEPA 2.1's init_type: as torch.nn.init has them, then divided.
     """
     for child in _post_order(module):
         if isinstance(child, nn.Linear | nn.Conv2d | nn.Conv3d):
             if kind == "xavier":
                 # A convolution's own count of outputs includes the places of its kernel.
                 nn.init.xavier_uniform_(child.weight.data.flatten(1))
+            elif kind.startswith("xavier_"):
+                getattr(nn.init, f"{kind}_")(child.weight)
             else:
                 nn.init.trunc_normal_(child.weight, std=INIT_STD)
             if child.bias is not None:
@@ -272,7 +275,7 @@ def init_weights(module: nn.Module, blocks: nn.ModuleList, kind: str = "vjepa2")
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)
             nn.init.zeros_(child.bias)
-    if kind != "vjepa2":
+    if kind in ("vjepa1", "xavier"):
         return
     with torch.no_grad():
         for number, block in enumerate(blocks, start=1):

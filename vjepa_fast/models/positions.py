@@ -45,6 +45,21 @@ def sincos_table(dim: int, grid: tuple[int, int, int], uniform_power: bool, vide
     return torch.from_numpy(np.concatenate(parts, axis=1)[:, :dim]).float()
 
 
+def interpolation_scale(grid: tuple[int, int, int], patch_size: int) -> tuple[float, float, float]:
+    """Factors of rotary positions with which rows and columns of any grid span those of a 256-pixel one.
+
+    At patch size 14 it is one of 252 pixels (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1/models/utils/modules.py,
+    RoPEAttention, interpolate_rope; the reference knows patch sizes 14 and 16 only).
+
+    Args:
+        grid: (T, H, W) in tokens.
+        patch_size: pixels.
+    """
+    trained = (252 if patch_size == 14 else 256) // patch_size
+    height, width = ((trained - 1) / (side - 1) if side > 1 else 1.0 for side in grid[1:])
+    return 1.0, height, width
+
+
 def interpolate_table(
     table: Tensor, trained: tuple[int, int, int], wanted: tuple[int, int, int], video: bool = True, cuts: bool = True
 ) -> Tensor:

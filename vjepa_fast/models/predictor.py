@@ -2,7 +2,8 @@
 
 Context features are projected to the predictor's width, a learned mask token stands for each token to predict, both
 know their positions; after the blocks the mask tokens are projected back to the encoder's width. Without mask tokens
-the projected targets themselves stand there, with noise (vjepa_fast.models.noised_targets).
+the projected targets themselves stand there, with noise (vjepa_fast.models.noised_targets). In V-JEPA 2.1 features are
+of several depths side by side, and with a dense loss the context tokens are projected too, by a head of their own.
 
 Legend: S sequences (mask, clip), K context tokens, K' target tokens of a sequence, L all tokens, D encoder width, P
 predictor width.
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa_fast.config.schema import ModelConfig
@@ -22,11 +24,19 @@ from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
 from vjepa_fast.models.noised_targets import Noise, noised_targets
 from vjepa_fast.models.positions import sincos_table
-from vjepa_fast.models.vit import check_positions, compute_dtype, size_of
+from vjepa_fast.models.vit import (
+    apply_norm,
+    check_positions,
+    compute_dtype,
+    make_rope,
+    modality_embedding,
+    size_of,
+)
+from vjepa_fast.ops.activation import gelu
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import concatenate, permute_rows, sequence_of_rows
-from vjepa_fast.ops.rope3d import Rope, join_ids
+from vjepa_fast.ops.rope3d import join_ids
 
 
 class Predictor(nn.Module):
@@ -54,7 +64,14 @@ class Predictor(nn.Module):
         self.grid: Grid = (
             cfg.num_frames // cfg.tubelet_size if is_video else 1,
             cfg.crop_size[0] // cfg.patch_size, cfg.crop_size[1] // cfg.patch_size)
-        self.predictor_embed = Linear(encoder.embed_dim, width)
+        num_levels = cfg.n_output_distillation or 1
+        out_dim = num_levels * encoder.embed_dim if cfg.teacher_embed_dim is None else (
+            cfg.teacher_embed_dim // num_levels * num_levels)
+        self.predictor_embed: nn.Module = Linear(encoder.embed_dim, width)
+        if num_levels > 1:
+            self.predictor_embed = nn.Sequential(
+                Linear(num_levels * encoder.embed_dim, encoder.embed_dim), _Activation(cfg.use_pred_silu),
+                Linear(encoder.embed_dim, width))
         num_tokens = (cfg.num_mask_tokens or 1) if cfg.use_mask_tokens else 0
         self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(num_tokens))
         self.predictor_pos_embed: nn.Parameter | None = None
@@ -65,7 +82,12 @@ class Predictor(nn.Module):
             cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu, cfg.attention,
             cfg.compile_model is True)
         self.predictor_norm = LayerNorm(width, eps=1e-6)
-        self.predictor_proj = Linear(width, encoder.embed_dim)
+        self.predictor_proj = Linear(width, out_dim)
+        if cfg.return_all_tokens:
+            self.predictor_proj_context = Linear(width, out_dim)
+        if cfg.modality_embedding:
+            self.video_mod_embed = modality_embedding(width)
+            self.img_mod_embed = modality_embedding(width)
         if not cfg.zero_init_mask_tokens:
             for token in self.mask_tokens:
                 nn.init.trunc_normal_(token, std=INIT_STD)
@@ -78,8 +100,8 @@ class Predictor(nn.Module):
 
     def forward(
         self, x: Tensor, masks_x: Tensor | list[Tensor], masks_y: Tensor | list[Tensor], mask_index: int = 1,
-        targets: Tensor | None = None,
-    ) -> Tensor:
+        targets: Tensor | None = None, mod: str = "video",
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicted features of target tokens, with dense index lists as in the reference.
 
         Args:
@@ -88,21 +110,29 @@ class Predictor(nn.Module):
             masks_y: int64 [B, K'] ids of the tokens to predict, or a list of M.
             mask_index: which mask token, modulo their number.
             targets: [B, K', D] or [M * B, K', D] layer-normed target features, for a predictor without mask tokens.
+            mod: `video` or `image`.
 
         Returns:
-            [B, K', D] or [M * B, K', D].
+            [B, K', D] or [M * B, K', D]; with cfg.return_all_tokens also what is predicted for the context tokens,
+            [B, K, D] or [M * B, K, D].
         """
+        if mod not in ("video", "image"):
+            raise ValueError(f"mod is {mod!r}; expected video or image")
         lists = [[m] if isinstance(m, Tensor) else list(m) for m in (masks_x, masks_y)]
-        masks = MaskBatch.from_meta(lists[0], lists[1], self.grid)
+        masks = MaskBatch.from_meta(lists[0], lists[1], (1, *self.grid[1:]) if mod == "image" else self.grid)
         if x.shape[:2] != (masks.num_masks * masks.batch_size, lists[0][0].shape[1]):
             raise ValueError(f"context features have shape {list(x.shape)}; the masks keep {list(lists[0][0].shape)}")
-        given = None if targets is None else targets.flatten(0, 1)
-        out = self.forward_packed(x.flatten(0, 1), [masks], [mask_index], given)
-        return out.view(len(x), -1, out.shape[-1])
+        context, given = x.flatten(0, 1), None if targets is None else targets.flatten(0, 1)
+        images = [mod == "image"]
+        if not self.cfg.return_all_tokens:
+            return self.forward_packed(context, [masks], [mask_index], given, images).view(
+                len(x), lists[1][0].shape[1], -1)
+        out, of_context = self.forward_packed_all(context, [masks], [mask_index], images)
+        return out.view(len(x), lists[1][0].shape[1], -1), of_context.view(*x.shape[:2], -1)
 
     def forward_packed(
         self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None,
-        targets: Tensor | None = None,
+        targets: Tensor | None = None, images: Sequence[bool] | None = None,
     ) -> Tensor:
         """All masks of all clips of all groups in one pass.
 
@@ -112,13 +142,34 @@ class Predictor(nn.Module):
             mask_tokens: which mask token each group uses; None: as configured, by mask, or by group: its `mask_token`,
                 else its place in the list.
             targets: [sum of target lengths, D] layer-normed target features, for a predictor without mask tokens.
+            images: which groups are of images; None: none is. Only with cfg.modality_embedding does it matter.
 
         Returns:
-            [sum of target lengths, D], packed group by group.
+            [sum of target lengths, D], packed group by group; with levels, those of all of them side by side.
 
         Raises:
             ValueError: there are no mask tokens, and no targets.
         """
+        normed, num_context = self._run(context, masks, mask_tokens, targets, images, targets_only=True)
+        return self.predictor_proj(normed[num_context:])
+
+    def forward_packed_all(
+        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None,
+        images: Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is predicted for the target and for the context tokens, which cfg.return_all_tokens has a head for.
+
+        Args and result as forward_packed; the second tensor is [sum of context lengths, D].
+        """
+        normed, num_context = self._run(context, masks, mask_tokens, None, images, targets_only=False)
+        return self.predictor_proj(normed[num_context:]), self.predictor_proj_context(normed[:num_context])
+
+    def _run(
+        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None, targets: Tensor | None,
+        images: Sequence[bool] | None, targets_only: bool,
+    ) -> tuple[Tensor, int]:
+        """Normed output of the blocks, of all context and then all target tokens, or of the latter; and where the
+        target tokens begin."""
         dtype = self.dtype
         if len(self.mask_tokens):
             tokens = self.predictor_embed(context.to(dtype))
@@ -133,6 +184,10 @@ class Predictor(nn.Module):
         else:
             raise ValueError("a predictor without mask tokens (model.use_mask_tokens=false) starts from noised "
                              "targets; give it the target features")
+        if self.cfg.modality_embedding:
+            kinds = [self.img_mod_embed if image else self.video_mod_embed for image in images or [False] * len(masks)]
+            tokens = _add_to_groups(tokens, kinds, [len(m.context_ids) for m in masks])
+            queries = _add_to_groups(queries, kinds, [len(m.target_ids) for m in masks])
         ids, grid = join_ids([*(m.context_ids for m in masks), *(m.target_ids for m in masks)],
                              [m.grid for m in masks] * 2)
         if self.predictor_pos_embed is not None:
@@ -147,13 +202,14 @@ class Predictor(nn.Module):
         x = permute_rows(torch.cat([tokens, queries]), layout.order, layout.inverse)
         rope = None
         if self.cfg.use_rope:
-            rope = Rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg.rope_style,
-                        self.cfg.rope_precision)
-        targets = layout.inverse[len(tokens) :]
-        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.checkpointing, targets)
+            rope = make_rope(ids[layout.order], grid, self.cfg.pred_embed_dim // self.num_heads, dtype, self.cfg)
+        wanted = layout.inverse[len(tokens) :] if targets_only else None
+        stream = run_blocks(self.predictor_blocks, x, layout.packing, rope, self.cfg.checkpointing, wanted)
         [(x, branch)] = deque(stream, maxlen=1)
-        normed = self.predictor_norm(x) if branch is None else self.predictor_norm.add(x, branch)[1]
-        return self.predictor_proj(normed)
+        normed = apply_norm(self.predictor_norm, x, branch)
+        if targets_only:
+            return normed, 0
+        return permute_rows(normed, layout.inverse, layout.order), len(tokens)
 
     def draw_noise(self, masks: MaskBatch) -> Noise:
         """What is added to the targets of a group, new at every call, from torch's generator of the device."""
@@ -168,6 +224,23 @@ class Predictor(nn.Module):
             mask_tokens = [place if m.mask_token is None else m.mask_token for place, m in enumerate(masks)]
         return [stack[index % len(stack)].expand(len(m.target_ids), -1)
                 for index, m in zip(mask_tokens, masks, strict=True)]
+
+
+class _Activation(nn.Module):
+    """GELU (erf) or SiLU, between the two layers that embed features of several depths."""
+
+    def __init__(self, silu: bool) -> None:
+        super().__init__()
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.silu else gelu(x)
+
+
+def _add_to_groups(x: Tensor, vectors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """One vector, [1, 1, P], to all rows of each group."""
+    parts = [part + vector[0].to(x.dtype) for part, vector in zip(x.split(list(sizes)), vectors, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_mask(tokens: list[Tensor], masks: MaskBatch) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B clips, T frames, H W pixels, N tokens of a clip, K kept tokens, L toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import init_weights, make_blocks, run_blocks
-from vjepa_fast.models.positions import interpolate_table, sincos_table
+from vjepa_fast.models.positions import interpolate_table, interpolation_scale, sincos_table
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.packing import Packing, concatenate
 from vjepa_fast.ops.patch_embed import patch_embed
@@ -46,6 +46,26 @@ SIZES = {
     "vit_gigantic_xformers": Size(1664, 48, 26),
 }
 
+GIGANTIC_MLP_RATIO = 64 / 13
+"""Of the gigantic models of V-JEPA 2.1, which passes it under its right name."""
+
+NUM_LEVELS = 4
+"""Depths at which the encoder of V-JEPA 2.1 has a norm."""
+
+
+def level_blocks(depth: int) -> tuple[int, ...]:
+    """After which blocks those norms stand (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1/models/
+    vision_transformer.py, hierarchical_layers): the quarters, but for the gigantic models' third.
+
+    Raises:
+        ConfigError: a depth that cannot be quartered.
+    """
+    if depth % NUM_LEVELS:
+        raise ConfigError(f"model.depth={depth} is not a multiple of {NUM_LEVELS}; V-JEPA 2.1 "
+                          "(model.n_output_distillation) takes features after each quarter of the blocks")
+    quarters = tuple(depth * (level + 1) // NUM_LEVELS - 1 for level in range(NUM_LEVELS))
+    return (11, 23, 37, 47) if depth == 48 else quarters
+
 
 def check_positions(name: str, width: int, num_heads: int, cfg: ModelConfig) -> None:
     """Raises ConfigError for a width that its kind of positions cannot fill."""
@@ -67,6 +87,8 @@ def size_of(cfg: ModelConfig) -> Size:
     if name not in SIZES:
         raise ConfigError(f"model.model_name is {cfg.model_name!r}; expected one of {', '.join(SIZES)}")
     base = SIZES[name]
+    if cfg.n_output_distillation is not None and name.startswith("vit_gigantic"):
+        base = replace(base, mlp_ratio=GIGANTIC_MLP_RATIO)
     size = Size(
         cfg.embed_dim or base.embed_dim, cfg.depth or base.depth, cfg.num_heads or base.num_heads,
         cfg.mlp_ratio or base.mlp_ratio,
@@ -86,6 +108,27 @@ def compute_dtype(cfg: ModelConfig, parameter: Tensor) -> torch.dtype:
     return parameter.dtype if wanted == torch.float32 else wanted
 
 
+def make_rope(ids: Tensor, grid: Grid, head_dim: int, dtype: torch.dtype, cfg: ModelConfig) -> Rope:
+    """The configured rotation of tokens with these ids on this grid."""
+    assert cfg.patch_size is not None
+    scale = interpolation_scale(grid, cfg.patch_size) if cfg.interpolate_rope else (1.0, 1.0, 1.0)
+    return Rope(ids, grid, head_dim, dtype, cfg.rope_style, cfg.rope_precision, scale)
+
+
+def apply_norm(norm: LayerNorm, x: Tensor, branch: Tensor | None) -> Tensor:
+    """The norm of x + branch."""
+    return norm(x) if branch is None else norm.add(x, branch)[1]
+
+
+def modality_embedding(width: int) -> nn.Parameter:
+    """[1, 1, width], as the reference begins it (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1/models)."""
+    return nn.Parameter(torch.empty(1, 1, width).normal_(std=1e-6))
+
+
+def _side_by_side(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
 def _all_ids(num_tokens: int, batch_size: int, device: torch.device) -> Tensor:
     return torch.arange(num_tokens, dtype=torch.int32, device=device).repeat(batch_size)
 
@@ -103,22 +146,35 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv3d(3, dim, kernel_size=kernel, stride=kernel)
 
     def forward(
-        self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype, table: Tensor | None = None
+        self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype, table: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> Tensor:
-        """Args and result as vjepa_fast.ops.patch_embed."""
+        """Args and result as vjepa_fast.ops.patch_embed; `offset`, [D], is added to all tokens."""
         weight = self.proj.weight
         if weight.ndim == 4:
             weight = weight[:, :, None]
-        assert self.proj.bias is not None
-        return patch_embed(clips, weight, self.proj.bias, rows, dtype, table)
+        bias = self.proj.bias
+        assert bias is not None
+        return patch_embed(clips, weight, bias if offset is None else bias + offset, rows, dtype, table)
 
 
 class VisionTransformer(nn.Module):
     """V-JEPA's encoder. state_dict keys are those of the reference's VisionTransformer.
 
+    With `cfg.n_output_distillation` it is that of V-JEPA 2.1, which has a norm after each quarter of its blocks and in
+    training returns the features of the last so many of these depths side by side.
+
+    Attributes:
+        levels: numbers of the blocks whose features training uses, ascending.
+        output_dim: their width side by side.
+
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set.
         out_layers: block numbers; `forward` then returns the normed outputs of these blocks instead of the last.
+
+    Raises:
+        ConfigError: sizes that do not go together.
+        ValueError: out_layers that the encoder does not have, or in V-JEPA 2.1 without a norm after them.
     """
 
     def __init__(self, cfg: ModelConfig, out_layers: Sequence[int] | None = None) -> None:
@@ -132,12 +188,20 @@ class VisionTransformer(nn.Module):
         self.is_video = cfg.num_frames > 1
         self.tubelet_size = cfg.tubelet_size if self.is_video else 1
         self.out_layers = None if out_layers is None else list(out_layers)
+        count = cfg.n_output_distillation
+        self._normed_blocks = None if count is None else level_blocks(size.depth)
+        self.levels = (size.depth - 1,) if self._normed_blocks is None else self._normed_blocks[-(count or 1):]
+        self.output_dim = len(self.levels) * self.embed_dim
         for index in self.out_layers or ():
             if not 0 <= index < size.depth:
                 raise ValueError(f"out_layers holds {index}; the encoder has blocks 0 to {size.depth - 1}")
+            self._check_normed(index)
         height, width = (side // self.patch_size for side in cfg.crop_size)
         self.grid: Grid = (cfg.num_frames // self.tubelet_size, height, width)
         self.patch_embed = PatchEmbed(self.patch_size, self.tubelet_size if self.is_video else None, self.embed_dim)
+        self.patch_embed_img: PatchEmbed | None = None
+        if cfg.img_temporal_dim_size is not None:
+            self.patch_embed_img = PatchEmbed(self.patch_size, 1, self.embed_dim)
         self.pos_embed: nn.Parameter | None = None
         if not cfg.use_rope:
             table = sincos_table(self.embed_dim, self.grid, cfg.uniform_power, self.is_video)
@@ -145,19 +209,45 @@ class VisionTransformer(nn.Module):
         self.blocks = make_blocks(
             size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu,
             cfg.attention, cfg.compile_model is True)
-        self.norm = LayerNorm(self.embed_dim, eps=1e-6)
-        init_weights(self, self.blocks, cfg.init)
+        if self._normed_blocks is None:
+            self.norm = LayerNorm(self.embed_dim, eps=1e-6)
+        else:
+            self.norms_block = nn.ModuleList(LayerNorm(self.embed_dim, eps=1e-6) for _ in self._normed_blocks)
+        if cfg.modality_embedding:
+            self.img_mod_embed = modality_embedding(self.embed_dim)
+            self.video_mod_embed = modality_embedding(self.embed_dim)
+        init_weights(self, self.blocks, cfg.init if cfg.init_type == "default" else cfg.init_type)
 
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype."""
-        return compute_dtype(self.cfg, self.norm.weight)
+        return compute_dtype(self.cfg, self.blocks[0].norm1.weight)  # type: ignore[arg-type,union-attr]
+
+    @property
+    def level_norms(self) -> list[LayerNorm]:
+        """The norm of each of `levels`."""
+        return [self._norm_after(index) for index in self.levels]
+
+    def _check_normed(self, index: int) -> None:
+        if self._normed_blocks is not None and index not in self._normed_blocks:
+            raise ValueError(f"out_layers holds {index}; this encoder (V-JEPA 2.1) has norms after the blocks "
+                             f"{', '.join(map(str, self._normed_blocks))} only")
+
+    def _norm_after(self, index: int) -> LayerNorm:
+        self._check_normed(index)
+        norm = self.norm if self._normed_blocks is None else self.norms_block[self._normed_blocks.index(index)]
+        assert isinstance(norm, LayerNorm)
+        return norm
+
+    def is_image(self, clips: Tensor) -> bool:
+        """Whether [B, T, H, W, 3] clips are what cfg.img_temporal_dim_size says images are."""
+        return clips.shape[1] == self.cfg.img_temporal_dim_size
 
     def to_clips(self, x: Tensor) -> Tensor:
         """Any accepted input as [B, T, H, W, 3].
 
         Accepts [B, T, H, W, 3] and [B, 3, T, H, W] clips, [B, H, W, 3] and [B, 3, H, W] images (a video model repeats
-        an image over one tubelet). uint8 is raw, float is normalised.
+        an image over one tubelet, unless it has a patch embedding for images). uint8 is raw, float is normalised.
 
         Raises:
             ValueError: another shape, or sides that the patch or tubelet size does not divide.
@@ -165,11 +255,12 @@ class VisionTransformer(nn.Module):
         if x.ndim in (4, 5) and x.shape[-1] != 3 and x.shape[1] == 3:
             x = x.movedim(1, -1)
         if x.ndim == 4:
-            x = x[:, None].expand(-1, self.tubelet_size, -1, -1, -1)
+            x = x[:, None].expand(-1, self.cfg.img_temporal_dim_size or self.tubelet_size, -1, -1, -1)
         if x.ndim != 5 or x.shape[-1] != 3:
             raise ValueError(f"clips have shape {list(x.shape)}; expected [B, T, H, W, 3] or [B, 3, T, H, W]")
+        tubelet = 1 if self.is_image(x) else self.tubelet_size
         for name, value, unit in (
-            ("frames", x.shape[1], self.tubelet_size), ("height", x.shape[2], self.patch_size),
+            ("frames", x.shape[1], tubelet), ("height", x.shape[2], self.patch_size),
             ("width", x.shape[3], self.patch_size),
         ):
             if value == 0 or value % unit:
@@ -179,17 +270,22 @@ class VisionTransformer(nn.Module):
     def grid_of(self, clips: Tensor) -> Grid:
         """(T, H, W) in tokens of [B, T, H, W, 3] clips."""
         _, num_frames, height, width, _ = clips.shape
-        return num_frames // self.tubelet_size, height // self.patch_size, width // self.patch_size
+        tubelet = 1 if self.is_image(clips) else self.tubelet_size
+        return num_frames // tubelet, height // self.patch_size, width // self.patch_size
 
-    def forward(self, x: Tensor, masks: Tensor | list[Tensor] | None = None) -> Tensor | list[Tensor]:
+    def forward(
+        self, x: Tensor, masks: Tensor | list[Tensor] | None = None, training: bool = False
+    ) -> Tensor | list[Tensor]:
         """Features of whole clips, or of kept tokens.
 
         Args:
             x: see to_clips.
             masks: int64 [B, K] token ids, or a list of M such tensors.
+            training: of V-JEPA 2.1, the features of all `levels` side by side, as in training, and not of the last.
 
         Returns:
-            [B, N, D], with masks [M * B, K, D] mask by mask; a list of these with `out_layers`.
+            [B, N, D], with masks [M * B, K, D] mask by mask; output_dim in place of D with `training`; a list of these
+            with `out_layers`.
         """
         clips = self.to_clips(x)
         grid = self.grid_of(clips)
@@ -204,9 +300,9 @@ class VisionTransformer(nn.Module):
             shape = (len(joined), joined.shape[1])
         tokens = self._embed(clips, rows, grid)
         packing = Packing.uniform(*shape, clips.device)
-        outputs = self._run(tokens, ids, grid, packing)
-        outputs = [out.view(*shape, -1) for out in outputs]
-        return outputs if self.out_layers is not None else outputs[0]
+        wanted = self.out_layers if self.out_layers is not None else self.levels if training else self.levels[-1:]
+        outputs = [out.view(*shape, -1) for out in self._run(tokens, ids, grid, packing, wanted)]
+        return outputs if self.out_layers is not None else _side_by_side(outputs)
 
     def forward_packed(
         self, clips: Sequence[Tensor], masks: Sequence[MaskBatch] | None = None, final_norm: bool = True
@@ -216,10 +312,11 @@ class VisionTransformer(nn.Module):
         Args:
             clips: for each group, [B_g, T_g, H, W, 3].
             masks: for each group; the context tokens are encoded. None: all tokens of all clips.
-            final_norm: False: the output of the last block, for a caller that applies `self.norm` to what it needs.
+            final_norm: False: outputs of blocks, for a caller that applies `level_norms` to what it needs.
 
         Returns:
-            [L, D] features and how they are packed: group by group, mask by mask, clip by clip.
+            [L, output_dim] features of all `levels` and how they are packed: group by group, mask by mask, clip by
+            clip.
         """
         tokens, all_ids, grids, packings = [], [], [], []
         for index, group in enumerate(clips):
@@ -236,33 +333,42 @@ class VisionTransformer(nn.Module):
             all_ids.append(ids)
             grids.append(grid)
         packing = concatenate(packings)
-        return self._run(torch.cat(tokens), *join_ids(all_ids, grids), packing, final_norm)[-1], packing
+        outputs = self._run(torch.cat(tokens), *join_ids(all_ids, grids), packing, self.levels, final_norm)
+        return _side_by_side(outputs), packing
 
     def _embed(self, clips: Tensor, rows: Tensor | None, grid: Grid) -> Tensor:
+        embed, offset = self.patch_embed, None
+        if self.is_image(clips):
+            assert self.patch_embed_img is not None
+            embed = self.patch_embed_img
+        if self.cfg.modality_embedding:
+            offset = (self.img_mod_embed if self.is_image(clips) else self.video_mod_embed).flatten()
         with label("patch embedding"):
-            return label_backward(self.patch_embed(clips, rows, self.dtype, self._table(grid)), "patch embedding")
+            return label_backward(embed(clips, rows, self.dtype, self._table(grid), offset), "patch embedding")
 
     def _table(self, grid: Grid) -> Tensor | None:
         """[T * H * W, D] positions that are added to the tokens of a clip; None: nothing is."""
         return None if self.pos_embed is None else interpolate_table(
             self.pos_embed[0], self.grid, grid, self.is_video)
 
-    def _run(self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, final_norm: bool = True) -> list[Tensor]:
+    def _run(
+        self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, wanted: Sequence[int], final_norm: bool = True
+    ) -> list[Tensor]:
+        """Outputs of the blocks `wanted`, in their order, each by its norm if `final_norm`."""
         rope = None
         if self.cfg.use_rope:
-            rope = Rope(ids, grid, self.embed_dim // self.num_heads, self.dtype, self.cfg.rope_style,
-                        self.cfg.rope_precision)
+            rope = make_rope(ids, grid, self.embed_dim // self.num_heads, self.dtype, self.cfg)
         outputs = []
-        branch: Tensor | None = None
         stream = run_blocks(self.blocks, x, packing, rope, self.cfg.checkpointing)
         for index, (x, branch) in enumerate(stream):
-            if self.out_layers is not None and index in self.out_layers:
-                outputs.append(self._norm(x, branch))
-        if self.out_layers is not None:
-            return outputs
-        if final_norm:
-            return [self._norm(x, branch)]
-        return [x if branch is None else x + branch]
+            if index not in wanted:
+                continue
+            if final_norm:
+                outputs.append(self._norm(index, x, branch))
+            else:
+                outputs.append(x if branch is None else x + branch)
+        return outputs
 
-    def _norm(self, x: Tensor, branch: Tensor | None) -> Tensor:
-        return self.norm(x) if branch is None else self.norm.add(x, branch)[1]
+    def _norm(self, index: int, x: Tensor, branch: Tensor | None) -> Tensor:
+        """The output x + branch of a block by its norm."""
+        return apply_norm(self._norm_after(index), x, branch)
