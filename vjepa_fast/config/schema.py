@@ -157,6 +157,9 @@ class ModelConfig(Section):
         if self.n_output_distillation is not None and not (self.use_rope or self.model_name.endswith("_rope")):
             raise ValueError("n_output_distillation is of V-JEPA 2.1, which has rotary positions only; set use_rope to "
                              "true")
+        if self.n_output_distillation is not None and not self.use_mask_tokens:
+            raise ValueError("n_output_distillation is of V-JEPA 2.1, whose predictor starts from mask tokens; set "
+                             "use_mask_tokens to true")
         if self.teacher_embed_dim is not None and self.n_output_distillation is None:
             raise ValueError("teacher_embed_dim is of V-JEPA 2.1; set n_output_distillation as well")
         return self

@@ -177,6 +177,14 @@ class MaskBatch:
                 weight * target / max(1, context) for weight, target, context in lengths))
         return self
 
+    def scaled(self, factor: float) -> MaskBatch:
+        """The same masks with explicit loss weights, multiplied."""
+        weighed = self.with_weights()
+        assert weighed.loss_weights is not None and weighed.context_loss_weights is not None
+        return replace(
+            weighed, loss_weights=tuple(factor * weight for weight in weighed.loss_weights),
+            context_loss_weights=tuple(factor * weight for weight in weighed.context_loss_weights))
+
     def _mean_over_tokens(self, num_groups: int, lengths: Sequence[int]) -> tuple[float, ...]:
         weights: list[float] = []
         for m in range(self.num_masks):

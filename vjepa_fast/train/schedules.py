@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from vjepa_fast.config.schema import OptimizationConfig
+from vjepa_fast.config.schema import LossConfig, OptimizationConfig
 
 
 class Schedules:
@@ -59,6 +59,16 @@ class Schedules:
             return None
         assert cfg.ipe is not None
         return cfg.clip_grad if step // cfg.ipe > cfg.warmup else math.inf
+
+
+def context_scale(cfg: LossConfig, step: int) -> tuple[float, float]:
+    """Weights of the context tokens' loss of videos and of images at a step (facebookresearch/vjepa2 at 204698b,
+    app/vjepa_2_1/models/utils/modules.py, Lambda_LinearWarmupHold)."""
+    share = 1.0
+    if cfg.lambda_progressive:
+        begin, end = cfg.lambda_warmup
+        share = min(1.0, max(0, step - begin) / (end - begin))
+    return cfg.lambda_value_vid * share, cfg.lambda_value_img * share
 
 
 def _cosine(first: float, last: float, progress: float) -> float:

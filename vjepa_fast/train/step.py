@@ -21,7 +21,7 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.train.optim import AdamWEMA
-from vjepa_fast.train.schedules import Schedules
+from vjepa_fast.train.schedules import Schedules, context_scale
 
 
 @dataclass
@@ -55,7 +55,10 @@ class TrainStep:
         self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1
     ) -> None:
         self.model = model
+        self.loss = cfg.loss
         model.loss_exp, model.reg_coeff = cfg.loss.loss_exp, cfg.loss.reg_coeff
+        model.weight_distance_loss = cfg.loss.weight_distance_loss
+        model.offset_context_loss = cfg.loss.offset_context_loss
         self.forward = data_parallel or model
         self.num_processes = num_processes
         self.num_micro = cfg.optimization.grad_accumulation
@@ -63,6 +66,9 @@ class TrainStep:
         opt = cfg.optimization
         self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
+        self._context_scale = torch.zeros(2, dtype=torch.float64, device=device)
+        if cfg.loss.predict_all:
+            model.context_scale = self._context_scale
         if cfg.model.target_precision == "float8":
             check_device(device)
         self.scaler = torch.amp.GradScaler(device.type) if cfg.model.dtype == "float16" else None
@@ -83,7 +89,13 @@ class TrainStep:
         return StepResult(loss, grad_norm, skipped, *scheduled, output)
 
     def set_schedules(self, step: int) -> tuple[float, float, float]:
-        """Learning rate, weight decay and momentum of a step, which the optimizer gets to know."""
+        """Learning rate, weight decay and momentum of a step, which the optimizer gets to know.
+
+        Likewise the model what the loss of context tokens weighs.
+        """
+        if self.loss.predict_all:
+            for place, value in zip(self._context_scale.unbind(), context_scale(self.loss, step), strict=True):
+                place.fill_(value)
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
         momentum = self.schedules.momentum(step)
         self.optimizer.clip_norm = self.schedules.clip_norm(step)
