@@ -59,7 +59,7 @@ class InferenceModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        return self.encoder.norm.weight.device
+        return next(self.encoder.parameters()).device
 
     def grid_of(self, clips: Tensor) -> Grid:
         """(T, H, W) in tokens of what `encode` makes of some clips."""
@@ -150,7 +150,7 @@ class InferenceModel(nn.Module):
             context_ids = self._ids(context, "context", grid, len(clips))
         masks = MaskBatch.from_meta([context_ids], [target_ids], grid)
         features, _ = self.encoder.forward_packed([clips], [masks])
-        return self._predicted(predictor, features, masks, mask_token)
+        return self._predicted(predictor, features, masks, mask_token, self.encoder.is_image(clips))
 
     @torch.no_grad()
     def predict_future(self, clips: Tensor, num_frames: int, mask_token: int = 0) -> Tensor:
@@ -181,8 +181,10 @@ class InferenceModel(nn.Module):
         return self._predicted(predictor, features, masks, mask_token)
 
     @staticmethod
-    def _predicted(predictor: Predictor, features: Tensor, masks: MaskBatch, mask_token: int) -> Tensor:
-        out = predictor.forward_packed(features, [masks], [mask_token])
+    def _predicted(
+        predictor: Predictor, features: Tensor, masks: MaskBatch, mask_token: int, image: bool = False
+    ) -> Tensor:
+        out = predictor.forward_packed(features, [masks], [mask_token], images=[image])
         return out.view(masks.batch_size, -1, out.shape[-1])
 
     def _needed_predictor(self) -> Predictor:

@@ -47,7 +47,7 @@ class _HFEncoderView(EncoderView):
         ids = torch.arange(num_tokens, dtype=torch.int32, device=clips.device).repeat(batch_size)
         packing = Packing.uniform(batch_size, num_tokens, clips.device)
         places = -(-num_tokens // side**2), side, side
-        [out] = self._run(self._embed(clips, None, grid), ids, places, packing)
+        [out] = self._run(self._embed(clips, None, grid), ids, places, packing, self.levels)
         return out.view(batch_size, num_tokens, -1)
 
 

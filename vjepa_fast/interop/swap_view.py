@@ -51,10 +51,11 @@ class _Autocasting(nn.Module):
 class EncoderView(_Autocasting, VisionTransformer):
     """Our encoder over the parameters of another."""
 
-    def _norm(self, x: Tensor, branch: Tensor | None) -> Tensor:
+    def _norm(self, index: int, x: Tensor, branch: Tensor | None) -> Tensor:
         if not self.keeps_norm:
-            return super()._norm(x, branch)
-        weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
+            return super()._norm(index, x, branch)
+        norm = self._norm_after(index)
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
         if branch is None:
             return layer_norm(x, weight, bias, eps, torch.float32)
         return add_layer_norm(x, branch, weight, bias, eps, torch.float32)[1]
