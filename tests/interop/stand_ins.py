@@ -140,22 +140,33 @@ class _Encoder(nn.Module):
         return self.norm(x) if self.out_layers is None else outs
 
 
+def noised(x: Tensor) -> Tensor:
+    """Features with noise of a level drawn for each clip."""
+    kept = torch.cumprod(0.5 - torch.arange(1000, dtype=torch.float64) / 2000, 0)
+    level = kept[torch.randint(0, 1000, (len(x),))][:, None, None].to(x.dtype)
+    return level.sqrt() * F.layer_norm(x, x.shape[-1:]) + (1 - level).sqrt() * torch.randn(x.shape)
+
+
 class _Predictor(nn.Module):
     def __init__(self, rope: bool, silu: bool, num_mask_tokens: int) -> None:
         super().__init__()
         self.patch_size, self.num_frames, self.tubelet_size, self.is_video = PATCH, FRAMES, TUBELET, True
         self.num_mask_tokens = num_mask_tokens
         self.predictor_embed = nn.Linear(WIDTH, PRED_WIDTH)
-        self.mask_tokens = nn.ParameterList(torch.randn(1, 1, PRED_WIDTH) for _ in range(num_mask_tokens))
+        self.mask_tokens = None if num_mask_tokens == 0 else nn.ParameterList(
+            torch.randn(1, 1, PRED_WIDTH) for _ in range(num_mask_tokens))
         self.predictor_pos_embed = None if rope else nn.Parameter(
             torch.randn(1, NUM_TOKENS, PRED_WIDTH), requires_grad=False)
         self.predictor_blocks = nn.ModuleList(Block(PRED_WIDTH, PRED_HEADS, silu) for _ in range(PRED_DEPTH))
         self.predictor_norm = nn.LayerNorm(PRED_WIDTH, eps=1e-6)
         self.predictor_proj = nn.Linear(PRED_WIDTH, WIDTH)
 
-    def run(self, x: Tensor, context: Tensor, target: Tensor, mask_index: int) -> Tensor:
-        token = self.mask_tokens[mask_index % self.num_mask_tokens]
-        x = torch.cat([self.predictor_embed(x), token.expand(*target.shape, -1)], 1)
+    def run(self, x: Tensor, context: Tensor, target: Tensor, mask_index: int, features: Any = None) -> Tensor:
+        if self.mask_tokens is None:
+            queries = noised(self.predictor_embed(features))
+        else:
+            queries = self.mask_tokens[mask_index % self.num_mask_tokens].expand(*target.shape, -1)
+        x = torch.cat([self.predictor_embed(x), queries], 1)
         ids = torch.cat([context, target], 1)
         if self.predictor_pos_embed is not None:
             x = x + pick(self.predictor_pos_embed.expand(len(x), -1, -1), ids)
@@ -178,7 +189,7 @@ class V1:
         def forward(
             self, ctxt: Tensor, tgt: Any, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1
         ) -> Tensor:
-            return self.run(ctxt, masks_ctxt, masks_tgt, mask_index)
+            return self.run(ctxt, masks_ctxt, masks_tgt, mask_index, tgt)
 
     class MultiMaskWrapper(nn.Module):
         def __init__(self, backbone: nn.Module) -> None:

@@ -44,9 +44,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def v1() -> Three:
+def v1(num_mask_tokens: int = 2) -> Three:
     return _three(V1.MultiMaskWrapper(V1.VisionTransformer()),
-                  V1.PredictorMultiMaskWrapper(V1.VisionTransformerPredictor(2)))
+                  V1.PredictorMultiMaskWrapper(V1.VisionTransformerPredictor(num_mask_tokens)))
 
 
 def v2(**options: Any) -> Three:
@@ -77,7 +77,8 @@ def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = tor
         h = target(clips[0] if "MultiMask" in type(_plain(encoder)).__name__ else clips)
     if isinstance(h, Tensor):
         z = encoder(clips[0], masks_enc[0])
-        y = predictor(z, [h, h], masks_enc[0], masks_pred[0])
+        targets = [h[:, : ids.shape[1]] for ids in masks_pred[0]]
+        y = predictor(z, targets, masks_enc[0], masks_pred[0])
     else:
         z = encoder(clips, masks_enc)
         y = predictor(z, masks_enc, masks_pred)
@@ -113,6 +114,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 CASES: dict[str, tuple[Callable[[], Three], tuple[int, ...]]] = {
     "v1": (v1, (8,)),
+    "v1 noised targets": (lambda: v1(0), (8,)),
     "v2": (v2, (8,)),
     "v2 two groups": (v2, (8, 4)),
     "v2 sincos two groups": (lambda: v2(rope=False), (8, 4)),

@@ -193,6 +193,11 @@ def _regroup(flat: list[Tensor], like: Sequence[Sequence[Any]]) -> list[list[Ten
     return [[next(values) for _ in group] for group in like]
 
 
+def _flat(features: Sequence[Tensor]) -> Tensor:
+    """Of several [B, K, D] all tokens, [L, D]."""
+    return torch.cat([x.flatten(0, 1) for x in features])
+
+
 Row = tuple[int, Tensor, Tensor, Tensor]
 """Of one mask of one group: which mask token, modulo their number; [B, K, D] context features; int64 [B, K] and
 [B, K'] ids of the context tokens and of those to predict."""
@@ -201,28 +206,37 @@ Row = tuple[int, Tensor, Tensor, Tensor]
 class _Predictor(FastNetwork):
     """Before VisionTransformerPredictor."""
 
+    takes_targets = False
+    """Without mask tokens, the targets are given to it and begin as noise."""
+
     def make_view(self) -> View:
         module: Any = self
         blocks = module.predictor_blocks
         wrong = {name for name in ("return_all_tokens", "chop_last_n_tokens") if getattr(module, name, False)}
-        refuse(self, wrong | (set() if module.mask_tokens is not None else {"use_mask_tokens=false"}))
+        if module.mask_tokens is None and not self.takes_targets:
+            wrong.add("use_mask_tokens=false")
+        refuse(self, wrong)
         mlp = blocks[0].mlp
         width, embed_dim = module.predictor_embed.weight.shape
         heads = blocks[0].attn.num_heads
         cfg = ModelConfig(
             **_sizes(module, blocks), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width, pred_depth=len(blocks),
-            pred_num_heads=heads, num_mask_tokens=len(module.mask_tokens), use_pred_silu=hasattr(mlp, "fc3"))
+            pred_num_heads=heads, num_mask_tokens=len(module.mask_tokens or ()) or None,
+            use_mask_tokens=module.mask_tokens is not None, use_pred_silu=hasattr(mlp, "fc3"))
         with torch.device("meta"):
             network = PredictorView(cfg)
         copy_drop_paths(network.predictor_blocks, blocks)
         return View(self, network, None)
 
-    def predict(self, rows: Sequence[Row], compiled: bool) -> list[Tensor] | None:
+    def predict(
+        self, rows: Sequence[Row], compiled: bool, targets: Sequence[Tensor] | None = None
+    ) -> list[Tensor] | None:
         """All masks of all groups in one pass.
 
         Args:
             rows: a pair of group and mask each.
             compiled: run the compiled parts of the blocks.
+            targets: for each pair [B, K', D]; looked at without mask tokens.
 
         Returns:
             For each pair [B, K', D]. None: one pass would not be the same.
@@ -241,7 +255,8 @@ class _Predictor(FastNetwork):
         grid = self._grid(network, [*context_ids, *target_ids])
         with network.casting(contexts[0].device):
             masks = [pack([enc], [pred], grid) for enc, pred in zip(context_ids, target_ids, strict=True)]
-            packed = network.forward_packed(torch.cat([x.flatten(0, 1) for x in contexts]), masks, tokens)
+            joined = None if targets is None or network.cfg.use_mask_tokens else _flat(targets)
+            packed = network.forward_packed(_flat(contexts), masks, tokens, joined)
         return unpack(packed, [(len(ids), ids.shape[1]) for ids in target_ids])
 
     def _grid(self, network: PredictorView, ids: Sequence[Tensor]) -> Grid:
@@ -275,15 +290,18 @@ class FastPredictor(_Predictor):
 class FastPredictorV1(_Predictor):
     """Before VisionTransformerPredictor of V-JEPA 1, which is also given the targets."""
 
+    takes_targets = True
+
     @torch.compiler.disable
     def forward(
         self, ctxt: Tensor, tgt: Tensor, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1
     ) -> Any:
-        """As FastPredictor; the targets are not looked at."""
+        """As FastPredictor; tgt: [B, K', D], looked at without mask tokens."""
         lists = [m if isinstance(m, list) else [m] for m in (masks_ctxt, masks_tgt)]
         found = None
         if len(lists[0]) == len(lists[1]) == 1:
-            found = self.predict([(mask_index, ctxt, lists[0][0], lists[1][0])], self._compiled_call_impl is not None)
+            row = mask_index, ctxt, lists[0][0], lists[1][0]
+            found = self.predict([row], self._compiled_call_impl is not None, [tgt])
         return super().forward(ctxt, tgt, masks_ctxt, masks_tgt, mask_index) if found is None else found[0]
 
 
@@ -352,8 +370,10 @@ class FastPredictorMultiMask(_Wrapper):
         lists = [value if isinstance(value, list) else [value] for value in (ctxt, tgt, masks_ctxt, masks_tgt)]
         found = None
         if isinstance(self.backbone, _Predictor) and not is_watched(self.backbone):
-            rows = [(mask, z, enc, pred) for mask, (z, _, enc, pred) in enumerate(zip(*lists, strict=False))]
-            found = self.backbone.predict(rows, self.compiled)
+            # As their loop, which ends with the shortest list.
+            columns = list(zip(*lists, strict=False))
+            rows = [(mask, z, enc, pred) for mask, (z, _, enc, pred) in enumerate(columns)]
+            found = self.backbone.predict(rows, self.compiled, [target for _, target, _, _ in columns])
         return super().forward(ctxt, tgt, masks_ctxt, masks_tgt) if found is None else found
 
 
