@@ -14,7 +14,8 @@ from vjepa_fast.errors import ConfigError
 
 
 def test_names() -> None:
-    assert recipe_names() == ["demo", "vitg16-256", "vith16-256", "vitl16-256"]
+    assert recipe_names() == ["demo", "vitg16-256", "vith16-224-v1", "vith16-256", "vith16-384-v1",
+                              "vitl16-224-v1", "vitl16-256"]
 
 
 @pytest.mark.parametrize("name", recipe_names())

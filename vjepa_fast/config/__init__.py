@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vjepa_fast.config import meta_yaml, yaml_io
+from vjepa_fast.config import meta_v1, meta_yaml, yaml_io
 from vjepa_fast.config import overrides as _overrides
 from vjepa_fast.config.messages import explain
 from vjepa_fast.config.schema import Config, MaskConfig
@@ -48,7 +48,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """A YAML file, ours or a pretraining config of facebookresearch/vjepa2, recognised by its keys.
+    """A YAML file, ours or a pretraining config of facebookresearch/jepa or vjepa2, recognised by its keys.
 
     A file of ours may start from a recipe with `base: NAME`. Keys of the reference's file that the reference never
     reads are named in one ConfigWarning; keys absent from it have the reference's defaults.
@@ -63,7 +63,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     path = Path(path)
     raw = yaml_io.read(path)
     if meta_yaml.is_meta(raw):
-        raw, ignored = meta_yaml.convert(raw, str(path))
+        meta_yaml.check_kind(raw, str(path))
+        reference = meta_v1 if meta_v1.is_v1(raw) else meta_yaml
+        raw, ignored = reference.convert(raw, str(path))
         if ignored:
             warnings.warn(f"{path}: ignored, nothing reads these: {', '.join(ignored)}", ConfigWarning, stacklevel=2)
     elif "base" in raw:

@@ -12,6 +12,9 @@ from vjepa_fast.errors import ConfigError
 
 ALIASES = {
     "folder": "train.out",
+    "logging.folder": "train.out",
+    "data.sampling_rate": "data.frame_step",
+    "data.clip_duration": "data.duration",
     "meta.dtype": "train.dtype",
     "meta.seed": "train.seed",
     "meta.save_every_freq": "train.save_every_freq",
