@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
 from vjepa_fast.data.decode import jpeg, pyav
 from vjepa_fast.data.decode.backend import HostPreparer
+from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.loader import Batch, build_loader
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.pack.index import PackSettings
@@ -146,3 +148,37 @@ def test_what_does_not_divide_is_refused(config: Callable[..., DataConfig]) -> N
         config(clips_per_video=3)
     with pytest.raises(ValidationError, match="does not divide global_batch_size 6"):
         config(batch_size=None, global_batch_size=6)
+
+
+def test_parts_of_a_video(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip i of n comes from the i-th of n parts of one length, and is drawn in it as in a video of that length."""
+    requests: list[Any] = []
+    together = HostPreparer.prepare_together
+    monkeypatch.setattr(HostPreparer, "prepare_together", lambda self, some: requests.append(some) or together(
+        self, some))
+    cfg = config(clips_per_video=2, split_videos=True, frame_step=1, fps=None)
+    collect(cfg, 1)
+    assert len(requests) == 4
+    sample, starts = 0, set()
+    for pair in requests:
+        length = pair[0].source.num_frames // 2
+        for part, request in enumerate(pair):
+            expected = sampling.clip_frames(sample, 0, length, 4, 1, cfg.seed) + part * length
+            assert np.array_equal(request.frame_numbers, expected)
+            assert expected[0] >= part * length and expected[-1] < (part + 1) * length
+            starts.add(expected[0] - part * length)
+            sample += 1
+    assert len(starts) > 2
+
+
+def test_more_clips_than_frames(config: Callable[..., DataConfig]) -> None:
+    source: Any = SimpleNamespace(is_image=False, num_frames=5, avg_fps=12.0, height=64, width=64)
+    with build_loader(config(clips_per_video=8, split_videos=True)) as loader, pytest.raises(
+            DecodeError, match="it has 5 frames for 8 clips"):
+        loader._reader.request(0, 0, 0, {0: source})
+
+
+@pytest.mark.parametrize(("round_fps", "expected"), [(True, 3), (False, 2)])
+def test_frame_rates_are_rounded_or_not(round_fps: bool, expected: int) -> None:
+    """V-JEPA 2 takes 29.97 for 30; V-JEPA 1 does not."""
+    assert sampling.clip_step(30000 / 1001, 10, duration=1.0, round_fps=round_fps) == expected

@@ -197,3 +197,53 @@ def test_what_the_reference_stream_cannot_do_is_said():
         step_masks(config(source="reference"), world_size=2)
     with pytest.raises(ConfigError, match="counter"):
         MaskSampler(config(source="reference"), GRID, seed=0)
+
+
+@pytest.mark.parametrize("truncate", ["batch_min", "none"])
+def test_clips_of_a_video_share_their_masks(truncate):
+    """Clip c has the masks that clip c // 2 of a run without sharing has; the loss is the mean over all clips."""
+    shared = step_masks(config(truncate=truncate, group_size=4, clips_per_mask=2), global_batch=8)
+    alone = step_masks(config(truncate=truncate, group_size=2), global_batch=4)
+    (ours,), (theirs,) = shared(3, [torch.arange(24, 32)], [0]), alone(3, [torch.arange(12, 16)], [0])
+    expected, found = rows(theirs), rows(ours)
+    assert all(found[mask, clip] == expected[mask, clip // 2] for mask, clip in found)
+    assert float(ours.token_weights().sum()) == pytest.approx(1)
+    weights = np.array(ours.loss_weights).reshape(2, 8)
+    assert np.allclose(weights, np.repeat(np.array(theirs.loss_weights).reshape(2, 4), 2, axis=1) / 2)
+
+
+def test_shared_masks_at_any_number_of_processes():
+    """Two clips of a video may lie in two processes."""
+    cfg = config(group_size=6, clips_per_mask=2)
+    (whole,) = step_masks(cfg, global_batch=6)(1, [torch.arange(6, 12)], [0])
+    for rank in range(2):
+        ids = torch.arange(6 + 3 * rank, 9 + 3 * rank)
+        (part,) = step_masks(cfg, global_batch=6, world_size=2, rank=rank)(1, [ids], [0])
+        expected = rows(whole)
+        assert all(own == expected[mask, clip + 3 * rank] for (mask, clip), own in rows(part).items())
+        assert part.loss_weights == whole.narrow(3 * rank, 3 * rank + 3).loss_weights
+
+
+def test_shared_masks_of_the_references_stream():
+    (batch,) = step_masks(config(source="reference", clips_per_mask=2))(0, [torch.arange(8)], [0])
+    found = rows(batch)
+    assert all(found[mask, clip] == found[mask, clip - 1] for mask, clip in found if clip % 2)
+    assert found[0, 0] != found[0, 2] and float(batch.token_weights().sum()) == pytest.approx(1)
+
+
+def test_groups_that_cut_shared_masks_are_refused():
+    with pytest.raises(ConfigError, match="group_size=3 does not divide the 6 clips of a step into groups of 2, which"):
+        step_masks(config(group_size=3, clips_per_mask=2), global_batch=6)
+
+
+@pytest.mark.parametrize("side", [4, 14, 15, 24])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.9, 1 - 19 / 196])
+def test_tubes_that_round_the_context_down(side, ratio):
+    """int(places * (1 - ratio)) places are seen, the same ones in every frame."""
+    spec = MaskSpec(strategy="tube", ratio=ratio, round_context_down=True)
+    seen = int(side * side * (1.0 - ratio))
+    batch = MaskSampler(MaskConfig(masks=[spec]), (3, side, side), seed=1)(0, range(3))
+    assert batch.context_lengths == (3 * seen,) * 3
+    for context, _ in rows(batch).values():
+        frames = np.array(context).reshape(3, seen) - side * side * np.arange(3)[:, None]
+        assert (frames == frames[0]).all()

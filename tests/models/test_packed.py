@@ -101,7 +101,7 @@ def test_packed_step_equals_a_loop_over_masks_and_clips(case):
 
 @pytest.mark.parametrize("case", [
     {}, {"truncate": "none"}, {"use_rope": False}, {"use_silu": True, "use_pred_silu": True},
-    {"use_activation_checkpointing": True}, {"drop_path_rate": 0.5},
+    {"use_activation_checkpointing": True}, {"drop_path_rate": 0.5}, {"mask_token_by": "mask"},
 ], ids=str)
 def test_room_behind_the_tokens_changes_nothing(case):
     cfg = config(**case)

@@ -146,6 +146,9 @@ CASES = {
     "two lengths, no truncation": config((4, 8), mask={"truncate": "none"}, loss={"reg_coeff": 0.1}),
     "sincos, recomputed": config(model={"use_rope": False, "activation_checkpointing": "full"}),
     "recomputed selectively": config(model={"activation_checkpointing": "selective"}),
+    "V-JEPA 1": config(model={"use_rope": False, "mask_token_by": "mask", "init": "vjepa1"},
+                       optimization={"ipe": 1, "clip_grad": 0.1}),
+    "noised targets": config(dtype="bfloat16", model={"use_mask_tokens": False}),
 }
 
 
@@ -188,6 +191,8 @@ GRAPHED = {
     "swiglu, drop path": {"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5},
     "sincos, recomputed": {"use_rope": False, "activation_checkpointing": "full"},
     "recomputed selectively": {"activation_checkpointing": "selective"},
+    "a token for each mask": {"mask_token_by": "mask"},
+    "noised targets": {"use_mask_tokens": False},
 }
 
 
@@ -196,7 +201,7 @@ GRAPHED = {
 def test_what_is_captured_takes_nothing_from_the_host(model, truncate, fake_gpu):
     # A demand is taken at its word, where there is no GPU to ask.
     cfg = config(dtype="bfloat16", model={"attention": "varlen", **model}, mask={"truncate": truncate},
-                 loss={"reg_coeff": 0.1})
+                 loss={"reg_coeff": 0.1}, optimization={"clip_grad": 0.1})
     device = torch.device("cuda")
     torch.manual_seed(0)
     jepa, batches = VJEPA(cfg.model), [batch_of(cfg, step) for step in range(4)]

@@ -26,7 +26,9 @@ from vjepa_fast.train.graphs import GraphedStep, refusal
 from vjepa_fast.train.step import TrainStep
 
 
-def config(dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, **model) -> Config:
+def config(
+    dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, clip_grad: float | None = None, **model
+) -> Config:
     return Config.model_validate({
         "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 32,
                   "pred_depth": 1, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
@@ -34,7 +36,8 @@ def config(dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float
         "loss": {"reg_coeff": reg_coeff},
         "data": {"crop_size": 48, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 3},
         # With a small eps the first steps are lr times the signs of gradients, some of which are rounding alone.
-        "optimization": {"epochs": 2, "ipe": 20, "warmup": 0.5, "start_lr": 1e-4, "lr": 3e-3, "final_lr": 1e-3,
+        "optimization": {"epochs": 2 if clip_grad is None else 8, "ipe": 20 if clip_grad is None else 5, "warmup": 0.5,
+                         "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3, "final_lr": 1e-3,
                          "weight_decay": 0.04, "final_weight_decay": 0.4, "ema": [0.9, 1.0], "eps": 1e-4},
         "train": {"dtype": dtype},
     })
@@ -82,6 +85,8 @@ CASES = {
     "no truncation, variance term": {"truncate": "none", "reg_coeff": 0.1},
     "sincos, swiglu, recomputed": {"use_rope": False, "use_silu": True, "use_pred_silu": True,
                                    "activation_checkpointing": "full"},
+    # Clipped from the sixth of ten steps on, when all is captured.
+    "V-JEPA 1": {"use_rope": False, "mask_token_by": "mask", "clip_grad": 0.05},
     "drop path, half precision": {"drop_path_rate": 0.5, "dtype": "bfloat16"},
 }
 

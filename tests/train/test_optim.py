@@ -125,6 +125,47 @@ def test_a_hundred_steps_equal_torch(path):
             assert (a[key] - b[key]).norm() <= 1e-6 * b[key].norm()
 
 
+def test_each_network_is_clipped_by_its_own_norm(path):
+    """As by torch.nn.utils.clip_grad_norm_: at first neither, then the predictor, then both, then neither."""
+    ours, plain = make_model(), make_model()
+    optimizer, oracle = AdamWEMA(ours, lr=1e-3, clip_norm=float("inf")), torch_adamw(plain)
+    for step in range(4):
+        grads = gradients_of_step(plain, step)
+        grads = {name: g * (50.0 if name.startswith("predictor") else 1.0) for name, g in grads.items()}
+        give_gradients(ours, grads)
+        give_gradients(plain, grads)
+        norms = [float(torch.nn.utils.get_total_norm(g for name, g in grads.items() if name.startswith(network)))
+                 for network in ("encoder", "predictor")]
+        assert norms[0] < norms[1]
+        clip_norm = (float("inf"), sum(norms) / 2, norms[0] / 3, 2 * norms[1])[step]
+        for network in (plain.encoder, plain.predictor):
+            torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        optimizer.clip_norm = clip_norm
+        our_step(optimizer, step)
+        reference_step(oracle, plain, step)
+        torch.testing.assert_close(optimizer.grad_norm, torch.nn.utils.get_total_norm(grads.values()))
+    assert_equal_runs(ours, plain)
+    unclipped = make_model()
+    for model, clip_norm in ((ours, float("inf")), (unclipped, None)):
+        model.load_state_dict(make_model().state_dict())
+        give_gradients(model, gradients_of_step(model, 0))
+        AdamWEMA(model, lr=1e-3, clip_norm=clip_norm).step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), unclipped.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_skips_a_clipped_step_too(path):
+    model = make_model()
+    optimizer = AdamWEMA(model, lr=1e-2, ema_momentum=0.9, clip_norm=1.0)
+    before, grads = copy.deepcopy(model), gradients_of_step(model, 0)
+    grads["encoder.norm.bias"][3] = float("inf")
+    give_gradients(model, grads)
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), before.encoder.parameters(), strict=True))
+    with pytest.raises(ValueError, match="clip_norm is 0"):
+        AdamWEMA(model, clip_norm=0)
+
+
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_that_is_not_finite_leaves_all_but_the_target(path, dtype, value):

@@ -10,9 +10,6 @@ Legend: S sequences, K' target tokens of all sequences, P predictor width.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +46,10 @@ class Noise:
 
 
 def _kept(device: torch.device) -> Tensor:
-    """fp32 [NUM_LEVELS]: a_i."""
-    spread = LAST_BETA - FIRST_BETA
-    betas = (FIRST_BETA + level * spread / NUM_LEVELS for level in range(NUM_LEVELS))
-    return torch.tensor(list(itertools.accumulate((1.0 - beta for beta in betas), operator.mul)), device=device)
-
-
-_cached_kept = functools.cache(_kept)
+    """fp32 [NUM_LEVELS]: a_i, worked out on the device."""
+    levels = torch.arange(NUM_LEVELS, dtype=torch.float64, device=device)
+    betas = FIRST_BETA + levels * (LAST_BETA - FIRST_BETA) / NUM_LEVELS
+    return (1.0 - betas).cumprod(0).float()
 
 
 def noised_targets(x: Tensor, packing: Packing, noise: Noise) -> Tensor:
@@ -70,9 +64,7 @@ def noised_targets(x: Tensor, packing: Packing, noise: Noise) -> Tensor:
         [K', P].
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # As the statistics of patch_embed: copied once, but what a trace has made must not outlive it.
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()
-    kept = (_cached_kept if plain else _kept)(x.device).index_select(0, noise.levels)
+    kept = _kept(x.device).index_select(0, noise.levels)
     # What lies behind the last sequence is of one more, that is never read.
     of_token = F.pad(kept, (0, 1)).index_select(0, sequence_of_rows(packing.cu_seqlens, len(x)))[:, None]
     return of_token.sqrt() * F.layer_norm(x, (x.shape[-1],)) + (1.0 - of_token).sqrt() * noise.normal

@@ -152,6 +152,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._group_values: Tensor | None = None
         self._written: list[list[float]] = []
         self._clip_value: Tensor | None = None
+        self._clip_written: float | None = None
         self._shadows: dict[Tensor, Tensor] = {}
         self._dtype = COMPUTE_DTYPES[model.cfg.dtype]
         layers = [m for m in model.modules() if isinstance(m, Linear)] if self._dtype != torch.float32 else []
@@ -178,7 +179,13 @@ class AdamWEMA(torch.optim.AdamW):
         if by_kernels and not is_capturing(operands.params[0].device):
             self.write_group_values()
         self._unscale(operands)
-        total = self._clip(plan) if self.clip_norm is not None else self._sum_of_squares(operands.grads, plan.shards)
+        # The kernels' values are on the device, where a replayed graph finds those of its own step.
+        limit = self._clip_value if by_kernels else self.clip_norm
+        if self.clip_norm is None:
+            total = self._sum_of_squares(operands.grads, plan.shards)
+        else:
+            assert limit is not None
+            total = self._clip(plan, limit)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             total = torch.where(found_inf > 0, torch.nan, total)
@@ -236,8 +243,10 @@ class AdamWEMA(torch.optim.AdamW):
         device = local_of(self.param_groups[0]["params"][0]).device
         if self.clip_norm is not None:
             if self._clip_value is None or self._clip_value.device != device:
-                self._clip_value = torch.empty((), device=device)
-            self._clip_value.fill_(self.clip_norm)
+                self._clip_value, self._clip_written = torch.empty((), device=device), None
+            if self._clip_written != self.clip_norm:
+                self._clip_value.fill_(self.clip_norm)
+                self._clip_written = self.clip_norm
         shape = len(self.param_groups), len(GROUP_VALUES)
         if self._group_values is None or self._group_values.shape != shape or self._group_values.device != device:
             self._group_values, self._written = torch.zeros(shape, dtype=torch.float64, device=device), []
@@ -318,25 +327,16 @@ class AdamWEMA(torch.optim.AdamW):
             total = total + part
         return total
 
-    def _clip(self, plan: _Plan) -> Tensor:
-        """Scale the gradients of encoder and predictor down, and the sum of squares of all as they were before.
-
-        Nothing waits for the device; in a graph the norm is the one that write_group_values has written last.
-        """
-        assert self.clip_norm is not None
-        gradients, device = plan.operands.grads, local_of(plan.parameters[0]).device
-        capturing = is_capturing(device)
-        limit: Tensor | float = self.clip_norm
-        if capturing:
-            assert self._clip_value is not None
-            limit = self._clip_value
-        total = torch.zeros((), device=device)
+    def _clip(self, plan: _Plan, limit: Tensor | float) -> Tensor:
+        """Scale the gradients of encoder and predictor down to that norm; the sum of squares of all as they were."""
+        gradients = plan.operands.grads
+        total = torch.zeros((), device=local_of(plan.parameters[0]).device)
         for in_encoder in (True, False):
             members = [i for i, parameter in enumerate(plan.parameters) if (parameter in self._targets) == in_encoder]
             part = self._sum_of_squares([gradients[i] for i in members], [plan.shards[i] for i in members])
             total = total + part
             own = [grad for i in members if (grad := gradients[i]) is not None]
-            if own and (capturing or math.isfinite(self.clip_norm)):
+            if own and (isinstance(limit, Tensor) or math.isfinite(limit)):
                 # As torch.nn.utils.clip_grad_norm_.
                 torch._foreach_mul_(own, (limit / (part.sqrt() + 1e-6)).clamp(max=1.0))
         return total
