@@ -233,7 +233,7 @@ def collate(collate_masks: Any, batch_sizes: dict[int, int]) -> Masks:
     return {sample[-1][-1].shape[1]: (enc, pred) for sample, enc, pred in collate_masks(batch)}
 
 
-class _FakeVideo:
+class FakeVideo:
     """What the loader asks of decord's VideoReader."""
 
     def __init__(self, case: FrameCase) -> None:
@@ -272,7 +272,7 @@ def frame_numbers(case: FrameCase, seed: int) -> FrameResult:
         return end
 
     np.random.seed(seed)
-    with mock.patch.object(module, "VideoReader", lambda *_, **__: _FakeVideo(case)), \
+    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
             mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
         dataset = module.VideoDataset([], dataset_fpcs=[], **case.settings)
         try:

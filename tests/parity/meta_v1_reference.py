@@ -11,11 +11,13 @@ import copy
 import functools
 import importlib
 import os
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,11 @@ from torch import nn
 from vjepa_fast.bench.reference import import_environment, normalise
 
 from .cases import Batch
-from .meta_reference import Run, Step, Triple
+from .frame_cases import FrameCase
+from .meta_reference import FakeVideo, Run, Step, Triple
 from .v1_cases import V1_OPTIMIZATION, V1Case, v1_batch, v1_noise
+
+Masks = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 needs_v1_reference = pytest.mark.skipif(
     not os.environ.get("VJEPA1_REFERENCE"),
@@ -70,6 +75,21 @@ def build(case: V1Case, dtype: torch.dtype = torch.float32) -> Triple:
     triple = Triple(encoder.to(dtype), predictor.to(dtype), copy.deepcopy(encoder))
     triple.target_encoder.requires_grad_(False)
     return triple
+
+
+def build_by_script(case: V1Case) -> Triple:
+    """The same by init_video_model, which initialises anew (torch's global seed)."""
+    vit = modules().vit
+    # The script looks sizes up by name in this module.
+    vit.vit_parity = functools.partial(
+        vit.VisionTransformer, embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads, qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+    encoder, predictor = modules().utils.init_video_model(
+        device="cpu", patch_size=case.patch_size, num_frames=max(case.frames), tubelet_size=case.tubelet_size,
+        model_name="vit_parity", crop_size=case.crop_size, pred_depth=case.pred_depth,
+        pred_embed_dim=case.pred_embed_dim, uniform_power=case.uniform_power, use_mask_tokens=case.use_mask_tokens,
+        num_mask_tokens=case.num_masks)
+    return Triple(encoder, predictor, copy.deepcopy(encoder))
 
 
 @contextlib.contextmanager
@@ -142,3 +162,37 @@ def run(case: V1Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> R
     steps = [training.step(v1_batch(case, step), step) for step in range(case.num_steps)]
     return Run(steps, triple.weights())
 
+
+
+def collate(masks: list[dict[str, object]], kind: str, crop_size: int, num_frames: int) -> Callable[[int], Masks]:
+    """The reference's collator, asked by the number of clips; `kind` is multiblock or tube."""
+    collator = getattr(modules(), kind).MaskCollator(
+        cfgs_mask=masks, crop_size=crop_size, num_frames=num_frames, patch_size=8, tubelet_size=2)
+    return lambda count: collator([torch.zeros(1)] * count)[1:]
+
+
+@functools.cache
+def _video_dataset() -> types.ModuleType:
+    """The module src/datasets/video_dataset.py, without the packages that decode and read tables for it."""
+    stand_ins = {name: types.ModuleType(name) for name in ("decord", "pandas")}
+    stand_ins["decord"].VideoReader = stand_ins["decord"].cpu = None  # type: ignore[attr-defined]
+    with import_environment(root()), mock.patch.dict(sys.modules, stand_ins):
+        return importlib.import_module("src.datasets.video_dataset")
+
+
+def frame_numbers(case: FrameCase, num_clips: int, seed: int) -> tuple[list[int], list[np.ndarray]]:
+    """Where the windows begin that the reference's loader draws, and the frames of each clip; numpy's global seed."""
+    module, starts = _video_dataset(), []
+    randint = np.random.randint
+
+    def draw(low: int, high: int) -> int:
+        starts.append(int(randint(low, high)) - low)
+        return starts[-1] + low
+
+    np.random.seed(seed)
+    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
+            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+        settings = {"duration": case.value} if case.rule == "duration" else {"frame_step": case.value}
+        dataset = module.VideoDataset([], frames_per_clip=case.fpc, num_clips=num_clips, **settings)
+        _, numbers = dataset.loadvideo_decord(__file__)
+    return starts, numbers

@@ -12,7 +12,7 @@ from . import ours
 from .v1_cases import V1Case, repeated, v1_batch, v1_noise
 
 
-def _noise(case: V1Case, step: int, masks: MaskBatch) -> Noise:
+def noise_of(case: V1Case, step: int, masks: MaskBatch) -> Noise:
     """Of all masks, as they are packed."""
     counts = masks.target_lengths[:: masks.batch_size]
     levels, normal = zip(*(v1_noise(case, step, mask, count) for mask, count in enumerate(counts)), strict=True)
@@ -26,6 +26,6 @@ def run(case: V1Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> o
     train_step = TrainStep(model, cfg)
     steps = []
     for step in range(case.num_steps):
-        model.predictor.draw_noise = lambda masks, step=step: _noise(case, step, masks)  # type: ignore[method-assign]
+        model.predictor.draw_noise = lambda masks, step=step: noise_of(case, step, masks)  # type: ignore[method-assign]
         steps.append(ours.train(model, train_step, repeated(case, v1_batch(case, step)), step))
     return ours.OurRun(steps, ours.weights_of(model))
