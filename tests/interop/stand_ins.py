@@ -1,7 +1,8 @@
 """Small modules with the class, attribute and parameter names of Meta's code, written for these tests.
 
 They do by the shortest code what the reference's do, one mask at a time, so that the swap can be checked without a
-checkout. `V1` and `V2` hold the classes of facebookresearch/jepa and facebookresearch/vjepa2.
+checkout. `V1` and `V2` hold the classes of facebookresearch/jepa and facebookresearch/vjepa2, `V21` those of its
+app/vjepa_2_1.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class SwiGLUFFN(nn.Module):
         return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """x [B, H, N, d] turned by positions [B, 1, N], with the angles tiled over the pairs as V-JEPA 2 does."""
+def rotate(x: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """x [B, H, N, d] turned by positions [B, 1, N]; the angles tiled over the pairs as V-JEPA 2 does, or one a pair."""
     half = x.shape[-1] // 2
     angles = positions[..., None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
-    angles = torch.cat([angles, angles], -1)
+    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     return x * angles.cos() + turned * angles.sin()
 
@@ -56,16 +57,19 @@ class Attention(nn.Module):
         self.num_heads, self.scale, self.use_sdpa = num_heads, (dim // num_heads) ** -0.5, True
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.interpolate_rope, self.n_registers, self.has_cls_first = False, 0, False
 
     def forward(self, x: Tensor, places: list[Tensor] | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if places is not None:
             part = 2 * (q.shape[-1] // 6)
             for axis, positions in enumerate(places):
-                own = slice(axis * part, (axis + 1) * part)
-                q, k = (
-                    torch.cat([t[..., : own.start], rotate(t[..., own], positions[:, None]), t[..., own.stop :]], -1)
-                    for t in (q, k))
+                if self.interpolate_rope and axis > 0:
+                    positions = positions * (256 // PATCH - 1) / (GRID[axis] - 1)
+                q, k = (torch.cat([
+                    t[..., : axis * part],
+                    rotate(t[..., axis * part : (axis + 1) * part], positions[:, None], self.interpolate_rope),
+                    t[..., (axis + 1) * part :]], -1) for t in (q, k))
         weights = (q @ k.mT * self.scale).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(-2))
 
@@ -96,9 +100,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed3D(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, tubelet: int = TUBELET) -> None:
         super().__init__()
-        kernel = (TUBELET, PATCH, PATCH)
+        kernel = (tubelet, PATCH, PATCH)
         self.proj = nn.Conv3d(3, WIDTH, kernel, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,6 +252,88 @@ class V2:
                 for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))]
 
 
+class V21:
+    class VisionTransformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_dim, self.num_heads, self.out_layers, self.use_rope = WIDTH, HEADS, None, True
+            self.patch_size, self.num_frames, self.tubelet_size, self.is_video = PATCH, FRAMES, TUBELET, True
+            self.img_height, self.img_width, self.handle_nonsquare_inputs = SIDE, SIDE, True
+            self.use_activation_checkpointing, self.return_hierarchical, self.modality_embedding = False, False, True
+            self.img_temporal_dim_size = 1
+            self.patch_embed, self.patch_embed_img = PatchEmbed3D(), PatchEmbed3D(1)
+            self.blocks = nn.ModuleList(Block(WIDTH, HEADS, False) for _ in range(4))
+            self.hierarchical_layers = self.out_layers_distillation = [0, 1, 2, 3]
+            self.norms_block = nn.ModuleList(nn.LayerNorm(WIDTH, eps=1e-6) for _ in range(4))
+            self.img_mod_embed = nn.Parameter(torch.randn(1, 1, WIDTH))
+            self.video_mod_embed = nn.Parameter(torch.randn(1, 1, WIDTH))
+            interpolate(self.blocks)
+
+        def forward(self, x: Tensor, masks: Tensor | None = None, training: bool = False) -> Any:
+            if x.shape[2] == 1:
+                x = self.patch_embed_img(x) + self.img_mod_embed
+            else:
+                x = self.patch_embed(x) + self.video_mod_embed
+            ids = torch.arange(x.shape[1]).expand(len(x), -1) if masks is None else masks
+            x, outs = pick(x, ids), []
+            for block, norm in zip(self.blocks, self.norms_block, strict=True):
+                x = block(x, axes(ids))
+                outs.append(norm(x))
+            if self.out_layers is not None:
+                return [outs[index] for index in self.out_layers]
+            return torch.cat(outs, -1) if training or self.return_hierarchical else outs[-1]
+
+    class VisionTransformerPredictor(_Predictor):
+        def __init__(self, return_all_tokens: bool) -> None:
+            super().__init__(True, False, 2)
+            self.img_height, self.img_width, self.use_rope, self.modality_embedding = SIDE, SIDE, True, True
+            self.chop_last_n_tokens, self.use_activation_checkpointing = 0, False
+            self.return_all_tokens, self.hierarchical_layers = return_all_tokens, [0, 1, 2, 3]
+            self.predictor_embed = nn.Sequential(  # type: ignore[assignment]
+                nn.Linear(4 * WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, PRED_WIDTH))
+            self.predictor_proj = nn.Linear(PRED_WIDTH, 4 * WIDTH)
+            if return_all_tokens:
+                self.predictor_proj_context = nn.Linear(PRED_WIDTH, 4 * WIDTH)
+            self.video_mod_embed = nn.Parameter(torch.randn(1, 1, PRED_WIDTH))
+            self.img_mod_embed = nn.Parameter(torch.randn(1, 1, PRED_WIDTH))
+            interpolate(self.predictor_blocks)
+
+        def forward(self, x: Tensor, masks_x: Any, masks_y: Any, mod: str = "video", mask_index: int = 1) -> Any:
+            queries = self.mask_tokens[mask_index % 2].expand(*masks_y.shape, -1)
+            x, ids = torch.cat([self.predictor_embed(x), queries], 1), torch.cat([masks_x, masks_y], 1)
+            x = x + (self.img_mod_embed if mod == "image" else self.video_mod_embed)
+            for block in self.predictor_blocks:
+                x = block(x, axes(ids))
+            context, target = self.predictor_norm(x).split([masks_x.shape[1], masks_y.shape[1]], 1)
+            return self.predictor_proj(target), self.predictor_proj_context(context) if self.return_all_tokens else None
+
+    class MultiSeqWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Any, masks: Any = None, gram_mode: bool = False, training_mode: bool = False) -> Any:
+            if masks is None:
+                return [self.backbone(clips, training=training_mode) for clips in x]
+            return [[self.backbone(clips, masks=mask, training=training_mode) for mask in group]
+                    for clips, group in zip(x, masks, strict=True)]
+
+    class PredictorMultiSeqWrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Any, masks_x: Any, masks_y: Any, mod: str = "video") -> Any:
+            both = [[self.backbone(*row, mask_index=i, mod=mod) for row in zip(*group, strict=True)]
+                    for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))]
+            return tuple([[pair[part] for pair in group] for group in both] for part in (0, 1))
+
+
+def interpolate(blocks: nn.ModuleList) -> None:
+    for block in blocks:
+        block.attn.interpolate_rope = True
+
+
 def randomise(*modules: nn.Module) -> None:
     """Nothing stays at 0 or 1."""
     for module in modules:
@@ -258,9 +344,9 @@ def randomise(*modules: nn.Module) -> None:
 def make_masks(batch_size: int, num_frames: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Two masks of different lengths, as (context, target) index lists."""
     generator = torch.Generator().manual_seed(seed)
-    num_tokens = NUM_TOKENS * num_frames // FRAMES
+    num_tokens = GRID[1] * GRID[2] * max(1, num_frames // TUBELET)
     context, target = [], []
-    for kept, wanted in ((5, 9), (7, 4)):
+    for kept, wanted in ((5, 4), (6, 3)):
         order = torch.rand(batch_size, num_tokens, generator=generator).argsort(1)
         context.append(order[:, :kept].sort(1).values)
         target.append(order[:, kept : kept + wanted].sort(1).values)

@@ -18,7 +18,7 @@ import vjepa_fast as vf
 from vjepa_fast.errors import UserError
 from vjepa_fast.models import layers
 
-from .stand_ins import DEPTH, PRED_DEPTH, V1, V2, make_clips, make_masks, randomise
+from .stand_ins import DEPTH, PRED_DEPTH, V1, V2, V21, make_clips, make_masks, randomise
 
 Three = tuple[Any, Any, Any]
 
@@ -62,6 +62,11 @@ def _three(encoder: nn.Module, predictor: nn.Module) -> Three:
     return encoder, predictor, target
 
 
+def v21(return_all_tokens: bool = True) -> Three:
+    return _three(V21.MultiSeqWrapper(V21.VisionTransformer()),
+                  V21.PredictorMultiSeqWrapper(V21.VisionTransformerPredictor(return_all_tokens)))
+
+
 def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Everything that a training step computes, under the names of what it is."""
     encoder, predictor, target = modules
@@ -73,12 +78,16 @@ def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = tor
         parameter.grad = None
     for parameter in predictor.parameters():
         parameter.grad = None
+    options = {"training_mode": True} if hasattr(_plain(encoder).backbone, "norms_block") else {}
     with torch.no_grad():
-        h = target(clips[0] if "MultiMask" in type(_plain(encoder)).__name__ else clips)
+        h = target(clips[0] if "MultiMask" in type(_plain(encoder)).__name__ else clips, **options)
     if isinstance(h, Tensor):
         z = encoder(clips[0], masks_enc[0])
         targets = [h[:, : ids.shape[1]] for ids in masks_pred[0]]
         y = predictor(z, targets, masks_enc[0], masks_pred[0])
+    elif options:
+        z = encoder(clips, masks_enc, **options)
+        y = predictor(z, masks_enc, masks_pred, mod="image" if frames == (1,) else "video")
     else:
         z = encoder(clips, masks_enc)
         y = predictor(z, masks_enc, masks_pred)
@@ -97,13 +106,15 @@ def _plain(module: Any) -> Any:
 
 
 def flatten(value: Any) -> list[Tensor]:
+    if value is None:
+        return []
     return [value] if isinstance(value, Tensor) else [out for part in value for out in flatten(part)]
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(found: dict[Any, Tensor], expected: dict[Any, Tensor], tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith("qkv.bias"):
+        if str(name).endswith("qkv.bias"):
             # Without RoPE a bias of the keys changes nothing: what is there is noise.
             parts = [torch.cat([x[: len(x) // 3], x[2 * len(x) // 3 :]]) for x in (found[name], value)]
         else:
@@ -119,6 +130,8 @@ CASES: dict[str, tuple[Callable[[], Three], tuple[int, ...]]] = {
     "v2 two groups": (v2, (8, 4)),
     "v2 sincos two groups": (lambda: v2(rope=False), (8, 4)),
     "v2 swiglu": (lambda: v2(silu=True), (8,)),
+    "v2.1": (v21, (8,)),
+    "v2.1 images, one head": (lambda: v21(False), (1,)),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 
@@ -135,7 +148,8 @@ def test_same_outputs_and_gradients(case: str, inplace: bool, calls: list[int]) 
     fast = vf.swap(*given, inplace=inplace)
     assert_same(run(fast, frames), expected)
     # One pass of each network for all masks and groups.
-    assert calls == [2 * DEPTH + PRED_DEPTH]
+    once = [2 * len(given[0].backbone.blocks) + PRED_DEPTH]
+    assert calls == once
     for module, before, key, parameters in zip(fast, given, keys, tensors, strict=True):
         assert (module is before) == inplace
         assert list(module.state_dict()) == key
@@ -143,7 +157,7 @@ def test_same_outputs_and_gradients(case: str, inplace: bool, calls: list[int]) 
         assert isinstance(module, type(before)) and isinstance(module.backbone, type(before.backbone))
     if not inplace:
         assert_same(run(given, frames), expected, 0)
-        assert calls == [2 * DEPTH + PRED_DEPTH]
+        assert calls == once
 
 
 @pytest.mark.parametrize("version", [v1, v2])
@@ -186,6 +200,28 @@ def test_fewer_frames_are_placed_as_each_version_does() -> None:
     stretched = nn.functional.interpolate(table, scale_factor=(0.5, 1, 1), mode="trilinear").flatten(2).mT
     first.pos_embed = nn.Parameter(stretched, requires_grad=False)
     assert_same({"z": fast(clips)}, {"z": first(clips)})
+
+
+def test_outputs_of_v21_outside_of_training(calls: list[int]) -> None:
+    encoder, predictor, _ = v21()
+    fast, fast_predictor, _ = vf.swap(encoder, predictor)
+    clips, (context, target) = make_clips(2), make_masks(2, 8, 0)
+    for part, other in ((fast, encoder), (fast.backbone, encoder.backbone)):
+        given = [clips] if part is fast else clips
+        for setting in ({"return_hierarchical": False}, {"return_hierarchical": True}, {"out_layers": [1, 3]}):
+            for name, value in setting.items():
+                setattr(fast.backbone, name, value)
+                setattr(encoder.backbone, name, value)
+            found, expected = (flatten(module(given)) for module in (part, other))
+            assert_same(dict(enumerate(found)), dict(enumerate(expected)))
+        fast.backbone.out_layers = encoder.backbone.out_layers = None
+    z = encoder.backbone(clips, context[0], training=True)
+    found, expected = (flatten(module.backbone(z, context[0], target[0])) for module in (fast_predictor, predictor))
+    assert_same(dict(enumerate(found)), dict(enumerate(expected)))
+    assert calls == [6 * 4 + PRED_DEPTH]
+    encoder.backbone.blocks[0].attn.n_registers = 2
+    with pytest.raises(UserError, match="has n_registers=2, which"):
+        vf.swap(encoder)
 
 
 def test_optimizer_and_moving_average_of_the_user() -> None:
@@ -419,6 +455,9 @@ def test_swapping_twice_is_swapping_once() -> None:
     again = vf.swap(encoder, inplace=True)[0]
     assert again is encoder
     assert type(vf.swap(encoder)[0]) is type(encoder)
+    wrapper = v2()[0]
+    vf.swap(wrapper.backbone, inplace=True)
+    assert type(vf.swap(wrapper)[0]) is type(encoder)
 
 
 def test_ids_outside_the_clip() -> None:

@@ -72,6 +72,13 @@ VERSIONS = {
     "v2": Version(
         "VJEPA2_REFERENCE", "app.vjepa", "src.models.vision_transformer", "vit_parity",
         Case("swap_v2", frames=(8, 4)), "latest.pt", "e{}.pt", {}),
+    # The script knows widths by name and normalises targets in pieces of them, unless there is one level.
+    "v2.1": Version(
+        "VJEPA21_REFERENCE", "app.vjepa_2_1", "app.vjepa_2_1.models.vision_transformer", "vit_large",
+        Case("swap_v21", crop_size=64, patch_size=16, depth=12, pred_depth=4), "latest.pth.tar", "e{}.pth.tar",
+        {"model": {"levels_predictor": 1, "interpolate_rope": True, "img_temporal_dim_size": 1,
+                   "modality_embedding": True, "lambda_value_vid": 0.5, "lambda_progressive": False},
+         "loss": {"predict_all": True, "weight_distance_loss": True, "shift_by_n": 0}}),
 }
 
 
@@ -142,6 +149,7 @@ def main(version: Version, folder: Path, swap: bool) -> None:
     loader = Loader(version, first_epoch * IPE)
     data_manager.init_data = lambda **_: (loader, sampler)  # type: ignore[attr-defined]
     transforms.make_transforms = lambda **_: None  # type: ignore[attr-defined]
+    sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     losses: list[float] = []

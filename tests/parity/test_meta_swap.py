@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import vjepa_fast as vf
+from vjepa_fast.bench.reference import normalise
+
+from . import v21_reference
+from .cases import make_batch, relative_difference
 from .meta_swap_main import EPOCHS, IPE, VERSIONS
+from .v21_cases import DenseCase
 
 
 def run(name: str, folder: Path, swap: bool) -> tuple[list[float], int]:
@@ -51,3 +57,32 @@ def test_training_script(name: str, tmp_path: Path) -> None:
         for key, value in last[0][part].items():
             difference = (last[1][part][key] - value).norm()
             assert difference <= 1e-3 * value.norm(), key
+
+
+@pytest.mark.skipif(not os.environ.get("VJEPA21_REFERENCE"), reason="VJEPA21_REFERENCE does not name a checkout")
+@pytest.mark.parametrize("frames", [8, 1], ids=["video", "image"])
+def test_v21_modules(frames: int) -> None:
+    """Features of all levels and of the last, both heads, and gradients; images have an embedding of their own."""
+    case = DenseCase("swap_v21", frames=(frames,))
+    torch.manual_seed(0)
+    triple = v21_reference.build(case)
+    for parameter in (*triple.encoder.parameters(), *triple.predictor.parameters()):
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    batch = make_batch(case, 0)
+    clips = [normalise(clip, torch.float32) for clip in batch.clips]
+    modules = triple.encoder, triple.predictor
+    outputs = []
+    for encoder, predictor, _ in ((*modules, None), vf.swap(*modules)):
+        z = encoder(clips, batch.masks_enc, training_mode=True)
+        mod = "image" if frames == 1 else "video"
+        (pred,), (context,) = predictor(z, batch.masks_enc, batch.masks_pred, mod=mod)
+        plain = encoder.backbone(clips[0])
+        loss = torch.stack([out.square().mean() for out in (*pred, *context, plain)]).sum()
+        names = [name for module in modules for name, _ in module.named_parameters()]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+        outputs.append({str(i): out for i, out in enumerate((*z[0], *pred, *context, plain))} | found)
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, value in outputs[0].items():
+        assert relative_difference(outputs[1][name], value) <= 1e-5, name

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vjepa_fast.errors import UserError
-from vjepa_fast.interop import swap_hf, swap_meta
+from vjepa_fast.interop.swap_kinds import parts
 from vjepa_fast.interop.swap_view import Fast, make_fast, same_tensors
 
 _ACCEPTED = (
@@ -83,7 +83,7 @@ def _swap_tree(module: nn.Module, place: str) -> None:
     """Change a module, and the one within a wrapper."""
     if isinstance(module, Fast):
         return
-    found = swap_meta.parts(module) or swap_hf.parts(module)
+    found = parts(module)
     role = place.removeprefix("target_")
     if not found:
         raise UserError(f"swap: the {place} is a {type(module).__module__}.{type(module).__qualname__}, which is not "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.interop.huggingface import _BLOCK, _ENCODER, _PREDICTOR, _QKV
 from vjepa_fast.interop.swap_meta import copy_drop_paths, refuse
-from vjepa_fast.interop.swap_view import EncoderView, Fast, FastNetwork, PredictorView, View, is_plain, pack
+from vjepa_fast.interop.swap_view import EncoderView, FastNetwork, PredictorView, View, is_plain, pack
 from vjepa_fast.models.layers import Block
 from vjepa_fast.ops.linear import Affine, Linear, linear_by, operands
 from vjepa_fast.ops.packing import Packing
@@ -175,24 +175,3 @@ class FastHFPredictor(_FastHF):
             # Theirs always begins with mask token 1.
             out = network.forward_packed(seen.flatten(0, 1), [masks], [1])
             return self._output(out.view(*target.shape, -1))
-
-
-KINDS: list[tuple[str, tuple[str, ...], type[_FastHF] | None]] = [
-    ("VJEPA2Encoder", ("embeddings", "layer", "layernorm", "config"), FastHFEncoder),
-    ("VJEPA2Predictor", ("embeddings", "layer", "layernorm", "proj", "config"), FastHFPredictor),
-    ("VJEPA2Model", ("encoder", "predictor", "config"), None),
-    ("VJEPA2ForVideoClassification", ("vjepa2", "pooler", "config"), None),
-]
-"""Name of a class of theirs, attributes that it must have, and the class that goes before it; None: it stays, and what
-is within changes."""
-
-
-def parts(module: nn.Module) -> list[tuple[nn.Module, str, type[Fast]]] | None:
-    """As swap_meta.parts, for Hugging Face's."""
-    for name, attributes, mixin in KINDS:
-        if type(module).__name__ == name and all(hasattr(module, attribute) for attribute in attributes):
-            if mixin is not None:
-                return [(module, "predictor" if mixin is FastHFPredictor else "encoder", mixin)]
-            found = [parts(child) for child in module.children()]
-            return [(part, "encoder", mixin) for one in found if one for part, _, mixin in one]
-    return None

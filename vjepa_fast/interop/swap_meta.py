@@ -9,7 +9,7 @@ Legend: B clips, K context tokens, K' target tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,10 @@ def copy_drop_paths(blocks: nn.ModuleList, others: nn.ModuleList) -> None:
 
 
 class _MetaEncoderView(EncoderView):
-    """With V-JEPA 1's rule for clips of fewer frames, where that is the owner's."""
-
     cuts = True
+    """False: V-JEPA 1's rule for clips of fewer frames."""
+    every_level: tuple[int, ...]
+    """The depths whose features training uses; `levels` are those of the call at hand."""
 
     def _table(self, grid: Grid) -> Tensor | None:
         return None if self.pos_embed is None else interpolate_table(
@@ -109,32 +110,50 @@ class FastEncoder(FastNetwork):
         channels = module.patch_embed.proj.weight.shape[1]
         refuse(self, {f"{channels} channels"} if channels != 3 else set())
         cfg = ModelConfig(
-            **_sizes(module, module.blocks), embed_dim=module.embed_dim, depth=len(module.blocks),
+            **_sizes(module, module.blocks), **self.options(), embed_dim=module.embed_dim, depth=len(module.blocks),
             num_heads=module.blocks[0].attn.num_heads, mlp_ratio=mlp.fc1.weight.shape[0] / module.embed_dim,
             use_silu=hasattr(mlp, "fc3"))
         with torch.device("meta"):
             network = _MetaEncoderView(cfg)
         network.cuts = not _is_v1(self)
+        network.every_level = network.levels
         copy_drop_paths(network.blocks, module.blocks)
         return View(self, network, None)
 
-    def ready(self, clips: Sequence[Tensor], compiled: bool) -> EncoderView | None:
-        """The network for these clips, each [B, 3, T, H, W] or [B, 3, H, W]; None: theirs has to run."""
+    def options(self) -> dict[str, Any]:
+        """More of ModelConfig.
+
+        Raises:
+            UserError: something that ours lacks.
+        """
+        return {}
+
+    def ready(self, clips: Sequence[Tensor], compiled: bool, every_level: bool = False) -> EncoderView | None:
+        """The network for these clips, each [B, 3, T, H, W] or [B, 3, H, W]; None: theirs has to run.
+
+        Args:
+            clips: what it shall take.
+            compiled: run the compiled parts of the blocks.
+            every_level: of V-JEPA 2.1, return the features of all depths and not those of the last alone.
+        """
         view = self.serves()
         if view is None:
             return None
         module: Any = self
         network = view.network
-        assert isinstance(network, EncoderView)
+        assert isinstance(network, _MetaEncoderView)
         if any(self._is_unusual(x, network) for x in clips):
             return None
         network.out_layers = None if module.out_layers is None else list(module.out_layers)
+        network.levels = network.every_level if every_level else network.every_level[-1:]
         view.refresh(module.blocks, getattr(module, "use_activation_checkpointing", False), compiled)
         return network
 
     def _is_unusual(self, x: Tensor, network: EncoderView) -> bool:
         """Whether theirs places the tokens of these clips in a way of its own, or refuses them."""
-        if x.ndim != (5 if network.is_video else 4):
+        if x.ndim != (5 if network.is_video else 4) or any(n % network.patch_size for n in x.shape[-2:]):
+            return True
+        if network.is_video and x.shape[2] != network.cfg.img_temporal_dim_size and x.shape[2] % network.tubelet_size:
             return True
         side = tuple(n // network.patch_size for n in x.shape[-2:])
         if network.cfg.use_rope:
@@ -153,9 +172,10 @@ class FastEncoder(FastNetwork):
             return network(x, masks)
 
     def encode(
-        self, clips: Sequence[Tensor], masks: Sequence[Sequence[Tensor]] | None, compiled: bool
+        self, clips: Sequence[Tensor], masks: Sequence[Sequence[Tensor]] | None, compiled: bool,
+        every_level: bool = False,
     ) -> list[list[Tensor]] | None:
-        """All masks of all groups of clips in one pass.
+        """All masks of all groups of clips in one pass; other arguments as `ready`.
 
         Returns:
             For each group and mask [B, K, D]; without masks for each group a list of one, [B, N, D]. None: one pass
@@ -166,7 +186,7 @@ class FastEncoder(FastNetwork):
         if masks is not None and (len(masks) != len(clips) or not all(
                 _are_ids(group, len(x)) for group, x in zip(masks, clips, strict=True))):
             return None
-        network = self.ready(clips, compiled)
+        network = self.ready(clips, compiled, every_level)
         if network is None or network.out_layers is not None:
             return None
         with network.casting(clips[0].device):
@@ -203,7 +223,16 @@ Row = tuple[int, Tensor, Tensor, Tensor]
 [B, K'] ids of the context tokens and of those to predict."""
 
 
-class _Predictor(FastNetwork):
+class Predictions(NamedTuple):
+    """For each pair of group and mask."""
+
+    targets: list[Tensor]
+    """[B, K', D]."""
+    contexts: list[Tensor] | None
+    """[B, K, D], where V-JEPA 2.1's second head is."""
+
+
+class FastPredictorBase(FastNetwork):
     """Before VisionTransformerPredictor."""
 
     takes_targets = False
@@ -212,34 +241,48 @@ class _Predictor(FastNetwork):
     def make_view(self) -> View:
         module: Any = self
         blocks = module.predictor_blocks
-        wrong = {name for name in ("return_all_tokens", "chop_last_n_tokens") if getattr(module, name, False)}
-        if module.mask_tokens is None and not self.takes_targets:
-            wrong.add("use_mask_tokens=false")
-        refuse(self, wrong)
-        mlp = blocks[0].mlp
-        width, embed_dim = module.predictor_embed.weight.shape
-        heads = blocks[0].attn.num_heads
+        self.check()
+        width, embed_dim = self.widths()
         cfg = ModelConfig(
-            **_sizes(module, blocks), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width, pred_depth=len(blocks),
-            pred_num_heads=heads, num_mask_tokens=len(module.mask_tokens or ()) or None,
-            use_mask_tokens=module.mask_tokens is not None, use_pred_silu=hasattr(mlp, "fc3"))
+            **_sizes(module, blocks), **self.options(), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width,
+            pred_depth=len(blocks), pred_num_heads=blocks[0].attn.num_heads,
+            num_mask_tokens=len(module.mask_tokens or ()) or None, use_mask_tokens=module.mask_tokens is not None,
+            use_pred_silu=hasattr(blocks[0].mlp, "fc3"))
         with torch.device("meta"):
             network = PredictorView(cfg)
         copy_drop_paths(network.predictor_blocks, blocks)
         return View(self, network, None)
 
+    def check(self) -> None:
+        """Raises UserError for something that ours lacks."""
+        module: Any = self
+        wrong = {name for name in ("return_all_tokens", "chop_last_n_tokens") if getattr(module, name, False)}
+        if module.mask_tokens is None and not self.takes_targets:
+            wrong.add("use_mask_tokens=false")
+        refuse(self, wrong)
+
+    def widths(self) -> tuple[int, int]:
+        """Of the predictor and of the encoder."""
+        width, embed_dim = self.get_parameter("predictor_embed.weight").shape
+        return width, embed_dim
+
+    def options(self) -> dict[str, Any]:
+        """More of ModelConfig."""
+        return {}
+
     def predict(
-        self, rows: Sequence[Row], compiled: bool, targets: Sequence[Tensor] | None = None
-    ) -> list[Tensor] | None:
+        self, rows: Sequence[Row], compiled: bool, targets: Sequence[Tensor] | None = None, image: bool = False
+    ) -> Predictions | None:
         """All masks of all groups in one pass.
 
         Args:
             rows: a pair of group and mask each.
             compiled: run the compiled parts of the blocks.
             targets: for each pair [B, K', D]; looked at without mask tokens.
+            image: whether the tokens are of images; looked at in V-JEPA 2.1.
 
         Returns:
-            For each pair [B, K', D]. None: one pass would not be the same.
+            None: one pass would not be the same.
         """
         fits = len(rows) > 0 and all(
             isinstance(x, Tensor) and x.ndim == 3 and _are_ids([enc, pred], len(x)) and enc.shape == x.shape[:2]
@@ -255,9 +298,15 @@ class _Predictor(FastNetwork):
         grid = self._grid(network, [*context_ids, *target_ids])
         with network.casting(contexts[0].device):
             masks = [pack([enc], [pred], grid) for enc, pred in zip(context_ids, target_ids, strict=True)]
-            joined = None if targets is None or network.cfg.use_mask_tokens else _flat(targets)
-            packed = network.forward_packed(_flat(contexts), masks, tokens, joined)
-        return unpack(packed, [(len(ids), ids.shape[1]) for ids in target_ids])
+            images, of_context = [image] * len(masks), None
+            if network.cfg.return_all_tokens:
+                packed, of_context = network.forward_packed_all(_flat(contexts), masks, tokens, images)
+            else:
+                joined = None if targets is None or network.cfg.use_mask_tokens else _flat(targets)
+                packed = network.forward_packed(_flat(contexts), masks, tokens, joined, images)
+        return Predictions(
+            unpack(packed, [(len(ids), ids.shape[1]) for ids in target_ids]),
+            None if of_context is None else unpack(of_context, [(len(ids), ids.shape[1]) for ids in context_ids]))
 
     def _grid(self, network: PredictorView, ids: Sequence[Tensor]) -> Grid:
         """What ids are counted on: with RoPE squares of the trained height, and as many of them as are needed."""
@@ -272,7 +321,7 @@ class _Predictor(FastNetwork):
         return last // square + 1, height, height
 
 
-class FastPredictor(_Predictor):
+class FastPredictor(FastPredictorBase):
     """Before VisionTransformerPredictor of V-JEPA 2."""
 
     @torch.compiler.disable
@@ -284,10 +333,10 @@ class FastPredictor(_Predictor):
         found = None
         if not has_cls and len(lists[0]) == len(lists[1]) == 1:
             found = self.predict([(mask_index, x, lists[0][0], lists[1][0])], self._compiled_call_impl is not None)
-        return super().forward(x, masks_x, masks_y, mask_index, has_cls) if found is None else found[0]
+        return super().forward(x, masks_x, masks_y, mask_index, has_cls) if found is None else found.targets[0]
 
 
-class FastPredictorV1(_Predictor):
+class FastPredictorV1(FastPredictorBase):
     """Before VisionTransformerPredictor of V-JEPA 1, which is also given the targets."""
 
     takes_targets = True
@@ -302,10 +351,10 @@ class FastPredictorV1(_Predictor):
         if len(lists[0]) == len(lists[1]) == 1:
             row = mask_index, ctxt, lists[0][0], lists[1][0]
             found = self.predict([row], self._compiled_call_impl is not None, [tgt])
-        return super().forward(ctxt, tgt, masks_ctxt, masks_tgt, mask_index) if found is None else found[0]
+        return super().forward(ctxt, tgt, masks_ctxt, masks_tgt, mask_index) if found is None else found.targets[0]
 
 
-class _Wrapper(Fast):
+class FastWrapper(Fast):
     """Before a wrapper that calls its backbone once for each mask."""
 
     backbone: nn.Module
@@ -315,7 +364,7 @@ class _Wrapper(Fast):
         return self._compiled_call_impl is not None or self.backbone._compiled_call_impl is not None
 
 
-class FastMultiSeq(_Wrapper):
+class FastMultiSeq(FastWrapper):
     """Before MultiSeqWrapper of V-JEPA 2: lists over frames-per-clip groups, and over masks within."""
 
     @torch.compiler.disable
@@ -329,7 +378,7 @@ class FastMultiSeq(_Wrapper):
         return [group[0] for group in found] if masks is None else found
 
 
-class FastMultiMask(_Wrapper):
+class FastMultiMask(FastWrapper):
     """Before MultiMaskWrapper of V-JEPA 1: a list over masks."""
 
     @torch.compiler.disable
@@ -341,27 +390,37 @@ class FastMultiMask(_Wrapper):
         return super().forward(x, masks) if found is None else found[0]
 
 
-class FastPredictorMultiSeq(_Wrapper):
+class FastPredictorMultiSeq(FastWrapper):
     """Before PredictorMultiSeqWrapper of V-JEPA 2; the masks of a group share a mask token."""
 
     @torch.compiler.disable
     def forward(self, x: Any, masks_x: Any, masks_y: Any, has_cls: bool = False) -> Any:
         """For each group and mask [B, K', D]."""
         found = None
-        if isinstance(self.backbone, _Predictor) and not has_cls and not is_watched(self.backbone):
-            # Both loops of theirs end with the shortest list.
-            groups = enumerate(zip(x, masks_x, masks_y, strict=False))
-            rows = [(group, *row) for group, lists in groups for row in zip(*lists, strict=False)]
+        if isinstance(self.backbone, FastPredictorBase) and not has_cls and not is_watched(self.backbone):
+            rows = by_pair(x, masks_x, masks_y)
             found = self.backbone.predict(rows, self.compiled)
         if found is None:
             return super().forward(x, masks_x, masks_y, has_cls)
-        outputs: list[list[Tensor]] = [[] for _ in x]
-        for (group, *_), out in zip(rows, found, strict=True):
-            outputs[group].append(out)
-        return outputs
+        return by_group(found.targets, rows, len(x))
 
 
-class FastPredictorMultiMask(_Wrapper):
+def by_pair(x: Any, masks_x: Any, masks_y: Any) -> list[Row]:
+    """Lists over groups and masks; the mask token of a group is its place."""
+    # Both loops of theirs end with the shortest list.
+    groups = enumerate(zip(x, masks_x, masks_y, strict=False))
+    return [(group, *row) for group, lists in groups for row in zip(*lists, strict=False)]
+
+
+def by_group(values: Sequence[Any], rows: Sequence[Row], num_groups: int) -> list[list[Any]]:
+    """One value for each pair, in lists over groups and masks."""
+    outputs: list[list[Any]] = [[] for _ in range(num_groups)]
+    for (group, *_), value in zip(rows, values, strict=True):
+        outputs[group].append(value)
+    return outputs
+
+
+class FastPredictorMultiMask(FastWrapper):
     """Before PredictorMultiMaskWrapper of V-JEPA 1; each mask has a mask token."""
 
     @torch.compiler.disable
@@ -369,36 +428,9 @@ class FastPredictorMultiMask(_Wrapper):
         """For each mask [B, K', D]."""
         lists = [value if isinstance(value, list) else [value] for value in (ctxt, tgt, masks_ctxt, masks_tgt)]
         found = None
-        if isinstance(self.backbone, _Predictor) and not is_watched(self.backbone):
+        if isinstance(self.backbone, FastPredictorBase) and not is_watched(self.backbone):
             # As their loop, which ends with the shortest list.
             columns = list(zip(*lists, strict=False))
             rows = [(mask, z, enc, pred) for mask, (z, _, enc, pred) in enumerate(columns)]
             found = self.backbone.predict(rows, self.compiled, [target for _, target, _, _ in columns])
-        return super().forward(ctxt, tgt, masks_ctxt, masks_tgt) if found is None else found
-
-
-_ENCODERS = ("blocks", "patch_embed", "norm", "tubelet_size", "is_video", "out_layers")
-_PREDICTORS = ("predictor_blocks", "predictor_embed", "predictor_proj", "mask_tokens", "tubelet_size")
-_V1, _V2 = ("input_size",), ("img_height", "use_rope")
-
-KINDS: list[tuple[str, tuple[str, ...], str, type[Fast]]] = [
-    ("MultiSeqWrapper", ("backbone",), "encoder", FastMultiSeq),
-    ("MultiMaskWrapper", ("backbone",), "encoder", FastMultiMask),
-    ("PredictorMultiSeqWrapper", ("backbone",), "predictor", FastPredictorMultiSeq),
-    ("PredictorMultiMaskWrapper", ("backbone",), "predictor", FastPredictorMultiMask),
-    ("VisionTransformer", (*_ENCODERS, *_V1), "encoder", FastEncoder),
-    ("VisionTransformer", (*_ENCODERS, *_V2), "encoder", FastEncoder),
-    ("VisionTransformerPredictor", (*_PREDICTORS, *_V1), "predictor", FastPredictorV1),
-    ("VisionTransformerPredictor", (*_PREDICTORS, *_V2), "predictor", FastPredictor),
-]
-"""Name of a class of theirs, attributes that it must have, what it is, and the class that goes before it."""
-
-
-def parts(module: nn.Module) -> list[tuple[nn.Module, str, type[Fast]]] | None:
-    """The modules to change, inner ones first, each with what it is and the class to put before its own; None: not one
-    of Meta's."""
-    for name, attributes, role, mixin in KINDS:
-        if type(module).__name__ == name and all(hasattr(module, attribute) for attribute in attributes):
-            inner = parts(module.get_submodule("backbone")) if issubclass(mixin, _Wrapper) else []
-            return None if inner is None else [*inner, (module, role, mixin)]
-    return None
+        return super().forward(ctxt, tgt, masks_ctxt, masks_tgt) if found is None else found.targets
