@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop import shapes
+from vjepa_fast.interop.mask_collator import MaskCollator as MaskCollator
 from vjepa_fast.models.jepa import VJEPA
 
 PREFIX = "module.backbone."
