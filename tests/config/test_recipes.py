@@ -14,7 +14,7 @@ from vjepa_fast.errors import ConfigError
 
 
 def test_names() -> None:
-    assert recipe_names() == ["demo", "vitg16-256", "vith16-224-v1", "vith16-256", "vith16-384-v1",
+    assert recipe_names() == ["demo", "tutorial", "vitg16-256", "vith16-224-v1", "vith16-256", "vith16-384-v1",
                               "vitl16-224-v1", "vitl16-256"]
 
 
@@ -142,3 +142,9 @@ def test_configs_share_nothing() -> None:
     first = load_recipe("demo", ["train.dtype=bfloat16"])
     assert Config(train=first.train).model.dtype == "bfloat16"
     assert Config().model.dtype == "float32"
+
+
+def test_learned_positions_are_not_rotated() -> None:
+    for change in ("model.use_rope=true", "model.model_name=vit_small_rope"):
+        with pytest.raises(ConfigError, match="positions is learned, but RoPE is on"):
+            load_recipe("tutorial", [change])

@@ -67,6 +67,7 @@ CASES = {
     "rope": {},
     "rope interleaved": {"rope_style": "interleaved"},
     "sincos": {"use_rope": False, "uniform_power": True},
+    "learned positions, mixed frames per clip": {"use_rope": False, "positions": "learned", "fpcs": (8, 4)},
     "swiglu": {"use_silu": True, "use_pred_silu": True},
     "mixed frames per clip": {"fpcs": (8, 4)},
     "sincos, mixed frames per clip": {"use_rope": False, "fpcs": (8, 4)},
@@ -102,6 +103,7 @@ def test_packed_step_equals_a_loop_over_masks_and_clips(case):
 @pytest.mark.parametrize("case", [
     {}, {"truncate": "none"}, {"use_rope": False}, {"use_silu": True, "use_pred_silu": True},
     {"use_activation_checkpointing": True}, {"drop_path_rate": 0.5}, {"mask_token_by": "mask"},
+    {"use_rope": False, "positions": "learned"},
 ], ids=str)
 def test_room_behind_the_tokens_changes_nothing(case):
     cfg = config(**case)

@@ -148,6 +148,8 @@ CASES = {
     "recomputed selectively": config(model={"activation_checkpointing": "selective"}),
     "V-JEPA 1": config(model={"use_rope": False, "mask_token_by": "mask", "init": "vjepa1"},
                        optimization={"ipe": 1, "clip_grad": 0.1}),
+    "learned positions": config(dtype="bfloat16", model={"use_rope": False, "positions": "learned", "init": "xavier"},
+                                loss={"prediction_l2": 0.01}),
     "noised targets": config(dtype="bfloat16", model={"use_mask_tokens": False}),
 }
 

@@ -86,6 +86,9 @@ class ModelConfig(Section):
     """Angles and products of half-precision models: exact, or rounded wherever the reference rounds under autocast."""
     target_precision: Literal["same", "float8"] = "same"
     """`float8` runs the linear layers of the target encoder's blocks in float8: inexact, an experiment."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Of a model without RoPE: fixed sines and cosines, or trained vectors: in the encoder the sum of one for the frame
+    of tokens and one for the place in it, in the predictor one for each token of a clip."""
     uniform_power: bool = False
     init: Literal["vjepa2", "vjepa1", "xavier"] = "vjepa2"
     """Weights of linear and convolution layers: normal with std 0.02, in V-JEPA 2 with the output projections of block
@@ -148,6 +151,8 @@ class ModelConfig(Section):
             nearest = get_close_matches(self.model_name, known, n=1, cutoff=0)[0]
             raise ValueError(f"model_name is {self.model_name!r}; did you mean {nearest}? "
                              f"Known: {', '.join(MODEL_NAMES)}, each also with _rope at the end")
+        if self.positions == "learned" and (self.use_rope or self.model_name.endswith("_rope")):
+            raise ValueError("positions is learned, but RoPE is on, which takes their place; set use_rope to false")
         if self.modality_embedding and self.img_temporal_dim_size is None:
             raise ValueError("modality_embedding tells videos from images, of which there are none; set "
                              "img_temporal_dim_size to 1")
@@ -376,6 +381,9 @@ class LossConfig(Section):
     """p of mean |prediction - target|^p / p."""
     reg_coeff: NonNegative = 0.0
     """Weight of V-JEPA 1's variance term, the mean of relu(1 - standard deviation over a clip's predicted tokens)."""
+    prediction_l2: NonNegative = 0.0
+    """Weight of half the mean square of what the predictor predicts, an L2 penalty on its output. With loss_exp 2, half
+    a mean squared error, both are halves. The predictor's weights have optimization.weight_decay."""
     predict_all: bool = False
     """V-JEPA 2.1's dense loss: context tokens are predicted too, by a head of their own, and their loss is added."""
     lambda_value_vid: NonNegative = 0.5

@@ -108,17 +108,19 @@ class VJEPA(nn.Module):
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set (a loaded config has them).
         loss_exp: p of the L_p loss.
         reg_coeff: weight of V-JEPA 1's variance term; 0 leaves it out.
+        prediction_l2: weight of half the mean square of the predictions; 0 leaves it out.
         weight_distance_loss, offset_context_loss: as in LossConfig.
     """
 
     def __init__(
         self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0, weight_distance_loss: bool = False,
-        offset_context_loss: bool = False,
+        offset_context_loss: bool = False, prediction_l2: float = 0.0,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.loss_exp = loss_exp
         self.reg_coeff = reg_coeff
+        self.prediction_l2 = prediction_l2
         self.weight_distance_loss, self.offset_context_loss = weight_distance_loss, offset_context_loss
         self.context_scale: tuple[float, float] | Tensor = (0.5, 0.5)
         self.encoder = VisionTransformer(cfg)
@@ -188,6 +190,10 @@ class VJEPA(nn.Module):
         loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm, levels)
         if self.reg_coeff != 0:
             loss = loss + self.reg_coeff * self._variance_term(predictions, batches)
+        if self.prediction_l2 != 0:
+            # Weighed as the main loss is, so that the term is the same however a batch is divided.
+            squares = predictions.to(loss.dtype).square().mean(-1)
+            loss = loss + self.prediction_l2 * (squares * weights.to(loss.dtype)).sum() / 2
         return JEPAOutput(loss, predictions, features, rows, final_norm, batches, levels)
 
     def _context_term(self, predictions: Tensor, output: JEPAOutput, images: Sequence[bool]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine position tables and their interpolation to other grids.
+"""Position tables, fixed sines and cosines or learned, and their interpolation to other grids.
 
 Formulas: facebookresearch/vjepa2, src/models/utils/pos_embs.py and src/models/vision_transformer.py:215-272.
 """
@@ -10,7 +10,10 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+POSITION_STD = 0.02
+"""Of learned positions at the beginning."""
 
 
 def _sincos(dim: int, positions: np.ndarray) -> np.ndarray:
@@ -90,3 +93,45 @@ def interpolate_table(
     image = table.view(1, trained[1], trained[2], dim).permute(0, 3, 1, 2)
     scale_2d = (wanted[1] / trained[1], wanted[2] / trained[2])
     return F.interpolate(image, scale_factor=scale_2d, mode="bicubic").permute(0, 2, 3, 1).reshape(-1, dim)
+
+
+class SeparablePositions(nn.Module):
+    """Learned positions that are a sum: one vector for each frame of tokens, one for each place in a frame.
+
+    Args:
+        dim: width of a token, D.
+        grid: (T, H, W) in tokens.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.temporal = nn.Parameter(torch.empty(1, grid[0], dim))
+        self.spatial = nn.Parameter(torch.empty(1, grid[1] * grid[2], dim))
+        for table in (self.temporal, self.spatial):
+            nn.init.trunc_normal_(table, std=POSITION_STD)
+
+    def forward(self) -> Tensor:
+        """[T * H * W, D]."""
+        return (self.temporal[0][:, None] + self.spatial[0][None]).flatten(0, 1)
+
+
+def learned_table(dim: int, grid: tuple[int, int, int]) -> nn.Parameter:
+    """[1, T * H * W, dim], one vector for each token."""
+    table = nn.Parameter(torch.empty(1, math.prod(grid), dim))
+    nn.init.trunc_normal_(table, std=POSITION_STD)
+    return table
+
+
+def add_positions(tokens: Tensor, table: Tensor, rows: Tensor | None) -> Tensor:
+    """Tokens with the positions of a table that gets a gradient, the same bits at every run.
+
+    Args:
+        tokens: [K, D].
+        table: [N, D]; taken in the dtype of the tokens.
+        rows: int64 [K], clip * N + token id; None: all tokens of all clips in order.
+    """
+    table = table.to(tokens.dtype)
+    if rows is None:
+        return (tokens.view(-1, *table.shape) + table).flatten(0, 1)
+    # Its backward adds up in a fixed order, that of index_select on a GPU does not.
+    return tokens + F.embedding(rows % len(table), table)

@@ -23,7 +23,7 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
 from vjepa_fast.models.noised_targets import Noise, noised_targets
-from vjepa_fast.models.positions import sincos_table
+from vjepa_fast.models.positions import learned_table, sincos_table
 from vjepa_fast.models.vit import (
     apply_norm,
     check_positions,
@@ -75,7 +75,9 @@ class Predictor(nn.Module):
         num_tokens = (cfg.num_mask_tokens or 1) if cfg.use_mask_tokens else 0
         self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(num_tokens))
         self.predictor_pos_embed: nn.Parameter | None = None
-        if not cfg.use_rope:
+        if not cfg.use_rope and cfg.positions == "learned":
+            self.predictor_pos_embed = learned_table(width, self.grid)
+        elif not cfg.use_rope:
             table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
             self.predictor_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.predictor_blocks = make_blocks(
@@ -196,7 +198,7 @@ class Predictor(nn.Module):
                     raise ValueError(f"the predictor's positions are for at most {self.grid} tokens, the masks have "
                                      f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes")
             table = self.predictor_pos_embed[0].to(dtype)
-            places = table.index_select(0, ids)
+            places = F.embedding(ids, table)
             tokens, queries = tokens + places[: len(tokens)], queries + places[len(tokens) :]
         layout = _Interleave(masks, context.device)
         x = permute_rows(torch.cat([tokens, queries]), layout.order, layout.inverse)

@@ -16,7 +16,13 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import init_weights, make_blocks, run_blocks
-from vjepa_fast.models.positions import interpolate_table, interpolation_scale, sincos_table
+from vjepa_fast.models.positions import (
+    SeparablePositions,
+    add_positions,
+    interpolate_table,
+    interpolation_scale,
+    sincos_table,
+)
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.packing import Packing, concatenate
 from vjepa_fast.ops.patch_embed import patch_embed
@@ -73,7 +79,7 @@ def check_positions(name: str, width: int, num_heads: int, cfg: ModelConfig) -> 
         raise ConfigError(f"{name}={width} with {num_heads} heads leaves {width // num_heads} features a head; RoPE "
                           "needs at least 6, two for each axis")
     unit = 4 if cfg.uniform_power else 8
-    if not cfg.use_rope and width % unit:
+    if not cfg.use_rope and cfg.positions == "sincos" and width % unit:
         raise ConfigError(f"{name}={width} is not a multiple of {unit}, as sine-cosine positions need")
 
 
@@ -203,7 +209,10 @@ class VisionTransformer(nn.Module):
         if cfg.img_temporal_dim_size is not None:
             self.patch_embed_img = PatchEmbed(self.patch_size, 1, self.embed_dim)
         self.pos_embed: nn.Parameter | None = None
-        if not cfg.use_rope:
+        self.learned_positions: SeparablePositions | None = None
+        if not cfg.use_rope and cfg.positions == "learned":
+            self.learned_positions = SeparablePositions(self.embed_dim, self.grid)
+        elif not cfg.use_rope:
             table = sincos_table(self.embed_dim, self.grid, cfg.uniform_power, self.is_video)
             self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = make_blocks(
@@ -343,11 +352,18 @@ class VisionTransformer(nn.Module):
             embed = self.patch_embed_img
         if self.cfg.modality_embedding:
             offset = (self.img_mod_embed if self.is_image(clips) else self.video_mod_embed).flatten()
+        table = self._table(grid)
+        # The kernel gives no gradient to a table.
+        apart = table if table is not None and table.requires_grad else None
         with label("patch embedding"):
-            return label_backward(embed(clips, rows, self.dtype, self._table(grid), offset), "patch embedding")
+            tokens = embed(clips, rows, self.dtype, table if apart is None else None, offset)
+            tokens = tokens if apart is None else add_positions(tokens, apart, rows)
+            return label_backward(tokens, "patch embedding")
 
     def _table(self, grid: Grid) -> Tensor | None:
         """[T * H * W, D] positions that are added to the tokens of a clip; None: nothing is."""
+        if self.learned_positions is not None:
+            return interpolate_table(self.learned_positions(), self.grid, grid, self.is_video)
         return None if self.pos_embed is None else interpolate_table(
             self.pos_embed[0], self.grid, grid, self.is_video)
 

@@ -57,6 +57,7 @@ class TrainStep:
         self.model = model
         self.loss = cfg.loss
         model.loss_exp, model.reg_coeff = cfg.loss.loss_exp, cfg.loss.reg_coeff
+        model.prediction_l2 = cfg.loss.prediction_l2
         model.weight_distance_loss = cfg.loss.weight_distance_loss
         model.offset_context_loss = cfg.loss.offset_context_loss
         self.forward = data_parallel or model
