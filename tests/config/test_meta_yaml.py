@@ -243,8 +243,7 @@ def test_dump_is_ours_and_loads_back(tmp_path: Path) -> None:
     ({"optimization__lr": "x"}, "optimization.lr is 'x'; expected a number"),
     ({"data__datasets_weights": [1]}, "datasets_weights has 1 entries for 2 datasets"),
     ({"app": "vjepa_droid"}, "action-conditioned training (app: vjepa_droid) is not supported yet"),
-    ({"app": "vjepa_2_1"}, "V-JEPA 2.1 training (app: vjepa_2_1) is not supported yet"),
-    ({"app": "other"}, "app is 'other'; expected vjepa"),
+    ({"app": "other"}, "app is 'other'; expected vjepa or vjepa_2_1"),
     ({"train": {"seed": 1}}, "mixes the reference's layout"),
     ({"eval_name": "x"}, "evaluation config"),
 ])

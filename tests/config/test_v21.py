@@ -37,7 +37,6 @@ def test_images_beside_videos() -> None:
     ([*DENSE, "loss.lambda_warmup=[5, 5]"], "loss.lambda_warmup is [5, 5]; expected two steps"),
     (["img_mask=[{}]"], "img_mask is set but img_data is not"),
     ([*DENSE, "img_data.datasets=[a]"], "set model.img_temporal_dim_size to 1"),
-    ([*IMAGES, "img_data.datasets=[]"], "img_data.datasets is empty"),
     ([*IMAGES, "img_data.batch_size=3"], "img_data.batch_size 3 times rank_ratio 0.25 is 0.75 images"),
     ([*IMAGES, "img_data.rank_ratoi=0.5"], "did you mean img_data.rank_ratio?"),
 ])
@@ -45,6 +44,13 @@ def test_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("demo", overrides)
     assert said in str(caught.value)
+
+
+def test_images_to_train_on_are_missing() -> None:
+    cfg = load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]"])
+    with pytest.raises(ConfigError, match=r"img_data\.datasets is empty; .* img_data=null img_mask=null"):
+        cfg.check_trainable()
+    load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]", "img_data=null", "img_mask=null"]).check_trainable()
 
 
 def test_dump_loads_back_with_images() -> None:

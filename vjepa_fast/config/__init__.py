@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vjepa_fast.config import meta_v1, meta_yaml, yaml_io
+from vjepa_fast.config import meta_v1, meta_v21, meta_yaml, yaml_io
 from vjepa_fast.config import overrides as _overrides
 from vjepa_fast.config.messages import explain
 from vjepa_fast.config.schema import Config, MaskConfig
@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     raw = yaml_io.read(path)
     if meta_yaml.is_meta(raw):
         meta_yaml.check_kind(raw, str(path))
-        reference = meta_v1 if meta_v1.is_v1(raw) else meta_yaml
+        reference = meta_v21 if raw.get("app") == meta_v21.APP else meta_v1 if meta_v1.is_v1(raw) else meta_yaml
         raw, ignored = reference.convert(raw, str(path))
         if ignored:
             warnings.warn(f"{path}: ignored, nothing reads these: {', '.join(ignored)}", ConfigWarning, stacklevel=2)
@@ -91,7 +91,8 @@ def _recipe(name: str) -> dict[str, Any]:
         raise ConfigError(f"no recipe is called {name!r}; {hint}recipes: {', '.join(names)}")
     raw = yaml_io.parse((files(__name__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
     assert isinstance(raw, dict)
-    return raw
+    base = raw.pop("base", None)
+    return raw if base is None else _overrides.merge(_recipe(base), raw)
 
 
 def _build(raw: dict[str, Any], source: str, overrides: Iterable[str]) -> Config:

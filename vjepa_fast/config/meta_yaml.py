@@ -21,12 +21,12 @@ _MARKS = {"app", "folder", "meta", "data_aug", "logging", "nodes", "tasks_per_no
 
 _OURS = {"train", "base"}
 
-_APPS = {
-    "vjepa_droid": "action-conditioned training (app: vjepa_droid)",
-    "vjepa_2_1": "V-JEPA 2.1 training (app: vjepa_2_1)",
-}
+_APPS = {"vjepa_droid": "action-conditioned training (app: vjepa_droid)"}
 
-_READ: dict[str, dict[str, Any]] = {
+_SERVED = ("vjepa", "vjepa_2_1")
+"""Values of `app` that are pretraining, the first if there is none."""
+
+READ: dict[str, dict[str, Any]] = {
     "meta": {
         "load_checkpoint": None, "read_checkpoint": None, "seed": 0, "save_every_freq": -1, "skip_batches": -1,
         "use_sdpa": False, "sync_gc": False, "dtype": REQUIRED,
@@ -56,12 +56,12 @@ _READ: dict[str, dict[str, Any]] = {
 }
 """Every key that the reference reads, with its default."""
 
-_MASK_KEYS: dict[str, Any] = {
+MASK_KEYS: dict[str, Any] = {
     "spatial_scale": REQUIRED, "temporal_scale": REQUIRED, "aspect_ratio": REQUIRED, "num_blocks": REQUIRED,
     "max_temporal_keep": 1.0, "max_keep": None, "full_complement": False, "pred_full_complement": False,
     "inv_block": False,
 }
-assert set(_MASK_KEYS) == set(MaskSpec.model_fields) - {
+assert set(MASK_KEYS) == set(MaskSpec.model_fields) - {
     "strategy", "ratio", "temporal_probability", "round_context_down"}
 
 
@@ -79,11 +79,11 @@ def convert(raw: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]
     reader = KeyReader(source)
     if "folder" not in raw:
         reader.missing.append("folder")
-    values = {section: reader.section(raw, section, keys) for section, keys in _READ.items()}
-    masks = reader.masks(raw, _MASK_KEYS)
-    reader.top_level(raw, {*_READ, "app", "folder", "mask"})
+    values = {section: reader.section(raw, section, keys) for section, keys in READ.items()}
+    masks = reader.masks(raw, MASK_KEYS)
+    reader.top_level(raw, {*READ, "app", "folder", "mask"})
     reader.check_complete()
-    return _map(raw["folder"], values, masks, reader), reader.ignored
+    return map_values(raw["folder"], values, masks, reader), reader.ignored
 
 
 def check_kind(raw: dict[str, Any], source: str) -> None:
@@ -97,14 +97,15 @@ def check_kind(raw: dict[str, Any], source: str) -> None:
         raise ConfigError(f"{source} is an evaluation config of the reference; `train` takes a pretraining config")
     app = raw.get("app", "vjepa")
     if app in _APPS:
-        raise ConfigError(f"{source}: {_APPS[app]} is not supported yet; pretraining of V-JEPA 1 and 2 (app: vjepa) is")
-    if app != "vjepa":
-        raise ConfigError(f"{source}: app is {describe(app)}; expected vjepa")
+        raise ConfigError(f"{source}: {_APPS[app]} is not supported yet; pretraining is (app: {', '.join(_SERVED)})")
+    if app not in _SERVED:
+        raise ConfigError(f"{source}: app is {describe(app)}; expected {' or '.join(_SERVED)}")
 
 
-def _map(
+def map_values(
     folder: Any, values: dict[str, dict[str, Any]], masks: list[dict[str, Any]], reader: KeyReader
 ) -> dict[str, Any]:
+    """Our dict for what was read of a file."""
     source = reader.source
     meta, model, data, aug, optimization = (
         dict(values[name]) for name in ("meta", "model", "data", "data_aug", "optimization"))

@@ -566,13 +566,12 @@ class Config(Section):
     def _check_images(self) -> None:
         if self.img_data is None:
             if self.img_mask is not None:
-                raise ValueError("img_mask is set but img_data is not; say in img_data what images to train on")
+                raise ValueError("img_mask is set but img_data is not; say in img_data what images to train on, or set "
+                                 "img_mask to null too")
             return
         if self.model.img_temporal_dim_size is None:
             raise ValueError("img_data needs a model that takes images beside videos; set model.img_temporal_dim_size "
                              "to 1")
-        if not self.img_data.datasets:
-            raise ValueError("img_data.datasets is empty; say what images to train on, or set img_data to null")
         share = self.img_data.batch_size * self.img_data.rank_ratio
         if share != int(share) or share < 1:
             raise ValueError(f"img_data.batch_size {self.img_data.batch_size} times rank_ratio "
@@ -583,8 +582,12 @@ class Config(Section):
         """What only training needs.
 
         Raises:
-            ConfigError: data.datasets is empty.
+            ConfigError: data.datasets is empty, or img_data.datasets.
         """
         if not self.data.datasets:
             raise ConfigError("data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
                               "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]")
+        if self.img_data is not None and not self.img_data.datasets:
+            raise ConfigError("img_data.datasets is empty; say what images to train on: a CSV of their paths or a "
+                              "folder, as in img_data.datasets=[images.csv], or train on videos alone with "
+                              "img_data=null img_mask=null")

@@ -147,6 +147,8 @@ class AdamWEMA(torch.optim.AdamW):
         """Scalar: norm of all gradients of the last step, before clipping."""
         self.skipped: Tensor | None = None
         """Scalar: 1 where the last step left the weights as they were, else 0."""
+        self.veto: Tensor | None = None
+        """Bool scalar on the device: leave the weights as they are, as if gradients were not finite."""
         self._targets = dict(zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
         self._plan: _Plan | None = None
         self._group_values: Tensor | None = None
@@ -189,6 +191,9 @@ class AdamWEMA(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             total = torch.where(found_inf > 0, torch.nan, total)
+        self.grad_norm = total.sqrt()
+        if self.veto is not None:
+            total = torch.where(self.veto, torch.nan, total)
         if by_kernels:
             assert self._group_values is not None
             adamw_ema_(operands, self._group_values, total.float())
@@ -196,7 +201,7 @@ class AdamWEMA(torch.optim.AdamW):
             raise RuntimeError("a step of AdamWEMA is captured by its kernels only, which take float32 on CUDA tensors")
         else:
             adamw_ema_ref(operands, self._host_values(), total)
-        self.grad_norm, self.skipped = total.sqrt(), (~torch.isfinite(total)).float()
+        self.skipped = (~torch.isfinite(total)).float()
         # Only what this step has written: a parameter without a gradient may have changed since its shadow was.
         for masters, shadows in ((operands.params, operands.shadows), (operands.targets, operands.target_shadows)):
             for master, shadow in zip(masters, shadows, strict=True):

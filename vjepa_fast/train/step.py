@@ -21,6 +21,7 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.train.optim import AdamWEMA
+from vjepa_fast.train.outliers import LossOutliers
 from vjepa_fast.train.schedules import Schedules, context_scale
 
 
@@ -33,7 +34,7 @@ class StepResult:
     grad_norm: Tensor
     """Scalar: norm of all gradients together, before any clipping."""
     skipped: Tensor
-    """Scalar: 1 where the gradients were not finite."""
+    """Scalar: 1 where the gradients were not finite, or the loss was an outlier."""
     lr: float
     weight_decay: float
     momentum: float
@@ -67,6 +68,8 @@ class TrainStep:
         opt = cfg.optimization
         self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
+        self.outliers = LossOutliers(opt, device) if opt.loss_reg_std_mult is not None else None
+        """Finds steps to skip; None: all are taken."""
         self._context_scale = torch.zeros(2, dtype=torch.float64, device=device)
         if cfg.loss.predict_all:
             model.context_scale = self._context_scale
@@ -94,6 +97,8 @@ class TrainStep:
 
         Likewise the model what the loss of context tokens weighs.
         """
+        if self.outliers is not None:
+            self.outliers.set_step(step)
         if self.loss.predict_all:
             for place, value in zip(self._context_scale.unbind(), context_scale(self.loss, step), strict=True):
                 place.fill_(value)
@@ -117,6 +122,8 @@ class TrainStep:
         with label("optimizer"):
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
+            if self.outliers is not None:
+                self.optimizer.veto = self.outliers(loss, self.num_processes)
             self.optimizer.step()
             if self.scaler is not None:
                 self.scaler.update()

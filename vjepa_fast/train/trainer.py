@@ -35,7 +35,9 @@ from vjepa_fast.train.checkpoint import write_atomically
 from vjepa_fast.train.distributed import Processes, choose_device, launch
 from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.health import health_figures
+from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
+from vjepa_fast.train.outliers import MAX_OUTLIERS
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import changed_keys
@@ -120,20 +122,26 @@ class Trainer:
         self.global_batch = self.batch_size * self.processes.world_size
         self.backend = choose(cfg.data.backend, self.device)
         self._make_synthetic()
-        self.loader = self._build_loader()
+        videos = self._build_loader()
+        self.loader: Loader | JointLoader = videos
+        if cfg.img_data is not None:
+            self.loader = add_images(videos, cfg, self.processes.rank, self.processes.world_size, self.device)
         if cfg.optimization.ipe is None:
             cfg.optimization.ipe = max(1, self.loader.clips_per_epoch // self.global_batch)
         torch.manual_seed(cfg.train.seed)
         if cfg.model.compile_model is True:
             require_compiler(self.device)
         self.model = VJEPA(cfg.model).to(self.device)
-        self.masks = StepMasks(
-            cfg.mask, fpcs=self.loader.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
+        masks = StepMasks(
+            cfg.mask, fpcs=videos.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
             tubelet_size=cfg.data.tubelet_size, seed=cfg.train.seed, global_batch=self.global_batch,
-            group_of=self.loader.group_of, rank=self.processes.rank, world_size=self.processes.world_size,
+            group_of=videos.group_of, rank=self.processes.rank, world_size=self.processes.world_size,
             sum_over_processes=self.processes.sum_on_host,
         )
-        self.train_step = TrainStep(self.model, cfg, self._data_parallel(), self.processes.world_size)
+        self.masks: StepMasks | JointMasks = masks
+        if cfg.img_data is not None:
+            self.masks = add_image_masks(masks, cfg, self.processes.rank, self.processes.world_size)
+        self.train_step = TrainStep(self.model, cfg, self._data_parallel(len(videos.fpcs)), self.processes.world_size)
         self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
         self._run: StepCallable | None = None
         self.step = 0
@@ -148,6 +156,7 @@ class Trainer:
         self._stop_code = 0
         self._no_clips: UserError | None = None
         self._num_skipped = 0
+        self._num_outliers = 0
 
     def fit(self) -> RunSummary:
         """Train to the end, or until SIGINT or SIGTERM; both write a checkpoint first.
@@ -283,6 +292,7 @@ class Trainer:
         assert steps_per_epoch is not None
         self.broken_list.write(self.loader.broken())
         if self.processes.is_first:
+            outliers = self.train_step.outliers
             # With masks from the reference's stream every process has a state; this one's is kept.
             contents = meta.to_checkpoint(
                 self.model, self.train_step.optimizer, epoch=self.step // steps_per_epoch, loss=self._recent_loss,
@@ -290,7 +300,9 @@ class Trainer:
                 scaler=self.train_step.scaler,
                 extra={
                     "version": vjepa_fast.__version__, "step": self.step, "global_batch": self.global_batch,
-                    "backend": self.backend, "masks": self.masks.state_dict(), "config": cfg.model_dump(mode="json"),
+                    "backend": self.backend, "masks": self.masks.state_dict(),
+                    "last_losses": None if outliers is None else outliers.state_dict(),
+                    "config": cfg.model_dump(mode="json"),
                 },
             )
             write_atomically(self.folder / LATEST, contents)
@@ -332,6 +344,8 @@ class Trainer:
         if own is not None:
             self.step = own["step"]
             self.masks.load_state_dict(own["masks"])
+            if self.train_step.outliers is not None and own.get("last_losses") is not None:
+                self.train_step.outliers.load_state_dict(own["last_losses"])
             self._warn_of_changes(own)
             if path == latest:
                 self._saved_step, self._recent_loss = self.step, info["loss"]
@@ -385,8 +399,17 @@ class Trainer:
         progress.report(
             self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
             clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(wait for wait, _ in times) / seconds)
-        for skip in skipped:
+        for skip, norm in zip(skipped, norms, strict=True):
+            # Its gradients were finite, so that its loss was an outlier.
+            self._num_outliers += bool(skip) and math.isfinite(norm)
+            skip = skip and not math.isfinite(norm)
             self._num_skipped = self._num_skipped + 1 if skip else 0
+        if self._num_outliers > MAX_OUTLIERS:
+            raise UserError(
+                f"{self._num_outliers} steps up to step {self.step} were skipped because of their loss, more than "
+                f"{self.cfg.optimization.loss_reg_std_mult:g} standard deviations above the mean of the last ones; "
+                f"checkpoints are in {self.folder}. Try a smaller optimization.lr, or a larger "
+                "optimization.loss_reg_std_mult")
         if self._num_skipped >= MAX_SKIPPED:
             raise UserError(
                 f"the gradients were not finite in {self._num_skipped} steps in a row, up to step {self.step}; "
@@ -399,17 +422,20 @@ class Trainer:
         data = self.cfg.data.model_copy(update={"datasets": names})
         return build_loader(data, self.processes.rank, self.processes.world_size, self.device)
 
-    def _data_parallel(self) -> DistributedDataParallel | None:
+    def _data_parallel(self, num_groups: int) -> DistributedDataParallel | None:
+        """Args: num_groups: frames-per-clip groups of videos."""
         if not self.processes.distributed:
             return None
-        # Tokens that no mask or frames-per-clip group uses never get a gradient, which nobody must wait for.
-        used = len(self.cfg.mask.masks) if self.cfg.model.mask_token_by == "mask" else len(self.loader.fpcs)
-        unused = range(used, len(self.model.predictor.mask_tokens))
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            self.model, [f"predictor.mask_tokens.{index}" for index in unused])
+        # What no mask, frames-per-clip group or image uses never gets a gradient, which nobody must wait for.
+        used = len(self.cfg.mask.masks) if self.cfg.model.mask_token_by == "mask" else num_groups
+        unused = [f"predictor.mask_tokens.{index}" for index in range(used, len(self.model.predictor.mask_tokens))]
+        if self.cfg.img_data is None:
+            unused += [name for name, _ in self.model.named_parameters() if "img_mod_embed" in name or (
+                "patch_embed_img" in name)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, unused)
         return DistributedDataParallel(
             self.model, gradient_as_bucket_view=True,
-            find_unused_parameters=len(self.loader.fpcs) > 1,
+            find_unused_parameters=num_groups > 1,
         )
 
     def _make_synthetic(self) -> None:

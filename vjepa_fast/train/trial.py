@@ -33,6 +33,8 @@ def undone(train_step: TrainStep) -> Iterator[None]:
     model, optimizer, scaler = train_step.model, train_step.optimizer, train_step.scaler
     device = next(model.parameters()).device
     weights = [*model.parameters(), *model.buffers()]
+    if train_step.outliers is not None:
+        weights += train_step.outliers.state_dict().values()
     saved = [_copy(x) for x in weights]
     states = {p: {name: _copy(x) for name, x in state.items()} for p, state in optimizer.state.items()}
     groups = [dict(group) for group in optimizer.param_groups]

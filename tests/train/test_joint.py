@@ -1,0 +1,94 @@
+"""Training V-JEPA 2.1: videos alone, with images, with outlying losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.tiny import tiny_config
+from vjepa_fast.config.schema import Config
+from vjepa_fast.errors import UserError
+from vjepa_fast.train.outliers import LossOutliers
+from vjepa_fast.train.trainer import Trainer
+
+DENSE = (
+    "model.depth=4", "model.n_output_distillation=4", "model.rope_style=interleaved", "model.interpolate_rope=true",
+    "model.img_temporal_dim_size=1", "model.modality_embedding=true", "loss.predict_all=true",
+    "loss.weight_distance_loss=true", "loss.lambda_warmup=[1, 3]", "optimization.ipe=2", "train.checkpoint_every=2",
+)
+
+
+@pytest.fixture
+def config(video_csv: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    def make(*changes: str) -> Config:
+        return tiny_config(video_csv, tmp_path / "cache", *DENSE, f"train.out={tmp_path / 'run'}", *changes)
+
+    return make
+
+
+def with_images(video_csv: Path) -> tuple[str, ...]:
+    return (f"img_data={{datasets: ['{video_csv}'], batch_size: 6, rank_ratio: 0.5}}", "img_mask=[{num_blocks: 3}]")
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_videos_alone_leave_what_is_of_images_as_it_is(config) -> None:  # type: ignore[no-untyped-def]
+    trainer = Trainer(config("train.max_steps=3"))
+    before = weights(trainer)
+    trainer.fit()
+    same = {name for name, value in weights(trainer).items() if torch.equal(value, before[name])}
+    of_images = {name for name in before if "patch_embed_img" in name or "img_mod_embed" in name}
+    unused = {name for name in before if "mask_tokens" in name and not name.endswith("mask_tokens.0")}
+    assert same == of_images | unused
+
+
+def test_with_images_and_resumed(config, video_csv: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    images = with_images(video_csv)
+    whole = Trainer(config(*images, "train.max_steps=4", f"train.out={tmp_path / 'whole'}"))
+    before, batch = weights(whole), next(iter(whole.loader))
+    assert [tuple(clips.shape) for clips in batch.clips] == [(4, 4, 32, 32, 3), (3, 1, 32, 32, 3)]
+    masks = whole._masks_of(batch)
+    assert [m.grid for m in masks] == [(2, 4, 4), (1, 4, 4)]
+    # Each kind has its share of the loss, whatever its number of tokens.
+    assert [float(m.token_weights().sum()) for m in masks] == pytest.approx([0.5, 0.5])
+    assert [float(m.context_token_weights().sum()) for m in masks] == pytest.approx([0.5, 0.5])
+    whole.loader.load_state_dict({"step": 0})
+    whole.fit()
+    after = weights(whole)
+    assert {name for name in after if torch.equal(after[name], before[name])} == {
+        name for name in after if "mask_tokens" in name and not name.endswith("mask_tokens.0")}
+
+    Trainer(config(*images, "train.max_steps=2")).fit()
+    resumed = Trainer(config(*images, "train.max_steps=4"), resume=True)
+    assert resumed.step == 2
+    resumed.fit()
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_loss_of_both_is_the_mean_of_either(config, video_csv: Path) -> None:  # type: ignore[no-untyped-def]
+    """In one packed pass or in two."""
+    trainer = Trainer(config(*with_images(video_csv)))
+    batch = next(iter(trainer.loader))
+    masks = trainer._masks_of(batch)
+    trainer.train_step.set_schedules(9)
+    both = trainer.model(batch.clips, masks).loss
+    parts = [trainer.model(clips, mask).loss for clips, mask in zip(batch.clips, masks, strict=True)]
+    torch.testing.assert_close(both, parts[0] + parts[1])
+    trainer.loader.close()
+
+
+def test_outliers_are_skipped_and_stop_a_run(  # type: ignore[no-untyped-def]
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LossOutliers, "__call__", lambda self, loss, _: torch.ones((), dtype=torch.bool))
+    changes = "optimization.loss_reg_std_mult=3", "train.max_steps=12"
+    trainer = Trainer(config(*changes))
+    before = {name: value.clone() for name, value in trainer.model.encoder.state_dict().items()}
+    with pytest.raises(UserError, match=r"12 steps up to step 12 were skipped because of their loss, more than 3 "):
+        trainer.fit()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.encoder.state_dict().items())
