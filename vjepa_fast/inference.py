@@ -126,10 +126,11 @@ class InferenceModel(nn.Module):
                 uses 0 (V-JEPA 1: one a mask); the reference's hub and Hugging Face take 1.
 
         Returns:
-            [B, K, D].
+            [B, K, D]; of V-JEPA 2.1, features of all its depths side by side, [B, K, 4 * D] (a distilled model: of its
+            teacher's width).
 
         Raises:
-            UserError: there is no predictor.
+            UserError: there is no predictor, or one that wants noised targets (use_mask_tokens: false).
             ValueError: ids outside the grid, no context left, or clips that do not fit.
         """
         predictor = self._needed_predictor()
@@ -162,7 +163,7 @@ class InferenceModel(nn.Module):
             mask_token: as `predict`.
 
         Returns:
-            [B, K, D], tubelet by tubelet, K = ceil(num_frames / tubelet) * H * W tokens.
+            As `predict`, tubelet by tubelet, K = ceil(num_frames / tubelet) * H * W tokens.
 
         Raises:
             UserError: there is no predictor.
@@ -171,7 +172,7 @@ class InferenceModel(nn.Module):
         predictor = self._needed_predictor()
         if num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; expected at least 1")
-        clips = self._prepare(clips)
+        clips = self._prepare(clips, image=False)
         past, height, width = self.encoder.grid_of(clips)
         future = -(-num_frames // self.encoder.tubelet_size)
         features, _ = self.encoder.forward_packed([clips])
@@ -191,6 +192,9 @@ class InferenceModel(nn.Module):
         if self.predictor is None:
             raise UserError("this model has no predictor: its file holds an encoder alone, or it was left out when the "
                             "file was converted or loaded. Load a checkpoint with a key `predictor` to predict")
+        if not self.cfg.use_mask_tokens:
+            raise UserError("this model's predictor was trained with noised targets in place of mask tokens "
+                            "(use_mask_tokens: false), so that it predicts nothing without them")
         return self.predictor
 
     def _ids(self, given: Tensor, name: str, grid: Grid, batch_size: int) -> Tensor:
@@ -211,8 +215,11 @@ class InferenceModel(nn.Module):
                              f"tokens 0 to {num_tokens - 1}")
         return given.long()
 
-    def _prepare(self, clips: Tensor) -> Tensor:
-        """Any accepted input as [B, T, H, W, 3] of whole tubelets and patches, on the model's device."""
+    def _prepare(self, clips: Tensor, image: bool = True) -> Tensor:
+        """Any accepted input as [B, T, H, W, 3] of whole tubelets and patches, on the model's device.
+
+        One frame stays one in V-JEPA 2.1, which has a patch embedding for it, unless `image` is false.
+        """
         if not isinstance(clips, Tensor):
             raise ValueError(f"clips are a {type(clips).__name__}; expected a torch.Tensor")
         if clips.dtype != torch.uint8 and not clips.is_floating_point():
@@ -235,7 +242,8 @@ class InferenceModel(nn.Module):
                              "pixels, a patch")
         height, width = (side // patch * patch for side in clips.shape[2:4])
         clips = clips[:, :, :height, :width]
-        if missing := -clips.shape[1] % tubelet:
+        missing = -clips.shape[1] % tubelet
+        if missing and not (image and self.encoder.is_image(clips)):
             clips = torch.cat([clips, clips[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
         clips = clips.to(self.device)
         if not self._warned and clips.is_floating_point():

@@ -65,7 +65,7 @@ def test_every_pair(first: str, second: str, made: vf.VJEPA, meta_file: Path, tm
     text = convert(meta_file, one, *FIELDS, "--to", first)
     assert "encoder, predictor equal to the bit" in text
     text = convert(one, two, "--to", second)
-    assert ("in transformers, largest difference: encoder " in text) == (second == "hf")
+    assert ("in transformers, relative difference: encoder " in text) == (second == "hf")
     found = open_checkpoint(two)
     assert equal(found.encoders[found.choose()], made.target_encoder.state_dict())
     assert equal(found.predictor, made.predictor.state_dict())
@@ -93,7 +93,7 @@ def test_probe_becomes_a_classifier_of_transformers_and_comes_back(
     transformers = pytest.importorskip("transformers")
     text = convert(meta_file, tmp_path / "hf", *FIELDS, "--to", "hf", "--probe", probe_file, "--classifier", 1,
                    "--probe-heads", 3)
-    assert "largest difference: classifier" in text
+    assert "relative difference: classifier" in text
     theirs = transformers.VJEPA2ForVideoClassification.from_pretrained(tmp_path / "hf")
     assert theirs.config.num_labels == 7
     convert(tmp_path / "hf", tmp_path / "back.pt", "--to", "meta")
@@ -150,7 +150,7 @@ def test_encoder_alone(made: vf.VJEPA, tmp_path: Path) -> None:
     torch.save(made.encoder.state_dict(), tmp_path / "bare.pt")
     fields = [one for one in FIELDS if "pred" not in one]
     text = convert(tmp_path / "bare.pt", tmp_path / "hf", *fields, "--to", "hf")
-    assert "there is no predictor to write" in text and "largest difference: encoder" in text
+    assert "there is no predictor to write" in text and "relative difference: encoder" in text
     convert(tmp_path / "bare.pt", tmp_path / "m.pt", *fields, "--to", "meta")
     assert "predictor" not in torch.load(tmp_path / "m.pt", weights_only=True)
 
@@ -217,7 +217,7 @@ def test_run_by_metas_modules(version: str, probe_file: Path, tmp_path: Path) ->
     torch.save(models.contents(made), tmp_path / "latest.pt")
     text = convert(tmp_path / "latest.pt", tmp_path / "m.pt", *FIELDS, "--to", "meta", "--reference", root,
                    *(("--probe", probe_file) if version == "v2" else ()))
-    assert "largest difference: encoder" in text and "predictor" in text
+    assert "relative difference: encoder" in text and "predictor" in text
     assert ("classifier 1" in text) == (version == "v2")
 
 

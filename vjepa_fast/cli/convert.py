@@ -29,7 +29,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
 
 _TOLERANCE = 1e-4
-"""Of outputs of two libraries in fp32, which are of the order of 1."""
+"""Norm of the difference over norm, of outputs of two libraries in fp32."""
 
 
 def convert(
@@ -188,7 +188,7 @@ def _check(
 
 def _report(where: str, differences: dict[str, float]) -> None:
     text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    typer.echo(f"run on a random clip here and in {where}, largest difference: {text}")
+    typer.echo(f"run on a random clip here and in {where}, relative difference: {text}")
     worst = max(differences.values())
     if not worst <= _TOLERANCE:
         raise UserError(f"the outputs differ by {worst:.1e}, more than {_TOLERANCE:g}; what was written is not to be "

@@ -9,6 +9,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_fast.bench.reference import import_environment
+from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import UserError
 from vjepa_fast.inference import InferenceModel, build
 from vjepa_fast.interop import meta, shapes
@@ -26,7 +28,7 @@ from vjepa_fast.models.vit import size_of
 from vjepa_fast.ops.patch_embed import normalise
 
 Differences = dict[str, float]
-"""Largest absolute difference of each output."""
+"""Norm of the difference over norm, of each output."""
 _NUM_TUBELETS = 2
 _MASK_TOKEN = 1
 """The one that transformers takes, always."""
@@ -70,9 +72,9 @@ def context_and_target(model: InferenceModel, clip: Tensor) -> tuple[Tensor, Ten
     return ids[ids % 3 != 0][None], ids[ids % 3 == 0][None]
 
 
-def largest(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference."""
-    return float((found - expected).abs().max())
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over norm."""
+    return float((found - expected).norm() / expected.norm())
 
 
 def assert_same_bits(name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
@@ -116,15 +118,15 @@ def against_hf(folder: Path) -> Differences:
         features = model.encode(clip)
         if checkpoint.classifiers:
             probe = build_classifier(checkpoint.classifiers[0], probe_heads(checkpoint)).float()
-            found["classifier"] = largest(probe(features), theirs(pixels).logits)
+            found["classifier"] = difference(probe(features), theirs(pixels).logits)
             theirs = theirs.vjepa2
         context, target = context_and_target(model, clip)
         out = theirs(pixels, context_mask=[context], target_mask=[target])
-        found["encoder"] = largest(features, out.last_hidden_state)
+        found["encoder"] = difference(features, out.last_hidden_state)
         if model.predictor is not None:
             seen = features.gather(1, context[..., None].expand(-1, -1, features.shape[-1]))
             predicted = model.predictor(seen, context, target, mask_index=_MASK_TOKEN)
-            found["predictor"] = largest(predicted, out.predictor_output.last_hidden_state)
+            found["predictor"] = difference(predicted, out.predictor_output.last_hidden_state)
     return found
 
 
@@ -140,7 +142,8 @@ def against_meta(path: Path, root: Path) -> Differences:
     """
     checkpoint = open_checkpoint(path)
     model = build(checkpoint)
-    theirs = reference_modules(model, root)
+    cfg = model.cfg
+    theirs = reference_modules(cfg, root)
     contents = meta.read(path, mmap=True)
     parts = {"encoder": contents[checkpoint.choose()]}
     if model.predictor is not None:
@@ -155,41 +158,56 @@ def against_meta(path: Path, root: Path) -> Differences:
         # The reference enters torch.backends.cuda.sdp_kernel at every attention.
         warnings.simplefilter("ignore", FutureWarning)
         features = theirs["encoder"](pixels)
-        found["encoder"] = largest(model.encode(clip), features)
-        if model.predictor is not None:
-            seen = theirs["encoder"](pixels, [context])
-            expected = theirs["predictor"](seen, context, target)
-            found["predictor"] = largest(model.predict(clip, target, context, _MASK_TOKEN), expected)
+        found["encoder"] = difference(model.encode(clip), features)
+        if model.predictor is not None and cfg.use_mask_tokens:
+            # V-JEPA 2.1 predicts from more than its features for others.
+            options = {} if cfg.n_output_distillation is None else {"training": True}
+            expected = theirs["predictor"](theirs["encoder"](pixels, [context], **options), context, target)
+            found["predictor"] = difference(
+                model.predict(clip, target, context, _MASK_TOKEN),
+                expected[0] if isinstance(expected, tuple) else expected)
         for number, state in enumerate(checkpoint.classifiers):
             heads = probe_heads(checkpoint)
-            probe = _reference_probe(root, features.shape[-1], heads, state)
+            depth = shapes.num_blocks(state, "pooler.blocks") + 1
+            probe = reference_probe(root, features.shape[-1], heads, len(state["linear.bias"]), depth)
+            _load(probe, state, "attentive probe", root)
             own = build_classifier(state, heads)
-            found[f"classifier {number}"] = largest(own(features), probe(features))
+            found[f"classifier {number}"] = difference(own(features), probe(features))
     return found
 
 
-def reference_modules(model: InferenceModel, root: Path) -> dict[str, Callable[..., Tensor]]:
-    """`encoder` and `predictor` of a checkout, of the sizes of a model, with random weights.
+def reference_modules(cfg: ModelConfig, root: Path) -> dict[str, Callable[..., Any]]:
+    """`encoder` and `predictor` of a checkout, of the sizes of a model, with random weights, on the default device.
 
     The predictor takes context features, context ids and target ids, whatever version it is of.
+
+    Raises:
+        UserError: this is no such checkout, or one without V-JEPA 2.1 where that is wanted.
     """
-    cfg, size = model.cfg, size_of(model.cfg)
+    size = size_of(cfg)
     assert cfg.crop_size is not None
     shared: dict[str, Any] = {
         "img_size": cfg.crop_size[0], "patch_size": cfg.patch_size, "num_frames": cfg.num_frames,
         "tubelet_size": cfg.tubelet_size, "uniform_power": cfg.uniform_power, "use_rope": cfg.use_rope,
         "wide_silu": cfg.wide_silu, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
     }
-    with _importing(root):
-        vit = importlib.import_module("src.models.vision_transformer")
-        predictors = importlib.import_module("src.models.predictor")
+    of_predictor: dict[str, Any] = {}
+    package = "src.models"
+    if cfg.n_output_distillation is not None:
+        package = "app.vjepa_2_1.models"
+        shared |= {"interpolate_rope": cfg.interpolate_rope, "img_temporal_dim_size": cfg.img_temporal_dim_size,
+                   "modality_embedding": cfg.modality_embedding, "n_output_distillation": cfg.n_output_distillation}
+        of_predictor = {"teacher_embed_dim": cfg.teacher_embed_dim, "return_all_tokens": cfg.return_all_tokens}
+    with importing(root, package):
+        vit = importlib.import_module(f"{package}.vision_transformer")
+        predictors = importlib.import_module(f"{package}.predictor")
     encoder = vit.VisionTransformer(
         embed_dim=size.embed_dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio,
         use_silu=cfg.use_silu, **shared).eval()
     predictor = predictors.VisionTransformerPredictor(
         embed_dim=size.embed_dim, predictor_embed_dim=cfg.pred_embed_dim, depth=cfg.pred_depth,
-        num_heads=cfg.pred_num_heads or size.num_heads, use_silu=cfg.use_pred_silu, use_mask_tokens=True,
-        num_mask_tokens=cfg.num_mask_tokens or 1, **shared).eval()
+        num_heads=cfg.pred_num_heads or size.num_heads, use_silu=cfg.use_pred_silu, use_mask_tokens=cfg.use_mask_tokens,
+        num_mask_tokens=cfg.num_mask_tokens or 1, **of_predictor, **shared).eval()
     return {"encoder": encoder, "predictor": _V1Predictor(predictor) if _is_v1(root) else predictor}
 
 
@@ -205,24 +223,29 @@ class _V1Predictor(nn.Module):
         return out
 
 
-def _reference_probe(root: Path, dim: int, heads: int, state: Mapping[str, Tensor]) -> nn.Module:
-    with _importing(root):
+def reference_probe(root: Path, dim: int, heads: int, num_classes: int, depth: int) -> nn.Module:
+    """An attentive probe of a checkout, in eval mode, with random weights; see AttentiveClassifier."""
+    with importing(root):
         poolers = importlib.import_module("src.models.attentive_pooler")
-    probe: nn.Module = poolers.AttentiveClassifier(
-        embed_dim=dim, num_heads=heads, depth=shapes.num_blocks(state, "pooler.blocks") + 1,
-        num_classes=len(state["linear.bias"])).eval()
-    _load(probe, state, "attentive probe", root)
-    return probe
+    probe: nn.Module = poolers.AttentiveClassifier(embed_dim=dim, num_heads=heads, depth=depth, num_classes=num_classes)
+    return probe.eval()
 
 
 def _is_v1(root: Path) -> bool:
     return not (root / "src" / "models" / "ac_predictor.py").is_file()
 
 
-def _importing(root: Path) -> Any:
-    if not (root / "src" / "models" / "vision_transformer.py").is_file():
-        raise UserError(f"--reference: {root} has no src/models/vision_transformer.py; give a checkout of "
-                        "facebookresearch/jepa or facebookresearch/vjepa2")
+def importing(root: Path, package: str = "src.models") -> AbstractContextManager[None]:
+    """In which modules of a checkout's package can be imported.
+
+    Raises:
+        UserError: it has no such package.
+    """
+    path = Path(*package.split(".")) / "vision_transformer.py"
+    if not (root / path).is_file():
+        version = " with V-JEPA 2.1 (of 2026-03-23 or later)" if "2_1" in package else ""
+        raise UserError(f"--reference: {root} has no {path}; give a checkout of facebookresearch/jepa or "
+                        f"facebookresearch/vjepa2{version}")
     return import_environment(root.resolve())
 
 

@@ -20,7 +20,7 @@ from vjepa_fast.config.messages import explain
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.models.positions import sincos_table
-from vjepa_fast.models.vit import SIZES, Size
+from vjepa_fast.models.vit import GIGANTIC_MLP_RATIO, NUM_LEVELS, SIZES, Size
 
 State = Mapping[str, Tensor]
 
@@ -31,6 +31,8 @@ _ROPE_TABLES = {2048: (16, 256), 8192: (64, 256), 18432: (64, 384)}
 _RELEASED_MASK_TOKENS = 10
 DEFAULT_CROP, DEFAULT_FRAMES = (256, 256), 16
 """Of models with RoPE whose file says nothing: what their first stage of training sees."""
+_V21_CROP = (384, 384)
+"""All that was released of V-JEPA 2.1."""
 _MAX_SHOWN = 3
 _HEAD_DIM = 64
 _PREDICTOR_HEAD_DIM = 32
@@ -62,6 +64,8 @@ def guess(
     rope, table = _positions(encoder, predictor, known, fields, notes)
     fields |= {"use_rope": rope, **table}
     fields |= _size_fields(size, known, notes)
+    if "norms_block.0.weight" in encoder:
+        fields |= _v21_fields(encoder, predictor)
     # With RoPE neither changes what the model computes.
     fields.setdefault("crop_size", DEFAULT_CROP)
     fields.setdefault("num_frames", DEFAULT_FRAMES if fields["_video"] else 1)
@@ -77,10 +81,14 @@ def guess(
 
 def describe(cfg: ModelConfig) -> str:
     """The keys of a config that make a checkpoint fit, as overrides are written."""
-    names = ("model_name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "tubelet_size", "use_rope",
-             "use_silu", "pred_depth", "pred_embed_dim", "pred_num_heads", "num_mask_tokens")
+    names = ["model_name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "tubelet_size", "use_rope",
+             "use_silu", "pred_depth", "pred_embed_dim", "pred_num_heads", "num_mask_tokens"]
+    if cfg.n_output_distillation is not None:
+        names += ["rope_style", "interpolate_rope", "n_output_distillation", "teacher_embed_dim", "return_all_tokens",
+                  "img_temporal_dim_size", "modality_embedding"]
     values = {name: getattr(cfg, name) for name in names}
-    return " ".join(f"model.{name}={_plain(value)}" for name, value in values.items() if value is not None)
+    version = "" if cfg.n_output_distillation is None else " (it is of V-JEPA 2.1)"
+    return " ".join(f"model.{name}={_plain(value)}" for name, value in values.items() if value is not None) + version
 
 
 def _plain(value: Any) -> str:
@@ -139,9 +147,27 @@ def _encoder_fields(encoder: State, source: str) -> tuple[dict[str, Any], Size]:
     return fields, Size(width, num_blocks(encoder, "blocks"), 0, ratio)
 
 
+def _v21_fields(encoder: State, predictor: State | None) -> dict[str, Any]:
+    """What V-JEPA 2.1 has beside V-JEPA 2. All its models spread and interpolate positions alike."""
+    fields: dict[str, Any] = {
+        "rope_style": "interleaved", "interpolate_rope": True, "n_output_distillation": NUM_LEVELS,
+        "img_temporal_dim_size": 1 if "patch_embed_img.proj.weight" in encoder else None,
+        "modality_embedding": "video_mod_embed" in encoder, "crop_size": _V21_CROP,
+    }
+    if predictor is not None:
+        if "predictor_embed.weight" in predictor:
+            fields["n_output_distillation"] = 1
+        fields["return_all_tokens"] = "predictor_proj_context.weight" in predictor
+        width = encoder["norms_block.0.weight"].shape[0]
+        predicted = predictor["predictor_proj.weight"].shape[0]
+        if predicted != fields["n_output_distillation"] * width:
+            fields["teacher_embed_dim"] = predicted
+    return fields
+
+
 def _mlp(width: int, hidden: int, silu: bool) -> tuple[bool, float]:
     """Whether the width is shrunk to two thirds, and the ratio that gives it."""
-    ratios = sorted({size.mlp_ratio for size in SIZES.values()})
+    ratios = sorted({GIGANTIC_MLP_RATIO, *(size.mlp_ratio for size in SIZES.values())})
     if silu:
         for ratio in ratios:
             if (int(2 * int(width * ratio) / 3) + 7) // 8 * 8 == hidden:
@@ -234,7 +260,7 @@ def _predictor_fields(
     width = embed.shape[0]
     fields: dict[str, Any] = {
         "pred_embed_dim": width, "pred_depth": num_blocks(predictor, "predictor_blocks"),
-        "num_mask_tokens": _num_mask_tokens(predictor) or None,
+        "num_mask_tokens": _num_mask_tokens(predictor) or None, "use_mask_tokens": _num_mask_tokens(predictor) > 0,
         "use_pred_silu": "predictor_blocks.0.mlp.fc3.weight" in predictor,
     }
     if "pred_num_heads" not in known:

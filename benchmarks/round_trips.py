@@ -1,0 +1,334 @@
+"""Checkpoints of every released architecture from Meta's layout into ours and back, and from Hugging Face's and back.
+
+    python -m benchmarks.round_trips --v1 ../jepa --v2 ../vjepa2 --v21 ../vjepa21 \\
+        --out benchmarks/results/round_trips_2026-11-26.md
+
+Weights are random, names are the reference's. Names and shapes of whole models are compared on the meta device, with
+all their blocks; the weights go round, and outputs are compared, with `--depth` blocks at full width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import vjepa_fast as vf
+from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.errors import UserError
+from vjepa_fast.inference import check_fit, model_config
+from vjepa_fast.interop import meta, proof
+from vjepa_fast.interop.files import Checkpoint, open_checkpoint
+from vjepa_fast.interop.writing import write
+from vjepa_fast.models.vit import size_of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A released model.
+
+    Attributes:
+        name: as it is called.
+        version: `v1`, `v2`, `v2.1`: whose modules it is of.
+        model: fields of ModelConfig.
+        key: the encoder that its users load.
+        heads: of its attentive probes; None: there are none.
+        action: it has an action-conditioned predictor.
+    """
+
+    name: str
+    version: str
+    model: Mapping[str, Any]
+    key: str = "target_encoder"
+    heads: int | None = 16
+    action: bool = False
+
+
+def _v1(name: str, model: str, crop: int) -> Architecture:
+    return Architecture(name, "v1", {
+        "model_name": model, "use_rope": False, "uniform_power": True, "crop_size": crop, "num_frames": 16,
+        "num_mask_tokens": 2})
+
+
+def _v2(name: str, model: str, crop: int, **more: Any) -> Architecture:
+    return Architecture(name, "v2", {
+        "model_name": model, "crop_size": crop, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 10}, **more)
+
+
+def _v21(name: str, model: str, **more: Any) -> Architecture:
+    fields = {"model_name": model, "crop_size": 384, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 8,
+              "rope_style": "interleaved", "interpolate_rope": True, "img_temporal_dim_size": 1,
+              "modality_embedding": True, "return_all_tokens": True, "n_output_distillation": 4, "pred_depth": 24}
+    key = more.pop("key", "target_encoder")
+    return Architecture(name, "v2.1", fields | more, key, heads=None)
+
+
+_DISTILLED: dict[str, Any] = {
+    "key": "ema_encoder", "n_output_distillation": 1, "teacher_embed_dim": 1664, "pred_depth": 12}
+
+ARCHITECTURES = (
+    _v1("V-JEPA ViT-L/16", "vit_large", 224),
+    _v1("V-JEPA ViT-H/16", "vit_huge", 224),
+    _v1("V-JEPA ViT-H/16-384", "vit_huge", 384),
+    _v2("V-JEPA 2 ViT-L/16", "vit_large", 256),
+    _v2("V-JEPA 2 ViT-H/16", "vit_huge", 256),
+    _v2("V-JEPA 2 ViT-g/16", "vit_giant_xformers", 256),
+    _v2("V-JEPA 2 ViT-g/16-384", "vit_giant_xformers", 384),
+    _v2("V-JEPA 2-AC ViT-g/16", "vit_giant_xformers", 256, heads=None, action=True),
+    _v21("V-JEPA 2.1 ViT-B/16", "vit_base", **_DISTILLED),
+    _v21("V-JEPA 2.1 ViT-L/16", "vit_large", **_DISTILLED),
+    _v21("V-JEPA 2.1 ViT-g/16", "vit_giant_xformers"),
+    _v21("V-JEPA 2.1 ViT-G/16", "vit_gigantic_xformers"),
+)
+_V21_DEPTHS = {"depth": 12, "pred_depth": 4}
+"""The least that the reference's V-JEPA 2.1 can be built with."""
+
+
+@dataclass
+class Row:
+    """What came of one architecture."""
+
+    name: str
+    tensors: str = ""
+    meta_trip: str = ""
+    hf_trip: str = ""
+    outputs: dict[str, float] = field(default_factory=dict)
+
+
+def config_of(architecture: Architecture, **changes: Any) -> ModelConfig:
+    """Its config, with other sizes where they are given."""
+    return ModelConfig.model_validate({"patch_size": 16, "tubelet_size": 2, **architecture.model, **changes})
+
+
+def reference_networks(cfg: ModelConfig, root: Path, action: bool = False) -> dict[str, Any]:
+    """Encoder and predictor of a checkout, on the default device."""
+    networks: dict[str, Any] = dict(proof.reference_modules(cfg, root))
+    if action:
+        with proof.importing(root):
+            predictors = importlib.import_module("src.models.ac_predictor")
+        assert cfg.crop_size is not None
+        # Its mask of all pairs of tokens would not fit the memory at 64 frames; no parameter depends on it.
+        networks["predictor"] = predictors.VisionTransformerPredictorAC(
+            img_size=cfg.crop_size, patch_size=cfg.patch_size, num_frames=cfg.num_frames, is_frame_causal=False,
+            tubelet_size=cfg.tubelet_size, embed_dim=size_of(cfg).embed_dim, depth=min(cfg.pred_depth, 24),
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+    return networks
+
+
+def compare_names(architecture: Architecture, root: Path) -> str:
+    """Names and shapes of the whole model, told from the reference's on the meta device; how many there are.
+
+    Raises:
+        UserError: they differ.
+    """
+    cfg = config_of(architecture)
+    # They take numbers out of this one.
+    on_cpu = mock.patch.object(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+    with torch.device("meta"), on_cpu:
+        networks = reference_networks(cfg, root, architecture.action)
+    states = {name: meta.strip_prefixes(network.state_dict()) for name, network in networks.items()}
+    checkpoint = Checkpoint(Path(architecture.name), "meta", {architecture.key: states["encoder"]})
+    if architecture.action:
+        checkpoint.action_predictor = states["predictor"]
+    else:
+        checkpoint.predictor = states["predictor"]
+    found, _ = model_config(checkpoint, architecture.key, {})
+    # Fits, or raises with the differences.
+    check_fit(checkpoint, architecture.key, found)
+    for name in ("model_name", "use_rope", "crop_size", "num_frames", "pred_num_heads"):
+        own, told = getattr(cfg, name), getattr(found, name)
+        # Neither shapes nor names tell the crop and the frames of a model with RoPE; nothing depends on them.
+        if name in ("crop_size", "num_frames") and cfg.use_rope or architecture.action and name == "pred_num_heads":
+            continue
+        assert own == told or name == "pred_num_heads" and told == size_of(cfg).num_heads, (name, own, told)
+    parameters = sum(value.numel() for state in states.values() for value in state.values())
+    return f"{sum(map(len, states.values()))} of {parameters / 1e6:.0f} M"
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Weights like those of a trained model, in no way special; position tables stay."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name.endswith("pos_embed"):
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim == 1:
+                value.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.05 * noise)
+            else:
+                value.copy_(noise * (0.5 if value.shape[0] == 1 else value[0].numel() ** -0.5))
+
+
+def write_metas(architecture: Architecture, cfg: ModelConfig, root: Path, path: Path) -> None:
+    """A checkpoint as the reference writes it, of its own modules with random weights."""
+    networks = reference_networks(cfg, root, architecture.action)
+    contents: dict[str, Any] = {"epoch": 1}
+    prefix = "module." if architecture.action else meta.PREFIX
+    for seed, key in enumerate(("encoder", architecture.key, "predictor")):
+        network = networks["predictor" if key == "predictor" else "encoder"]
+        network = getattr(network, "module", network)
+        randomise(network, seed)
+        contents[key] = {prefix + name: value.clone() for name, value in network.state_dict().items()}
+    if architecture.heads is not None:
+        depth = 1 if architecture.version == "v1" else 4
+        probe = proof.reference_probe(root, size_of(cfg).embed_dim, _heads(architecture, cfg), 10, depth)
+        randomise(probe, 3)
+        contents["classifiers"] = [{f"module.{name}": value for name, value in probe.state_dict().items()}]
+    torch.save(contents, path)
+
+
+def _heads(architecture: Architecture, cfg: ModelConfig) -> int:
+    heads = architecture.heads or 1
+    return heads if size_of(cfg).embed_dim % heads == 0 else size_of(cfg).num_heads
+
+
+def meta_trip(
+    architecture: Architecture, cfg: ModelConfig, root: Path, folder: Path
+) -> tuple[Checkpoint, dict[str, float]]:
+    """Meta -> ours -> Meta. Weights must be equal to the bit.
+
+    Returns:
+        What was read at first, and the largest relative difference of each output of what came back, run here and by
+        the reference's modules.
+
+    Raises:
+        UserError: a weight changed on the way.
+    """
+    first, ours, back = folder / "meta.pt", folder / "ours.safetensors", folder / "back.pt"
+    write_metas(architecture, cfg, root, first)
+    start = open_checkpoint(first)
+    overrides = {name: getattr(cfg, name) for name in ("num_heads", "pred_num_heads", "crop_size", "num_frames")
+                 if getattr(cfg, name) is not None}
+    found, _ = model_config(start, architecture.key, overrides)
+    check_fit(start, architecture.key, found)
+    write(start, found, architecture.key, ours, "fast", heads=_heads(architecture, cfg))
+    middle = open_checkpoint(ours)
+    write(middle, build_config(middle), architecture.key, back, "meta")
+    end = open_checkpoint(back)
+    compare(start, end, architecture.key)
+    return start, proof.against_meta(back, root)
+
+
+def hf_trip(cfg: ModelConfig, start: Checkpoint, key: str, heads: int, folder: Path) -> dict[str, float]:
+    """Hugging Face -> ours -> Hugging Face, beginning with what transformers itself saves; without a predictor, of
+    which it would make a random one, with what we write.
+
+    Raises:
+        UserError: transformers has no such model, or a weight changed on the way.
+    """
+    import transformers
+
+    saved = write(start, cfg, key, folder / "made_hf", "hf", heads=heads)
+    if start.predictor is not None:
+        kind = transformers.VJEPA2ForVideoClassification if start.classifiers else transformers.VJEPA2Model
+        kind.from_pretrained(saved).save_pretrained(folder / "first_hf")
+        saved = folder / "first_hf"
+    first = open_checkpoint(saved)
+    ours = write(first, build_config(first), "encoder", folder / "hf.safetensors", "fast")
+    middle = open_checkpoint(ours)
+    back = write(middle, build_config(middle), "encoder", folder / "back_hf", "hf")
+    compare(first, open_checkpoint(back), "encoder")
+    proof.assert_same_bits("encoder", start.encoders[key], first.encoders["encoder"])
+    return proof.against_hf(back)
+
+
+def build_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The config that a checkpoint itself says."""
+    found, assumed = model_config(checkpoint, checkpoint.choose(), {})
+    assert checkpoint.action_predictor is not None or not assumed, assumed
+    return found
+
+
+def compare(start: Checkpoint, end: Checkpoint, key: str) -> None:
+    """Raises UserError unless encoder, predictors and probes are equal to the bit."""
+    pairs = [("encoder", start.encoders[key], end.encoders[key]), ("predictor", start.predictor, end.predictor),
+             ("action predictor", start.action_predictor, end.action_predictor),
+             *(("probe", *both) for both in zip(start.classifiers, end.classifiers, strict=True))]
+    for name, before, after in pairs:
+        proof.assert_same_bits(name, before or {}, after or {})
+
+
+def run(architecture: Architecture, root: Path, depth: int | None, **sizes: Any) -> Row:
+    """Everything about one architecture.
+
+    Args:
+        architecture: which.
+        root: the checkout of its version.
+        depth: blocks of encoder and predictor whose weights go round; None: all.
+        sizes: fields of ModelConfig for smaller models, in tests.
+    """
+    row = Row(architecture.name)
+    row.tensors = compare_names(architecture, root)
+    changes = {}
+    if depth is not None:
+        changes = {"depth": depth, "pred_depth": depth} if architecture.version != "v2.1" else _V21_DEPTHS
+    cfg = config_of(architecture, **changes, **sizes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start, outputs = meta_trip(architecture, cfg, root, folder)
+        row.meta_trip = "equal to the bit"
+        row.outputs = {f"Meta's {key}": value for key, value in outputs.items()}
+        heads = _heads(architecture, cfg)
+        if start.classifiers and heads != size_of(cfg).num_heads:
+            # Whose probes have another number of heads than the encoder; transformers has one number for both.
+            start.classifiers = []
+        try:
+            found = hf_trip(cfg, start, architecture.key, heads, folder)
+            row.hf_trip = "equal to the bit" + ("" if start.classifiers or architecture.heads is None else
+                                                ", without probe (16 heads, the encoder has others)")
+            row.outputs |= {f"transformers' {key}": value for key, value in found.items()}
+        except UserError as error:
+            row.hf_trip = f"refused: {str(error).partition(': ')[2]}"
+    return row
+
+
+def to_markdown(rows: Iterable[Row], depth: int | None, command: str) -> str:
+    lines = [
+        "# Checkpoints there and back", "", f"Command: `{command}`", "",
+        f"torch {torch.__version__}, vjepa-fast {vf.__version__}; {time.strftime('%Y-%m-%d')}", "",
+        "Random weights under the reference's names. `tensors`: names and shapes of encoder and predictor with all "
+        f"their blocks, on the meta device. The weights that went round have {depth or 'all'} blocks (V-JEPA 2.1: 12 "
+        "in the encoder, 4 in the predictor) at full width. Outputs: norm of the difference over norm, of features and "
+        "predictions of one random clip, fp32.", "",
+        "| model | tensors, parameters | Meta -> ours -> Meta | Hugging Face -> ours -> Hugging Face | outputs |",
+        "|---|---|---|---|---|"]
+    for row in rows:
+        outputs = ", ".join(f"{key} {value:.0e}" for key, value in row.outputs.items())
+        lines.append(f"| {row.name} | {row.tensors} | {row.meta_trip} | {row.hf_trip} | {outputs} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--v1", type=Path, required=True, help="checkout of facebookresearch/jepa")
+    parser.add_argument("--v2", type=Path, required=True, help="checkout of facebookresearch/vjepa2")
+    parser.add_argument("--v21", type=Path, help="checkout of facebookresearch/vjepa2 with app/vjepa_2_1")
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--only", help="architectures whose name contains this")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    roots = {"v1": args.v1, "v2": args.v2, "v2.1": args.v21}
+    rows = []
+    for architecture in ARCHITECTURES:
+        root = roots[architecture.version]
+        if root is None or args.only is not None and args.only not in architecture.name:
+            continue
+        rows.append(run(architecture, root, args.depth))
+        print(rows[-1], flush=True)
+    checkouts = " ".join(f"--{key.replace('.', '')} ../{root.name}" for key, root in roots.items() if root is not None)
+    args.out.write_text(to_markdown(
+        rows, args.depth, f"python -m benchmarks.round_trips {checkouts} --depth {args.depth} --out {args.out}"))
+
+
+if __name__ == "__main__":
+    main()
