@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.interop.huggingface import _BLOCK, _ENCODER, _PREDICTOR, _QKV
 from vjepa_fast.interop.swap_meta import copy_drop_paths, refuse
-from vjepa_fast.interop.swap_view import EncoderView, FastNetwork, PredictorView, View, is_plain, pack
+from vjepa_fast.interop.swap_view import EncoderView, FastNetwork, PredictorView, View, class_of, is_plain, pack
 from vjepa_fast.models.layers import Block
 from vjepa_fast.ops.linear import Affine, Linear, linear_by, operands
 from vjepa_fast.ops.packing import Packing
@@ -104,8 +104,7 @@ class _FastHF(FastNetwork):
 
     def _output(self, last_hidden_state: Tensor) -> Any:
         # The name is in the module of their class, which imports it.
-        base = type(self).__bases__[1]
-        return sys.modules[base.__module__].BaseModelOutput(last_hidden_state=last_hidden_state)
+        return sys.modules[class_of(self).__module__].BaseModelOutput(last_hidden_state=last_hidden_state)
 
 
 class FastHFEncoder(_FastHF):

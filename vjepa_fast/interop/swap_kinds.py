@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vjepa_fast.interop import swap_hf, swap_meta, swap_meta_v21
-from vjepa_fast.interop.swap_view import Fast
+from vjepa_fast.interop.swap_view import Fast, class_of
 
 Part = tuple[nn.Module, str, type[Fast]]
 """A module to change, what it is, `encoder` or `predictor`, and the class to put before its own."""
@@ -43,14 +43,9 @@ _MODELS = ("VJEPA2Model", "VJEPA2ForVideoClassification")
 """Hugging Face's that stay what they are while parts of them change."""
 
 
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    """Theirs, also of what has been swapped."""
-    return type(module).__bases__[1] if isinstance(module, Fast) else type(module)
-
-
 def parts(module: nn.Module) -> list[Part]:
     """What has to change in a module, inner parts first; nothing where it is not known."""
-    name = _class_of(module).__name__
+    name = class_of(module).__name__
     if name in _MODELS and hasattr(module, "config"):
         return [(part, "encoder", mixin) for child in module.children() for part, _, mixin in parts(child)]
     backbone = getattr(module, "backbone", None)

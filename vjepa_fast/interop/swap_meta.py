@@ -22,6 +22,7 @@ from vjepa_fast.interop.swap_view import (
     FastNetwork,
     PredictorView,
     View,
+    class_of,
     is_watched,
     pack,
     unpack,
@@ -59,7 +60,7 @@ def _sizes(module: Any, blocks: nn.ModuleList) -> dict[str, Any]:
 def refuse(module: nn.Module, wrong: set[str]) -> None:
     """Raises UserError if there is anything that ours cannot do."""
     if wrong:
-        raise UserError(f"swap: this {type(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's does "
+        raise UserError(f"swap: this {class_of(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's does "
                         "not have; leave it out of the call")
 
 

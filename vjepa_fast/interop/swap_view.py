@@ -100,13 +100,13 @@ class View:
         wrong += [name for name, module in theirs.items() if name and not is_plain(module)]
         wrong += [name for name, _ in owner.named_buffers()]
         if wrong:
-            raise UserError(f"swap: {type(owner).__name__} has other parameters than the reference's, see "
+            raise UserError(f"swap: {class_of(owner).__name__} has other parameters than the reference's, see "
                             f"{', '.join(name or 'its own' for name in wrong[:3])}; swap before anything is added")
         for name, module in own.items():
             if isinstance(module, nn.LayerNorm):
                 norm = theirs[name]
                 if norm.weight is None or norm.bias is None:
-                    raise UserError(f"swap: {name} of {type(owner).__name__} has no weight or bias; expected both")
+                    raise UserError(f"swap: {name} of {class_of(owner).__name__} has no weight or bias; expected both")
                 assert isinstance(norm, nn.LayerNorm)
                 module.eps = norm.eps
         self.blocks = [module for module in network.modules() if isinstance(module, Block)]
@@ -202,6 +202,11 @@ class FastNetwork(Fast):
 def _empty(mixin: type[Fast], base: type[nn.Module]) -> nn.Module:
     cls = fast_class(mixin, base)
     return cls.__new__(cls)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Theirs, also of what has been swapped."""
+    return type(module).__bases__[1] if isinstance(module, Fast) else type(module)
 
 
 _classes: dict[tuple[type[Fast], type[nn.Module]], type[nn.Module]] = {}
