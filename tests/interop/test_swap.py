@@ -425,12 +425,14 @@ def _with(module: nn.Module, path: str, value: Any) -> nn.Module:
         (lambda: V2.VisionTransformerPredictor(), "is a VisionTransformerPredictor, which is a predictor; expected an "
                                                   "encoder"),
         (lambda: "vit_large", "the encoder is a str; expected a torch.nn.Module"),
-        (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.attn_drop.p", 0.1), "this VisionTransformer has attn_drop=0.1, which"),
+        (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.attn_drop.p", 0.1),
+         "this VisionTransformer has attn_drop=0.1, which"),
         (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.is_causal", True), "has causal attention"),
         (lambda: _with(V2.VisionTransformer(), "blocks.1.mlp.act", nn.GELU("tanh")), r"has GELU\(.*tanh"),
         (lambda: _with(_with(V2.VisionTransformer(), "blocks.0.attn.scale", 0.1), "blocks.0.attn.use_sdpa", False),
          "has qk_scale=0.1"),
-        (lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)), r"swap: VisionTransformer has .* see blocks\.0\.gate"),
+        (lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)),
+         r"swap: VisionTransformer has .* see blocks\.0\.gate"),
         (lambda: _with(V2.VisionTransformer(), "forward", lambda x, masks: x), "replaced the forward"),
     ],
 )

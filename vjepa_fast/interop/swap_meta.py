@@ -60,8 +60,8 @@ def _sizes(module: Any, blocks: nn.ModuleList) -> dict[str, Any]:
 def refuse(module: nn.Module, wrong: set[str]) -> None:
     """Raises UserError if there is anything that ours cannot do."""
     if wrong:
-        raise UserError(f"swap: this {class_of(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's does "
-                        "not have; leave it out of the call")
+        raise UserError(f"swap: this {class_of(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's "
+                        "does not have; leave it out of the call")
 
 
 def _unusual(block: Any) -> list[str]:
