@@ -38,10 +38,10 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     stand_in = Runs()
-    module = types.ModuleType("vjepa_fast.train.trainer")
+    module = types.ModuleType("vjepa_fast.train.runs")
     module.run = stand_in.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(vjepa_fast.train, "trainer", module, raising=False)
+    monkeypatch.setattr(vjepa_fast.train, "runs", module, raising=False)
     yield stand_in
 
 

@@ -247,3 +247,8 @@ def signal_in_step(step: int, number: int, times: int = 1) -> None:
         return result
 
     Trainer.run_step = run_step  # type: ignore[method-assign]
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    """Patch: environment variables, as a launcher sets them."""
+    os.environ.update(variables)

@@ -10,12 +10,18 @@ from rich.console import Console
 from rich.text import Text
 
 from vjepa_fast.errors import UserError
+from vjepa_fast.launchers import is_first_here
 
 INTERRUPTED = 130
 
 
 def say(level: str, message: str) -> None:
-    """One `level: message` on stderr; the message is printed as it is, whatever brackets it holds."""
+    """One `level: message` on stderr; the message is printed as it is, whatever brackets it holds.
+
+    Of the processes that torchrun or srun started on a machine only the first says it.
+    """
+    if not is_first_here():
+        return
     style = "bold red" if level == "error" else "bold yellow"
     Console(stderr=True, highlight=False).print(Text.assemble((f"{level}:", style), f" {message}"), soft_wrap=True)
 

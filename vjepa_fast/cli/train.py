@@ -22,6 +22,10 @@ Examples:
 
   vjepa-fast train --config vitl16.yaml mask.masks.0.num_blocks=4 --out runs/b4
 
+  torchrun --nproc-per-node 8 -m vjepa_fast train --config vitl16.yaml --out runs/vitl16
+
+  srun vjepa-fast train --config vitl16.yaml --out runs/vitl16 --resume  (SLURM: one process a task)
+
   vjepa-fast train --config vitl16.yaml --print-config > resolved.yaml
 
   vjepa-fast train --resume  (continues the run in runs/demo)
@@ -65,7 +69,7 @@ def train(
             return
         cfg.check_trainable()
         # Imported here: torch takes seconds, which --help and --print-config need not wait for.
-        from vjepa_fast.train import trainer
+        from vjepa_fast.train import runs
 
-        code = trainer.run(cfg, nproc=nproc, resume=resume, profile=profile)
+        code = runs.run(cfg, nproc=nproc, resume=resume, profile=profile)
     raise typer.Exit(code)

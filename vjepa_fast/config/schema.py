@@ -18,6 +18,7 @@ from vjepa_fast.errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16"]
 Range = tuple[float, float]
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 MODEL_NAMES = (
@@ -504,6 +505,8 @@ class TrainConfig(Section):
     """Continue from latest.pt when the run folder has one, as the reference does with load_checkpoint."""
     read_checkpoint: Path | None = None
     """Continue from this checkpoint of ours or of the reference."""
+    connect_timeout: PositiveFloat = 300.0
+    """Seconds that the processes of torchrun or srun wait for each other at the start."""
     tensorboard: bool = False
     probe: bool = False
     """At the end, fit linear probes on the labels of the synthetic clips (the demo)."""

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing import connection, resource_tracker
 from types import FrameType
 from typing import Any
@@ -40,8 +41,9 @@ class Processes:
         self.distributed = dist.is_available() and dist.is_initialized()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and not self.distributed:
-            raise ConfigError(f"WORLD_SIZE is {started}, but no process group exists; start one process with "
-                              f"--nproc {started} and let it start the others")
+            raise ConfigError(f"WORLD_SIZE is {started}, but no process group exists; call "
+                              "torch.distributed.init_process_group first, or start the run with `vjepa-fast train`, "
+                              "which does it")
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         # Flags and counts are exchanged between hosts' memories, without waiting for a device.
@@ -82,43 +84,74 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                           "set train.device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"process {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
-                          "use a smaller --nproc")
+    num_gpus = torch.cuda.device_count()
+    # SLURM may show each task its own GPU alone (--gpus-per-task), which is number 0 in all of them.
+    if num_gpus == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device("cuda", 0)
+    if local_rank >= num_gpus:
+        raise ConfigError(f"process {local_rank} of this machine has no GPU of its own: torch sees {num_gpus}; start "
+                          f"at most {num_gpus} a machine (--nproc, --nproc-per-node, --ntasks-per-node)")
     return torch.device("cuda", local_rank)
+
+
+def start_group(store: dist.Store, rank: int, world_size: int) -> None:
+    """The default process group: NCCL between GPUs where there are any, gloo between hosts' memories."""
+    # torch's C++ side warns, once a process, where searching for unused parameters found none in the first step.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def only_this_machine() -> None:
+    """All processes are on this machine: its name need not resolve to an address that works."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _entry(rank: int, world_size: int, port: int, threads: int, main: Callable[[int], int]) -> None:
     place, size = str(rank), str(world_size)
     os.environ.update(RANK=place, LOCAL_RANK=place, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    if sys.platform == "linux":
-        # All processes are on this machine: its name need not resolve to an address that works.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    only_this_machine()
     torch.set_num_threads(threads)
     store = dist.TCPStore(_HOST, port, is_master=False)
     try:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        start_group(store, rank, world_size)
         code = main(rank)
         dist.destroy_process_group()
     except BaseException as error:
         # The others may be waiting in a collective; leaving at once, without clean-up, makes them notice.
-        os._exit(_report(store, rank, error))
+        failure = Failure.of(rank, error)
+        failure.claim(store)
+        os._exit(failure.code)
     sys.exit(code)
 
 
-def _report(store: dist.TCPStore, rank: int, error: BaseException) -> int:
-    """Tell the parent what went wrong, unless another process already did: the first failure causes the others."""
-    user_error = isinstance(error, UserError)
-    text = str(error) if user_error else "".join(traceback.format_exception(error))
-    code = error.exit_code if isinstance(error, UserError) else 1
-    failure = {"rank": rank, "user_error": user_error, "code": code, "text": text}
-    # The parent, which holds the store, may be gone.
-    with suppress(RuntimeError):
-        store.compare_set(_FAILURE, "", json.dumps(failure))
-    with suppress(OSError):
-        sys.stdout.flush()
-    return code
+@dataclass(frozen=True)
+class Failure:
+    """What ended a process."""
+
+    rank: int
+    user_error: bool
+    code: int
+    """Exit code."""
+    text: str
+    """The message of a UserError, the traceback of anything else."""
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        user_error = isinstance(error, UserError)
+        text = str(error) if user_error else "".join(traceback.format_exception(error))
+        return cls(rank, user_error, error.exit_code if isinstance(error, UserError) else 1, text)
+
+    def claim(self, store: dist.Store) -> bool:
+        """Put it into the store unless another is there: the first failure causes the others. False where one is."""
+        own = json.dumps(asdict(self))
+        with suppress(OSError):
+            sys.stdout.flush()
+        # Who holds the store may be gone.
+        with suppress(RuntimeError):
+            return store.compare_set(_FAILURE, "", own) == own.encode()
+        return False
 
 
 def launch(main: Callable[[int], int], num_processes: int) -> int:
@@ -137,8 +170,6 @@ def launch(main: Callable[[int], int], num_processes: int) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     handlers = _Passing()
-    # torch's C++ side warns, once a process, where searching for unused parameters found none in the first step.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Starting it lifts the block below, so it has to run before.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -208,8 +239,8 @@ def _raise_failure(processes: list[Any], killed: set[int], store: dist.TCPStore)
         if failed:
             raise UserError(f"training process {failed[0]} ended with code {processes[failed[0]].exitcode}")
         return
-    failure = json.loads(store.get(_FAILURE))
-    if failure["user_error"]:
-        raise (ConfigError if failure["code"] == ConfigError.exit_code else UserError)(failure["text"])
-    sys.stderr.write(failure["text"])
-    raise UserError(f"training process {failure['rank']} of {len(processes)} failed as shown above")
+    failure = Failure(**json.loads(store.get(_FAILURE)))
+    if failure.user_error:
+        raise (ConfigError if failure.code == ConfigError.exit_code else UserError)(failure.text)
+    sys.stderr.write(failure.text)
+    raise UserError(f"training process {failure.rank} of {len(processes)} failed as shown above")

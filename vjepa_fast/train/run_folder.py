@@ -6,8 +6,11 @@ from pathlib import Path
 
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.train.files import write_text
 
 LATEST = "latest.pt"
+LAUNCHED_BY = "launched_by.txt"
+"""File in the run folder that says which launch made or resumed the run."""
 
 
 def choose_folder(cfg: Config, resume: bool) -> Path:
@@ -36,3 +39,32 @@ def choose_folder(cfg: Config, resume: bool) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
     return folder
+
+
+def choose_folder_of_launch(cfg: Config, resume: bool, launch: str, restarted: bool) -> tuple[Path, bool]:
+    """The run folder of processes that a launcher starts again by itself, and whether to continue what is there.
+
+    Args:
+        resume: the user asked to resume.
+        launch: the same text for all starts of a launch.
+        restarted: this is not the first start: then the folder is that of the start before, and the run goes on.
+
+    Raises:
+        ConfigError, UserError: as choose_folder.
+    """
+    folder = _folder_of(cfg, launch) if restarted else None
+    if folder is None:
+        resume = resume or (restarted and cfg.train.out is not None)
+        folder = choose_folder(cfg, resume)
+        write_text(folder / LAUNCHED_BY, launch + "\n")
+        return folder, resume
+    return folder, True
+
+
+def _folder_of(cfg: Config, launch: str) -> Path | None:
+    folders = [cfg.train.out] if cfg.train.out is not None else Path("runs").glob(f"{cfg.train.name}*")
+    for folder in folders:
+        path = folder / LAUNCHED_BY
+        if path.is_file() and path.read_text() == launch + "\n":
+            return folder
+    return None

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from vjepa_fast.models.regions import require_compiler
 from vjepa_fast.rng import Stream, pack_tag, random_words
 from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.checkpoint import write_atomically
-from vjepa_fast.train.distributed import Processes, choose_device, launch
+from vjepa_fast.train.distributed import Processes, choose_device
 from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
@@ -491,53 +490,3 @@ class Trainer:
             from vjepa_fast.evaluation.demo import probe_table
 
             probe_table(self.cfg, self.model, self.synthetic, self.folder, self.console)
-
-
-def _run_process(_: int, cfg: Config, resume: bool, profile: bool, folder: Path) -> int:
-    # The parent says that it stops, and decides what a second Ctrl-C does.
-    stop = StopSignals(second_leaves=False, verbose=False)
-    stop.install()
-    return _train(cfg, resume, profile, folder, stop)
-
-
-def _train(cfg: Config, resume: bool, profile: bool, folder: Path, stop: StopSignals) -> int:
-    try:
-        return Trainer(cfg, resume=resume, profile=profile, folder=folder, stop=stop).fit().exit_code
-    except OSError as error:
-        raise UserError(f"cannot go on: {error.strerror or error}"
-                        + (f": {error.filename}" if error.filename else "")) from error
-    finally:
-        stop.restore()
-
-
-def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False) -> int:
-    """Train as the command line does.
-
-    Args:
-        cfg: what to do.
-        nproc: processes on this machine.
-        resume, profile: as Trainer.
-
-    Returns:
-        Exit code: 0 done, 130 interrupted, 143 ended by SIGTERM.
-
-    Raises:
-        ConfigError, UserError: as Trainer and Trainer.fit.
-        KeyboardInterrupt: a second Ctrl-C.
-    """
-    if nproc < 1:
-        raise ConfigError(f"--nproc is {nproc}; expected a positive number")
-    try:
-        cfg.data.per_process(nproc)
-    except ValueError as error:
-        raise ConfigError(f"{error}; use another --nproc or batch size") from error
-    folder = choose_folder(cfg, resume)
-    if nproc == 1:
-        stop = StopSignals()
-        stop.install()
-        return _train(cfg, resume, profile, folder, stop)
-    try:
-        return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
-    finally:
-        # A process that was killed in the middle of writing a file leaves it.
-        remove_leftovers(folder)

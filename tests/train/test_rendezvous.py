@@ -1,0 +1,88 @@
+"""Processes that do not find each other say why, soon; run folders of launches that start again."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import tiny_config
+from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.launchers import Place
+from vjepa_fast.train import runs
+from vjepa_fast.train.rendezvous import connect
+from vjepa_fast.train.run_folder import choose_folder_of_launch
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that is taken."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def place(rank: int, port: int, host: str = "127.0.0.1") -> Place:
+    return Place("srun", rank, 2, rank, host, port, 2)
+
+
+def test_port_in_use(port: int) -> None:
+    with pytest.raises(UserError, match=f"port {port} of .* is in use by another program; set MASTER_PORT"):
+        connect(place(0, port), 1.0)
+
+
+def free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("", 0))
+        return int(some.getsockname()[1])
+
+
+def test_process_that_does_not_come() -> None:
+    with pytest.raises(UserError, match="not all 2 processes came to 127.0.0.1:.* within 1 s"):
+        connect(place(0, free_port()), 1.0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_host_that_does_not_answer(host: str) -> None:
+    with pytest.raises(UserError, match=f"process 1 of 2 got no answer from {host}:.* within 1 s"):
+        connect(place(1, free_port(), host), 1.0)
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path / "list.csv", tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="global_batch_size=4 is not a multiple of 3 .*another number of processes"):
+        runs.run(cfg)
+    with pytest.raises(ConfigError, match="--nproc is 2, but torchrun has started this process as one of 3"):
+        runs.run(cfg, nproc=2)
+
+
+def test_folder_of_a_launch_that_starts_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(tmp_path / "list.csv", tmp_path)
+    earlier, resume = choose_folder_of_launch(cfg, False, "torchrun a 1", False)
+    assert not resume
+    (earlier / "latest.pt").touch()
+    first, _ = choose_folder_of_launch(cfg, False, "torchrun a 2", False)
+    assert first != earlier
+    # It died before its first checkpoint: what goes on is this run, not the earlier one.
+    assert choose_folder_of_launch(cfg, False, "torchrun a 2", True) == (first, True)
+    # It died before it had a folder.
+    third, resume = choose_folder_of_launch(cfg, False, "torchrun a 3", True)
+    assert third not in (first, earlier)
+    assert not resume
+
+
+def test_named_folder_of_a_launch_that_starts_again(tmp_path: Path) -> None:
+    """On other machines than before, perhaps: the folder is the same, so the run goes on."""
+    cfg = tiny_config(tmp_path / "list.csv", tmp_path, f"train.out={tmp_path}/run")
+    choose_folder_of_launch(cfg, False, "torchrun a 1", False)
+    (tmp_path / "run" / "latest.pt").touch()
+    assert choose_folder_of_launch(cfg, False, "torchrun b 1", True) == (tmp_path / "run", True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        choose_folder_of_launch(cfg, False, "torchrun b 1", False)
