@@ -65,3 +65,6 @@ DENSE_CASES = {
         DenseCase("dense_swiglu", use_silu=True, use_pred_silu=True),
     )
 }
+
+GOLDEN_CASES = ("dense_both",)
+"""Those whose numbers are kept: both kinds of batches, with distances, at all parts of the ramp."""

@@ -27,17 +27,19 @@ from vjepa_fast.train.step import TrainStep
 
 
 def config(
-    dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, clip_grad: float | None = None, **model
+    dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, clip_grad: float | None = None,
+    loss: dict | None = None, loss_reg_std_mult: float | None = None, **model
 ) -> Config:
     return Config.model_validate({
         "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 32,
                   "pred_depth": 1, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
         "mask": {"truncate": truncate},
-        "loss": {"reg_coeff": reg_coeff},
+        "loss": {"reg_coeff": reg_coeff, **(loss or {})},
         "data": {"crop_size": 48, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 3},
         # With a small eps the first steps are lr times the signs of gradients, some of which are rounding alone.
         "optimization": {"epochs": 2 if clip_grad is None else 8, "ipe": 20 if clip_grad is None else 5, "warmup": 0.5,
-                         "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3, "final_lr": 1e-3,
+                         "loss_reg_std_mult": loss_reg_std_mult, "loss_reg_num_tracking_steps": 4,
+                         "loss_reg_min_epoch": 0, "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3, "final_lr": 1e-3,
                          "weight_decay": 0.04, "final_weight_decay": 0.4, "ema": [0.9, 1.0], "eps": 1e-4},
         "train": {"dtype": dtype},
     })
@@ -87,6 +89,11 @@ CASES = {
                                    "activation_checkpointing": "full"},
     # Clipped from the sixth of ten steps on, when all is captured.
     "V-JEPA 1": {"use_rope": False, "mask_token_by": "mask", "clip_grad": 0.05},
+    # The weight of the context tokens' loss grows from the third to the eighth of ten steps.
+    "V-JEPA 2.1": {
+        "depth": 4, "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,
+        "modality_embedding": True, "interpolate_rope": True,
+        "loss": {"predict_all": True, "weight_distance_loss": True, "lambda_warmup": [2, 7]}},
     "drop path, half precision": {"drop_path_rate": 0.5, "dtype": "bfloat16"},
 }
 
@@ -125,6 +132,22 @@ def recorded(cfg: Config, monkeypatch: pytest.MonkeyPatch, num_steps: int = 20) 
 
 def run(some: GraphedStep | TrainStep, steps: Iterable[int], cfg: Config) -> list[float]:
     return [float(some(step, *batch(step, cfg)).loss) for step in steps]
+
+
+def test_outlying_losses_are_skipped_in_replays_too(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(loss_reg_std_mult=0.5)
+    assert cfg.optimization.ipe is not None
+    cfg.optimization.ipe = 5
+    plain, graphed = train_step(cfg), RecordedStep(train_step(cfg), expected(cfg), pytest.fail)
+    skipped = []
+    for some in (plain, graphed):
+        skipped.append([int(some(step, *batch(step, cfg)).skipped) for step in range(14)])
+        by_device(monkeypatch)
+    assert skipped[0] == skipped[1]
+    # None in the first epoch, and then some but not all.
+    assert not any(skipped[0][:5]) and 0 < sum(skipped[0]) < 9
+    assert graphed.num_replayed > 0
+    assert_same(graphed.train_step.model, plain.model, 1e-6)
 
 
 def test_gradients_that_are_not_finite(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
