@@ -39,8 +39,9 @@ def config(
         # With a small eps the first steps are lr times the signs of gradients, some of which are rounding alone.
         "optimization": {"epochs": 2 if clip_grad is None else 8, "ipe": 20 if clip_grad is None else 5, "warmup": 0.5,
                          "loss_reg_std_mult": loss_reg_std_mult, "loss_reg_num_tracking_steps": 4,
-                         "loss_reg_min_epoch": 0, "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3, "final_lr": 1e-3,
-                         "weight_decay": 0.04, "final_weight_decay": 0.4, "ema": [0.9, 1.0], "eps": 1e-4},
+                         "loss_reg_min_epoch": 0, "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3,
+                         "final_lr": 1e-3, "weight_decay": 0.04, "final_weight_decay": 0.4, "ema": [0.9, 1.0],
+                         "eps": 1e-4},
         "train": {"dtype": dtype},
     })
 

@@ -481,6 +481,11 @@ class ImageDataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Decoding processes per training process; None: as data.num_workers."""
 
+    @property
+    def per_process(self) -> int:
+        """Images of one process in a step."""
+        return int(self.batch_size * self.rank_ratio)
+
 
 class TrainConfig(Section):
     """The run itself."""

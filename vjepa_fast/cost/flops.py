@@ -80,11 +80,16 @@ def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch]) -> Step
     def encoder(lengths: list[int]) -> int:
         return transformer(lengths, size.embed_dim, size.depth, size.mlp_ratio, cfg.use_silu, cfg.wide_silu)
 
+    levels, all_tokens = cfg.n_output_distillation or 1, cfg.return_all_tokens
+    embed = linear(sum(context), size.embed_dim, cfg.pred_embed_dim)
+    if levels > 1:
+        embed += linear(sum(context), levels * size.embed_dim, size.embed_dim)
     predictor = (
-        linear(sum(context), size.embed_dim, cfg.pred_embed_dim)
+        embed
         + transformer(
-            both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu, sum(target))
-        + linear(sum(target), cfg.pred_embed_dim, size.embed_dim)
+            both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu,
+            None if all_tokens else sum(target))
+        + linear(sum(both) if all_tokens else sum(target), cfg.pred_embed_dim, levels * size.embed_dim)
     )
     return StepFlops(
         target_encoder=linear(sum(whole), pixels, size.embed_dim) + encoder(whole),

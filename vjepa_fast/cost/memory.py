@@ -64,7 +64,9 @@ def estimate_memory(cfg: Config, loads: Loads) -> Memory:
     pixels = loads.whole.tokens / max(1.0, loads.clips) * 3 * (cfg.model.patch_size or 1) ** 2
     pixels *= cfg.model.tubelet_size if cfg.model.tubelet_size and (cfg.model.num_frames or 1) > 1 else 1
     # uint8 clips, features of the target encoder, predictions and their slopes live through the backward.
-    fixed = loads.clips * pixels + loads.whole.tokens * encoder.width * s + 2 * loads.target.tokens * encoder.width * s
+    wide = (cfg.model.n_output_distillation or 1) * encoder.width * s
+    predicted = loads.both.tokens if cfg.model.return_all_tokens else loads.target.tokens
+    fixed = loads.clips * pixels + loads.whole.tokens * wide + 2 * predicted * wide
     teacher = loads.whole.tokens * s * (3 * encoder.width + 2 * encoder.hidden)
     kept = recomputed = 0.0
     for net, load in ((encoder, loads.context), (predictor, loads.both)):

@@ -202,31 +202,42 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
            patches(backward_of("patch embedding"), context.tokens, 3)]
     out += blocks_forward("target encoder", encoder, loads.whole, s)
     # The final norm of the target encoder is the loss's.
-    out.append(_memory("target encoder", "last residual", 3 * s * d * loads.whole.tokens))
+    levels = model.n_output_distillation or 1
+    out.append(_memory("target encoder", "last residual", levels * 3 * s * d * loads.whole.tokens, levels))
     out += blocks_forward("context encoder", encoder, context, s)
-    out.append(_memory("context encoder", "final norm", 4 * s * d * context.tokens))
+    out.append(_memory("context encoder", "final norm", levels * 4 * s * d * context.tokens, levels))
     part = backward_of("context encoder")
-    out += [_memory(part, "final norm", 3 * s * d * context.tokens, 4), *blocks_backward(part, encoder, context, s)]
+    out.append(_memory(part, "final norm", levels * 3 * s * d * context.tokens, 4 * levels))
+    out += blocks_backward(part, encoder, context, s)
     part = "predictor"
-    out += [_product(part, "embed", context.tokens, d, p, s), _product(part, "proj", target.tokens, p, d, s)]
-    out += blocks_forward(part, predictor, both, s, target.tokens)
+    # With a loss of context tokens too, a second head serves them, and no block is cut short.
+    heads = [("proj", target.tokens)] + ([("context proj", context.tokens)] if model.return_all_tokens else [])
+    predicted = sum(tokens for _, tokens in heads)
+    out += [_product(part, "embed", context.tokens, d, p, s)]
+    if levels > 1:
+        out += [_product(part, "embed levels", context.tokens, levels * d, d, s)]
+    out += [_product(part, name, tokens, p, levels * d, s) for name, tokens in heads]
+    out += blocks_forward(part, predictor, both, s, predicted)
     # Tokens and mask tokens are joined and put in order; the last block takes the target rows of two tensors.
-    out.append(_memory(part, "order", 4 * s * p * both.tokens + 4 * s * p * target.tokens, 4))
-    out.append(_memory(part, "final norm", 4 * s * p * target.tokens))
+    out.append(_memory(part, "order", 4 * s * p * both.tokens + 4 * s * p * predicted, 4))
+    out.append(_memory(part, "final norm", 4 * s * p * predicted))
     back = backward_of(part)
-    out += _linear_backward(back, "proj", target.tokens, p, d, s) + _linear_backward(
-        back, "embed", context.tokens, d, p, s)
-    out += blocks_backward(back, predictor, both, s, target.tokens)
+    for name, tokens in heads:
+        out += _linear_backward(back, name, tokens, p, levels * d, s)
+    out += _linear_backward(back, "embed", context.tokens, d, p, s)
+    if levels > 1:
+        out += _linear_backward(back, "embed levels", context.tokens, levels * d, d, s)
+    out += blocks_backward(back, predictor, both, s, predicted)
     # The gradients of those rows are written into zeros.
-    out.append(_memory(back, "order", s * p * (4 * both.tokens + 8 * target.tokens), 7))
-    out.append(_memory(back, "final norm", 3 * s * p * target.tokens, 4))
+    out.append(_memory(back, "order", s * p * (4 * both.tokens + 8 * predicted), 7))
+    out.append(_memory(back, "final norm", 3 * s * p * predicted, 4))
     if model.use_activation_checkpointing:
         for name, net, load in (("context encoder", encoder, context), ("predictor", predictor, both)):
             again = blocks_forward(backward_of(name), net, load, s)
             out += [replace(op, name=f"{op.name}, again") for op in again]
     slope = 1 if cfg.loss.loss_exp == 1 else 4
-    out.append(_memory("loss", "latent loss", target.tokens * d * (2 * s + slope), 5))
-    out.append(_memory(backward_of("loss"), "latent loss", target.tokens * d * (slope + s), 2))
+    out.append(_memory("loss", "latent loss", predicted * levels * d * (2 * s + slope), 5 * len(heads)))
+    out.append(_memory(backward_of("loss"), "latent loss", predicted * levels * d * (slope + s), 2 * len(heads)))
     return out + optimizer_operations(count_parameters(cfg.model), s)
 
 

@@ -41,6 +41,13 @@ def draw_masks(cfg: Config, batch_size: int, num_steps: int = NUM_STEPS) -> list
         sampler = MaskSampler(truncation, (frames, height, width), cfg.train.seed, group)
         for step in range(num_steps):
             steps[step].append(sampler(step, np.arange(step * count, (step + 1) * count)))
+    if cfg.img_data is not None:
+        # One more group, as in training.
+        count = cfg.img_data.per_process
+        truncation = (cfg.img_mask or cfg.mask).model_copy(update={"group_size": count, "clips_per_mask": 1})
+        sampler = MaskSampler(truncation, (1, height, width), cfg.train.seed)
+        for step in range(num_steps):
+            steps[step].append(sampler(step, np.arange(step * count, (step + 1) * count)))
     return steps
 
 
@@ -70,12 +77,14 @@ def describe(
     flops = [step_flops(model, list(step)) for step in steps]
     clips, gib = prediction.clips, 2**30
     first = steps[0][0]
+    images = "" if cfg.img_data is None else f", {cfg.img_data.per_process} of them images"
     lines = [
         f"encoder       {model.model_name}, {encoder.depth} blocks of {encoder.width}, {encoder.num_heads} heads of "
         f"{encoder.head_dim}, {_human(found.encoder)} parameters",
         f"predictor     {predictor.depth} blocks of {predictor.width}, {predictor.num_heads} heads of "
         f"{predictor.head_dim}, {_human(found.predictor)} parameters",
-        f"batch         {clips:g} clips a GPU; frames {', '.join(str(f) for f in sorted(set(cfg.data.dataset_fpcs)))}; "
+        f"batch         {clips:g} clips a GPU{images}; frames "
+        f"{', '.join(str(f) for f in sorted(set(cfg.data.dataset_fpcs)))}; "
         f"{' x '.join(str(side) for side in cfg.data.crop_size)} pixels; compute in {model.dtype}",
         f"tokens        {first.num_tokens} of a clip ({' x '.join(str(n) for n in first.grid)})"
         + (" in the first group" if len(steps[0]) > 1 else "")

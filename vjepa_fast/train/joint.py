@@ -23,11 +23,6 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import StepMasks
 
 
-def images_per_process(cfg: Config) -> int:
-    """Images of one process in a step; 0 without img_data."""
-    return 0 if cfg.img_data is None else int(cfg.img_data.batch_size * cfg.img_data.rank_ratio)
-
-
 class JointLoader:
     """Two loaders as one: the last group of a batch is its images. As vjepa_fast.data.loader.Loader."""
 
@@ -110,7 +105,7 @@ def add_images(videos: Loader, cfg: Config, rank: int, world_size: int, device: 
     assert own is not None
     data = cfg.data.model_copy(update={
         "datasets": own.datasets, "datasets_weights": own.datasets_weights, "dataset_fpcs": [1] * len(own.datasets),
-        "batch_size": images_per_process(cfg), "global_batch_size": None, "clips_per_video": 1,
+        "batch_size": own.per_process, "global_batch_size": None, "clips_per_video": 1,
         "num_workers": cfg.data.num_workers if own.num_workers is None else own.num_workers,
         # Another order than that of the videos.
         "seed": cfg.data.seed ^ 1,
@@ -129,7 +124,7 @@ def add_image_masks(videos: StepMasks, cfg: Config, rank: int, world_size: int) 
     if "reference" in (cfg.mask.source, mask.source):
         raise ConfigError("mask.source=reference is the stream of videos alone; set mask.source=counter to train on "
                           "images too (img_data)")
-    count = images_per_process(cfg)
+    count = cfg.img_data.per_process
     size = mask.group_size if cfg.img_mask is not None and mask.group_size is not None else count
     images = StepMasks(
         mask.model_copy(update={"group_size": size, "clips_per_mask": 1}), fpcs=[1], crop_size=cfg.data.crop_size,
