@@ -88,3 +88,18 @@ def test_the_tutorial_is_as_told(video_csv: Path, tmp_path: Path) -> None:
     assert totals[1] - totals[0] == pytest.approx(0.25 * predictions.square().mean().item(), rel=1e-3)
     assert totals[2] > totals[0]
     trainer.loader.close()
+
+
+def test_what_v_jepa_1_has_written_goes_on(video_csv: Path, tmp_path: Path) -> None:
+    """Its script writes <name>-latest.pth.tar, with no key of ours; latest.pt comes first."""
+    cfg = config("vitl16-224-v1", video_csv, tmp_path, "train.max_steps=4", "train.name=jepa")
+    Trainer(cfg, folder=tmp_path).fit()
+    checkpoint = torch.load(tmp_path / "latest.pt", weights_only=True)
+    del checkpoint["vjepa_fast"]
+    torch.save(checkpoint, tmp_path / "jepa-latest.pth.tar")
+    (tmp_path / "latest.pt").unlink()
+    trainer = Trainer(cfg, folder=tmp_path, resume=True)
+    assert trainer.step == 4
+    for name, value in trainer.model.encoder.state_dict().items():
+        assert torch.equal(value, checkpoint["encoder"][f"module.backbone.{name}"])
+    assert Trainer(cfg, folder=tmp_path).step == 0

@@ -129,16 +129,13 @@ def _map(values: dict[str, dict[str, Any]], masks: list[dict[str, Any]], reader:
             "seed": meta["seed"],
             "dtype": DTYPES.get(str(meta["dtype"]).lower(), meta["dtype"]),
             "save_every_freq": meta["save_every_freq"],
-            **_start(meta, str(out), str(values["logging"]["write_tag"])),
+            **_start(meta, str(out)),
         },
     }
 
 
-def _start(meta: dict[str, Any], folder: str, tag: str) -> dict[str, Any]:
-    """What a run continues: the file named, relative to the folder, else our latest.pt, else the reference's."""
-    if not meta["load_checkpoint"]:
-        return {"auto_resume": False, "read_checkpoint": None}
-    if meta["read_checkpoint"] is not None:
-        return {"auto_resume": False, "read_checkpoint": str(Path(folder) / str(meta["read_checkpoint"]))}
-    theirs = Path(folder) / f"{tag}-latest.pth.tar"
-    return {"auto_resume": True, "read_checkpoint": str(theirs) if theirs.exists() else None}
+def _start(meta: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What a run continues: the file named, relative to the folder, else what lies in the folder."""
+    named = meta["read_checkpoint"] if meta["load_checkpoint"] else None
+    return {"auto_resume": bool(meta["load_checkpoint"]) and named is None,
+            "read_checkpoint": None if named is None else str(Path(folder) / str(named))}

@@ -9,6 +9,8 @@ from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.train.files import write_text
 
 LATEST = "latest.pt"
+LATEST_OF_V1 = "-latest.pth.tar"
+"""What V-JEPA 1's training script adds to the name of a run where ours and V-JEPA 2's write latest.pt."""
 LAUNCHED_BY = "launched_by.txt"
 """File in the run folder that says which launch made or resumed the run."""
 

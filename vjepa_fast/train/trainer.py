@@ -40,7 +40,7 @@ from vjepa_fast.train.outliers import MAX_OUTLIERS
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import changed_keys
-from vjepa_fast.train.run_folder import LATEST, choose_folder
+from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, choose_folder
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
@@ -322,13 +322,15 @@ class Trainer:
     def _start(self, resume: bool) -> None:
         """Weights, optimizer and position from a checkpoint, if the config or the folder names one."""
         cfg = self.cfg
-        latest = self.folder / LATEST
+        latest, of_v1 = self.folder / LATEST, self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
         if resume and latest.exists():
             path = latest
         elif cfg.train.read_checkpoint is not None:
             path = cfg.train.read_checkpoint
         elif cfg.optimization.anneal_ckpt is not None:
             path = cfg.optimization.anneal_ckpt
+        elif resume and of_v1.exists():
+            path = of_v1
         else:
             if resume and not cfg.train.auto_resume:
                 self.console.print(f"nothing to resume in {self.folder}: starting from the beginning", highlight=False)
