@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,8 +325,9 @@ def model_config(
     """
     unknown = [name for name in overrides if name not in ModelConfig.model_fields]
     if unknown:
-        raise ConfigError(f"{unknown[0]} is not a field of the model's config; there are "
-                          f"{', '.join(ModelConfig.model_fields)}")
+        near = get_close_matches(unknown[0], ModelConfig.model_fields, n=1, cutoff=0.5)
+        raise ConfigError(f"{unknown[0]} is not a field of the model's config" + (
+            f"; did you mean {near[0]}?" if near else ", as num_heads, pred_num_heads, crop_size or rope_style are"))
     # What training alone uses has no place here.
     fixed = {"dtype": dtype, "compile_model": False, "target_precision": "same"}
     cfg, assumed = shapes.guess(

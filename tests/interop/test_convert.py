@@ -115,11 +115,15 @@ def test_a_probe_that_transformers_would_run_otherwise_is_refused(
     assert result.exit_code == 2 and "choose it with --classifier 0 to 1" in result.output
     result = run(meta_file, tmp_path / "hf", *FIELDS, "--to", "hf", "--probe", meta_file)
     assert result.exit_code == 1 and "holds no attentive probe" in result.output
+    wide = {"pooler.query_tokens": torch.zeros(1, 1, 64), "linear.bias": torch.zeros(2)}
+    torch.save({"classifiers": [wide]}, probe_file.with_name("wide.pt"))
+    result = run(meta_file, tmp_path / "m.pt", *FIELDS, "--to", "meta", "--probe", probe_file.with_name("wide.pt"))
+    assert result.exit_code == 1 and "the attentive probe has width 64, the encoder 96" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"use_rope": False}, "sine-cosine positions"), ({"use_silu": True}, "SwiGLU"),
+    ({"use_rope": False}, "sine-cosine or learned positions"), ({"use_silu": True}, "SwiGLU"),
     ({"rope_style": "interleaved"}, "RoPE as in V-JEPA 2.1"),
 ])
 def test_what_transformers_cannot_hold_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -189,7 +193,7 @@ def test_usage(meta_file: Path, tmp_path: Path) -> None:
     for args, said in (
         (("--to", "onnx"), "'onnx' is not one of"),
         (("--to", "meta", "--weights", "teacher"), "has no teacher; it has"),
-        (("--to", "meta", "heads=3"), "heads is not a field of the model's config"),
+        (("--to", "meta", "heads=3"), "heads is not a field of the model's config; did you mean num_heads?"),
         (("--to", "meta", "num_heads"), "unexpected argument 'num_heads'"),
         (("--to", "hf", "--reference", "."), "--reference runs Meta's modules"),
     ):

@@ -61,12 +61,13 @@ def test_table_of_released_rope_models_is_not_taken_for_sincos(tokens: int) -> N
 @pytest.mark.parametrize("changes", [
     {"use_silu": True}, {"use_silu": True, "wide_silu": False, "use_pred_silu": True}, {"mlp_ratio": 3.3},
     {"mlp_ratio": 48 / 11}, {"depth": 5, "pred_depth": 1}, {"use_rope": False},
-    {"use_rope": False, "uniform_power": True},
+    {"use_rope": False, "uniform_power": True}, {"use_rope": False, "positions": "learned"},
 ], ids=str)
 def test_fields_come_back(changes: dict[str, Any]) -> None:
     made = models.model(**changes)
     found, _ = shapes.guess(made.encoder.state_dict(), made.predictor.state_dict(), overrides=models.NOT_IN_SHAPES)
-    keys = ["use_silu", "use_pred_silu", "use_rope"] + (["uniform_power", "crop_size"] if not found.use_rope else [])
+    keys = ["use_silu", "use_pred_silu", "use_rope", "positions"]
+    keys += ["uniform_power", "crop_size", "num_frames"] if not found.use_rope else []
     for key in keys:
         assert getattr(found, key) == getattr(made.cfg, key), key
     with torch.device("meta"):

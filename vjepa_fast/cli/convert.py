@@ -81,6 +81,7 @@ def convert(
         chosen = _choose_classifier(checkpoint, classifier)
         key = checkpoint.choose(weights)
         cfg = _config(checkpoint, key, fields_given)
+        _check_probe_width(checkpoint, cfg)
         if to == "hf":
             _warn_hf(checkpoint)
         if weights is not None:
@@ -133,6 +134,17 @@ def _config(checkpoint: Checkpoint, key: str, fields: dict[str, Any]) -> ModelCo
     for note in assumed:
         say("warning", note)
     return cfg
+
+
+def _check_probe_width(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
+    from vjepa_fast.models.vit import size_of
+
+    width = size_of(cfg).embed_dim
+    for state in checkpoint.classifiers:
+        token = state.get("pooler.query_tokens")
+        if token is not None and token.shape[-1] != width:
+            raise UserError(f"the attentive probe has width {token.shape[-1]}, the encoder {width}: they do not belong "
+                            "together")
 
 
 def _warn_hf(checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ by a rule; whatever was assumed is said.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,9 @@ DEFAULT_CROP, DEFAULT_FRAMES = (256, 256), 16
 """Of models with RoPE whose file says nothing: what their first stage of training sees."""
 _V21_CROP = (384, 384)
 """All that was released of V-JEPA 2.1."""
+_ELSEWHERE = {"patch_size": "data.patch_size", "tubelet_size": "data.tubelet_size",
+              "return_all_tokens": "loss.predict_all"}
+"""Fields of the model that a config writes in another section."""
 _MAX_SHOWN = 3
 _HEAD_DIM = 64
 _PREDICTOR_HEAD_DIM = 32
@@ -86,9 +90,12 @@ def describe(cfg: ModelConfig) -> str:
     if cfg.n_output_distillation is not None:
         names += ["rope_style", "interpolate_rope", "n_output_distillation", "teacher_embed_dim", "return_all_tokens",
                   "img_temporal_dim_size", "modality_embedding"]
+    if not cfg.use_rope:
+        names.append("positions")
     values = {name: getattr(cfg, name) for name in names}
     version = "" if cfg.n_output_distillation is None else " (it is of V-JEPA 2.1)"
-    return " ".join(f"model.{name}={_plain(value)}" for name, value in values.items() if value is not None) + version
+    return " ".join(f"{_ELSEWHERE.get(name, f'model.{name}')}={_plain(value)}"
+                    for name, value in values.items() if value is not None) + version
 
 
 def _plain(value: Any) -> str:
@@ -183,6 +190,10 @@ def _positions(
     encoder: State, predictor: State | None, known: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str],
 ) -> tuple[bool, dict[str, Any]]:
     """Whether positions are RoPE, and what a stored table says: frames, crop and uniform_power."""
+    if "learned_positions.spatial" in encoder:
+        places, times = (encoder[f"learned_positions.{axis}"].shape[1] for axis in ("spatial", "temporal"))
+        side = math.isqrt(places) * fields["patch_size"]
+        return False, {"positions": "learned", "num_frames": times * fields["tubelet_size"], "crop_size": (side, side)}
     table = encoder.get("pos_embed")
     if table is None:
         return True, {}
