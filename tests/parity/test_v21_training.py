@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from vjepa_fast.interop import meta
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.ops.context_weights import context_weights
+from vjepa_fast.train.step import TrainStep
 
-from . import v21_ours, v21_reference
+from . import ours, v21_ours, v21_reference
 from .cases import make_batch, relative_difference, uniform
 from .meta_reference import ignore_sdp_warning
+from .test_meta_checkpoint import DataParallelNames, their_checkpoint
 from .v21_cases import DENSE_CASES, DenseCase
 
 pytestmark = [v21_reference.needs_reference, ignore_sdp_warning]
@@ -78,3 +83,37 @@ def test_three_steps_fp64(case: DenseCase) -> None:
         moved += bool((expected - weights[name]).abs().max() > 1e-6)
     # What stays: the mask token that nobody uses, and with videos alone what is of images, or the other way round.
     assert moved >= len(theirs.weights) - (1 if len(case.frames) == 2 else 8)
+
+
+def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
+    """A checkpoint of theirs after a step goes on here, and one of ours there: weights, moments and their order."""
+    case = DENSE_CASES["dense_both"]
+    triple = v21_reference.build(case, torch.float64)
+    triple.load(start_weights(case))
+    theirs = v21_reference.Training(triple, case)
+    theirs.step(make_batch(case, 0))
+    torch.save(their_checkpoint(triple, theirs, 0), tmp_path / "theirs.pth.tar")
+
+    model, cfg = ours.build(case, torch.float64)
+    train_step = TrainStep(model, cfg)
+    meta.load_checkpoint(tmp_path / "theirs.pth.tar", model, train_step.optimizer)
+    for number in (1, 2):
+        expected = theirs.step(make_batch(case, number))
+        found = train_step(number, *v21_ours.inputs(make_batch(case, number)))
+        assert float(found.loss) == pytest.approx(expected.loss, rel=1e-12)
+    for name, value in ours.weights_of(model).items():
+        assert (value - triple.weights()[name]).abs().max() <= 1e-9, name
+
+    meta.save_checkpoint(tmp_path / "ours.pt", model, train_step.optimizer, epoch=0, loss=1.0, batch_size=2,
+                         world_size=1, lr=1e-3)
+    saved = meta.read(tmp_path / "ours.pt")
+    again = v21_reference.build(case, torch.float64)
+    for part, module in again.parts():
+        DataParallelNames(module).load_state_dict(saved[part])
+    other = v21_reference.Training(again, case)
+    other.optimizer.load_state_dict(saved["opt"])
+    for (_, one), (_, two) in zip(again.parts(), triple.parts(), strict=True):
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+            for key, value in theirs.optimizer.state.get(b, {}).items():
+                torch.testing.assert_close(other.optimizer.state[a][key].to(value), value, rtol=1e-6, atol=1e-12)
