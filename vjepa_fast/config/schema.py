@@ -399,6 +399,14 @@ class LossConfig(Section):
     offset_context_loss: bool = False
     """These distances are divided by (tokens of a row) // 16."""
 
+    def model_options(self) -> dict[str, Any]:
+        """What vjepa_fast.VJEPA takes of it: `vf.VJEPA(cfg.model, **cfg.loss.model_options())`."""
+        return {
+            "loss_exp": self.loss_exp, "reg_coeff": self.reg_coeff, "prediction_l2": self.prediction_l2,
+            "weight_distance_loss": self.weight_distance_loss, "offset_context_loss": self.offset_context_loss,
+            "context_scale": (self.lambda_value_vid, self.lambda_value_img),
+        }
+
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         if self.lambda_warmup[0] >= self.lambda_warmup[1]:

@@ -110,11 +110,13 @@ class VJEPA(nn.Module):
         reg_coeff: weight of V-JEPA 1's variance term; 0 leaves it out.
         prediction_l2: weight of half the mean square of the predictions; 0 leaves it out.
         weight_distance_loss, offset_context_loss: as in LossConfig.
+        context_scale: lambda_value_vid and lambda_value_img.
     """
 
     def __init__(
         self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0, weight_distance_loss: bool = False,
         offset_context_loss: bool = False, prediction_l2: float = 0.0,
+        context_scale: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -122,7 +124,7 @@ class VJEPA(nn.Module):
         self.reg_coeff = reg_coeff
         self.prediction_l2 = prediction_l2
         self.weight_distance_loss, self.offset_context_loss = weight_distance_loss, offset_context_loss
-        self.context_scale: tuple[float, float] | Tensor = (0.5, 0.5)
+        self.context_scale: tuple[float, float] | Tensor = context_scale
         self.encoder = VisionTransformer(cfg)
         self.predictor = Predictor(cfg)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)

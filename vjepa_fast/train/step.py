@@ -57,10 +57,8 @@ class TrainStep:
     ) -> None:
         self.model = model
         self.loss = cfg.loss
-        model.loss_exp, model.reg_coeff = cfg.loss.loss_exp, cfg.loss.reg_coeff
-        model.prediction_l2 = cfg.loss.prediction_l2
-        model.weight_distance_loss = cfg.loss.weight_distance_loss
-        model.offset_context_loss = cfg.loss.offset_context_loss
+        for name, value in cfg.loss.model_options().items():
+            setattr(model, name, value)
         self.forward = data_parallel or model
         self.num_processes = num_processes
         self.num_micro = cfg.optimization.grad_accumulation

@@ -456,11 +456,15 @@ class Trainer:
         cfg = self.cfg
         counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.model.encoder, self.model.predictor)]
         tokens = " + ".join(str(t * h * w) for t, h, w in self.masks.grids)
+        and_images, images = "", ""
+        if cfg.img_data is not None:
+            count = cfg.img_data.per_process * self.processes.world_size
+            and_images, images = " and images", f" and {count} images"
         many = f", {self.processes.world_size} processes" if self.processes.distributed else ""
         self.console.print(
             f"{cfg.model.model_name}: encoder {counts[0]:.1f} M, predictor {counts[1]:.1f} M parameters, "
-            f"{tokens} tokens a clip\n{self.loader.num_videos} videos, {self.global_batch} clips a step, "
-            f"{self.device.type}{many}, {cfg.train.dtype}\n"
+            f"{tokens} tokens a clip\n{self.loader.num_videos} videos{and_images}, {self.global_batch} clips{images} "
+            f"a step, {self.device.type}{many}, {cfg.train.dtype}\n"
             f"run folder {self.folder}", highlight=False, soft_wrap=True)
         if self.device.type == "cuda" and cfg.data.backend == "auto" and self.backend == "pyav":
             self._say(f"PyAV decodes, on the CPU: {dali.missing(self.device)}")
