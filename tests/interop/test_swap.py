@@ -353,6 +353,27 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert errors[0] <= 1.4 * errors[1]
 
 
+def test_autocast_on_a_gpu() -> None:
+    """There norms return fp32 under autocast, and the branches of a residual stream its dtype."""
+    fast = vf.swap(v2()[0])[0].backbone
+    network, clips = vars(fast)["_vf_view"].network, make_clips(1)
+    exact = fast(clips)
+    was_on, was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with network.casting(torch.device("cuda")):
+            features = network(clips)
+    finally:
+        torch.set_autocast_enabled("cuda", was_on)
+        torch.set_autocast_dtype("cuda", was)
+    assert features.dtype == torch.float32
+    # They are not rounded to bf16 and back.
+    assert not torch.equal(features, features.bfloat16().float())
+    difference = ((features - exact).norm() / exact.norm()).item()
+    assert 1e-4 < difference < 2e-2
+
+
 def test_drop_path_and_modes() -> None:
     fast, _, _ = vf.swap(v2(drop_path=0.5)[0])
     clips = [make_clips(8)]

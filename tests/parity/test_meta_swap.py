@@ -15,8 +15,8 @@ import torch
 import vjepa_fast as vf
 from vjepa_fast.bench.reference import normalise
 
-from . import v21_reference
-from .cases import make_batch, relative_difference
+from . import meta_reference, meta_v1_reference, v21_reference
+from .cases import Case, make_batch, relative_difference
 from .meta_swap_main import EPOCHS, IPE, VERSIONS
 from .v21_cases import DenseCase
 
@@ -57,6 +57,74 @@ def test_training_script(name: str, tmp_path: Path) -> None:
         for key, value in last[0][part].items():
             difference = (last[1][part][key] - value).norm()
             assert difference <= 1e-3 * value.norm(), key
+
+
+def _randomised(module: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return module
+
+
+SHAPES = {
+    "as trained": ({}, (8, 32, 32)),
+    "fewer frames": ({}, (4, 32, 32)),
+    "more frames": ({}, (12, 32, 32)),
+    "other sides": ({}, (8, 40, 24)),
+    "trained on wide frames": ({"img_size": (32, 48)}, (8, 32, 48)),
+    "counted on the trained grid": ({"handle_nonsquare_inputs": False}, (8, 32, 64)),
+    "sides that leave a rest": ({}, (8, 35, 32)),
+    "images": ({"num_frames": 1}, (1, 32, 32)),
+    "larger images": ({"num_frames": 1}, (1, 48, 48)),
+}
+
+
+@meta_reference.needs_reference
+@meta_reference.ignore_sdp_warning
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "sincos"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_v2_at_other_sizes(name: str, rope: bool) -> None:
+    """Encoder and predictor place tokens where the reference does, or leave it to the reference's own code."""
+    options, (frames, height, width) = SHAPES[name]
+    if not rope and name in ("trained on wide frames", "sides that leave a rest"):
+        pytest.skip("the reference fails")
+    case = Case("sizes", use_rope=rope)
+    encoder = _randomised(meta_reference.build_encoder(case, **options))
+    clips = torch.randn(2, 3, frames, height, width)
+    clips = clips[:, :, 0] if options.get("num_frames") == 1 else clips
+    with torch.no_grad():
+        fast = vf.swap(encoder)[0]
+        assert relative_difference(fast(clips), encoder(clips)) <= 1e-5
+        ids = torch.stack([torch.randperm(9)[:5].sort().values for _ in range(2)])
+        assert relative_difference(fast(clips, ids), encoder(clips, ids)) <= 1e-5
+
+
+@meta_reference.needs_reference
+@meta_reference.ignore_sdp_warning
+def test_v2_predictor_of_wide_frames() -> None:
+    """It counts positions in squares of the trained height."""
+    case = Case("sizes")
+    predictor = _randomised(meta_reference.modules().predictor.VisionTransformerPredictor(
+        img_size=(32, 48), patch_size=8, num_frames=8, tubelet_size=2, embed_dim=case.embed_dim, predictor_embed_dim=32,
+        depth=2, num_heads=2, use_rope=True, use_mask_tokens=True, num_mask_tokens=2, zero_init_mask_tokens=False))
+    ids = torch.stack([torch.randperm(4 * 4 * 6) for _ in range(2)])
+    context, target = ids[:, :20].sort().values, ids[:, 20:60].sort().values
+    x = torch.randn(2, 20, case.embed_dim)
+    with torch.no_grad():
+        expected = predictor(x, context, target)
+        assert relative_difference(vf.swap(None, predictor)[1](x, context, target), expected) <= 1e-5
+
+
+@meta_v1_reference.needs_v1_reference
+@pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")
+@pytest.mark.parametrize("shape", [(8, 32, 32), (4, 32, 32), (8, 40, 24)], ids=str)
+def test_v1_at_other_sizes(shape: tuple[int, int, int]) -> None:
+    encoder = _randomised(meta_v1_reference.modules().vit.VisionTransformer(
+        img_size=32, patch_size=8, num_frames=8, tubelet_size=2, embed_dim=48, depth=2, num_heads=3))
+    clips = torch.randn(2, 3, *shape)
+    with torch.no_grad():
+        assert relative_difference(vf.swap(encoder)[0](clips), encoder(clips)) <= 1e-5
 
 
 @pytest.mark.skipif(not os.environ.get("VJEPA21_REFERENCE"), reason="VJEPA21_REFERENCE does not name a checkout")

@@ -23,7 +23,7 @@ _ACCEPTED = (
 
 
 def swap(
-    encoder: nn.Module, predictor: nn.Module | None = None, target_encoder: nn.Module | None = None, *,
+    encoder: nn.Module | None, predictor: nn.Module | None = None, target_encoder: nn.Module | None = None, *,
     inplace: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Modules with the same signatures, outputs and Parameter objects that run on vjepa-fast's networks.
@@ -31,7 +31,7 @@ def swap(
     Autocast around a call is respected: the networks then compute in its dtype.
 
     Args:
-        encoder: of V-JEPA 1 or 2 (see _ACCEPTED), or a VJEPA2Model, which has its predictor within.
+        encoder: of V-JEPA 1, 2 or 2.1 (docs/swap.md lists all), or a VJEPA2Model, predictor within; or None.
         predictor: likewise.
         target_encoder: likewise.
         inplace: the modules themselves are changed, so that whoever holds them runs faster. False: they stay as they
