@@ -413,6 +413,20 @@ def test_hooks_run_their_own_modules(calls: list[int]) -> None:
     assert len(seen) == 4 and calls == [3 * DEPTH + PRED_DEPTH]
 
 
+def test_hooks_of_before_report_to_whoever_set_them() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.shapes: list[Any] = []
+
+        def hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            self.shapes.append(output.shape)
+
+    encoder, recorder = v2()[0].backbone, Recorder()
+    encoder.register_forward_hook(recorder.hook)
+    vf.swap(encoder)[0](make_clips(1))
+    assert len(recorder.shapes) == 1
+
+
 def test_layers_that_are_exchanged_afterwards(calls: list[int]) -> None:
     class Scaled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

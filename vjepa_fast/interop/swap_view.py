@@ -242,8 +242,12 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def same_tensors(module: nn.Module) -> nn.Module:
-    """A copy of a tree of modules with the very same parameters and buffers."""
+    """A copy of a tree of modules with the very same parameters, buffers and hooks."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                memo |= {id(hook): hook for hook in value.values()}
     made = copy.deepcopy(module, memo)
     for new, old in zip(made.modules(), module.modules(), strict=True):
         if old._compiled_call_impl is not None:
