@@ -148,9 +148,9 @@ CASES = {
     "recomputed selectively": config(model={"activation_checkpointing": "selective"}),
     "V-JEPA 1": config(model={"use_rope": False, "mask_token_by": "mask", "init": "vjepa1"},
                        optimization={"ipe": 1, "clip_grad": 0.1}),
-    "learned positions": config(dtype="bfloat16", model={"use_rope": False, "positions": "learned", "init": "xavier"},
-                                loss={"prediction_l2": 0.01}),
-    "noised targets": config(dtype="bfloat16", model={"use_mask_tokens": False}),
+    "learned positions, noised targets": config(
+        dtype="bfloat16", model={"use_rope": False, "positions": "learned", "use_mask_tokens": False},
+        loss={"prediction_l2": 0.01}),
 }
 
 
@@ -190,11 +190,11 @@ class WatchedStep(GraphedStep):
 
 GRAPHED = {
     "plain": {},
-    "swiglu, drop path": {"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5},
-    "sincos, recomputed": {"use_rope": False, "activation_checkpointing": "full"},
+    "swiglu, drop path, noised targets": {
+        "use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5, "use_mask_tokens": False},
+    "sincos, recomputed, a token for each mask": {
+        "use_rope": False, "activation_checkpointing": "full", "mask_token_by": "mask"},
     "recomputed selectively": {"activation_checkpointing": "selective"},
-    "a token for each mask": {"mask_token_by": "mask"},
-    "noised targets": {"use_mask_tokens": False},
 }
 
 

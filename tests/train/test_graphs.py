@@ -86,10 +86,10 @@ def assert_same(ours: torch.nn.Module, oracle: torch.nn.Module, tolerance: float
 CASES = {
     "plain": {},
     "no truncation, variance term": {"truncate": "none", "reg_coeff": 0.1},
-    "sincos, swiglu, recomputed": {"use_rope": False, "use_silu": True, "use_pred_silu": True,
-                                   "activation_checkpointing": "full"},
     # Clipped from the sixth of ten steps on, when all is captured.
-    "V-JEPA 1": {"use_rope": False, "mask_token_by": "mask", "clip_grad": 0.05},
+    "sincos, swiglu, recomputed, a token for each mask, clipped": {
+        "use_rope": False, "use_silu": True, "use_pred_silu": True, "activation_checkpointing": "full",
+        "mask_token_by": "mask", "clip_grad": 0.05},
     # The weight of the context tokens' loss grows from the third to the eighth of ten steps.
     "V-JEPA 2.1": {
         "depth": 4, "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,

@@ -23,7 +23,7 @@ RECIPES = {
     "vitl16-224-v1": [
         "model.use_mask_tokens=false", "data.batch_size=4", "data.clips_per_video=2", "mask.clips_per_mask=2",
         "data.frame_step=1", "loss.reg_coeff=0.1", "optimization.clip_grad=0.5",
-        "mask.masks=[{strategy: tube, ratio: 0.9, round_context_down: true}]", "model.num_mask_tokens=1"],
+        "mask.masks=[{strategy: tube, ratio: 0.9, round_context_down: true}]"],
 }
 
 

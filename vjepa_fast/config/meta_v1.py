@@ -108,7 +108,7 @@ def _map(values: dict[str, dict[str, Any]], masks: list[dict[str, Any]], reader:
     duration, frame_step, num_frames = (data.pop(name) for name in ("clip_duration", "sampling_rate", "num_frames"))
     out = values["logging"]["folder"]
     return {
-        "model": {**model, "use_rope": False, "init": "vjepa1", "mask_token_by": "mask", "num_mask_tokens": len(masks)},
+        "model": {**model, "use_rope": False, "init": "vjepa1", "mask_token_by": "mask"},
         "mask": {"masks": masks, "truncate": "batch_min", "clips_per_mask": num_clips},
         "data": {
             **data,

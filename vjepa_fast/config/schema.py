@@ -105,7 +105,8 @@ class ModelConfig(Section):
     use_mask_tokens: bool = True
     """False: the predictor is given noised target features in place of mask tokens, an option of V-JEPA 1."""
     num_mask_tokens: PositiveInt | None = None
-    """None: number of masks times number of datasets, as the reference counts."""
+    """None: number of masks times number of datasets, as the reference counts; the number of masks where each of them
+    has one."""
     mask_token_by: Literal["group", "mask"] = "group"
     """What has a mask token of its own: a frames-per-clip group (V-JEPA 2), or a mask (V-JEPA 1)."""
     zero_init_mask_tokens: bool = True
@@ -562,7 +563,8 @@ class Config(Section):
         self.model.return_all_tokens = self.loss.predict_all
         self._check_images()
         if self.model.num_mask_tokens is None:
-            self.model.num_mask_tokens = len(self.mask.masks) * len(self.data.dataset_fpcs)
+            by_mask = self.model.mask_token_by == "mask"
+            self.model.num_mask_tokens = len(self.mask.masks) * (1 if by_mask else len(self.data.dataset_fpcs))
         if self.model.model_name.endswith("_rope"):
             self.model.use_rope = True
         for section, name, value in ((self.model, "dtype", self.train.dtype), (self.data, "seed", self.train.seed)):
