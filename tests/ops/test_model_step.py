@@ -62,6 +62,34 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
         assert mine <= 2 * theirs + floor, name
 
 
+def test_dense_step(kernels: torch.device, monkeypatch) -> None:
+    """V-JEPA 2.1 in fp32: four levels in one launch for the target and one for the context tokens."""
+    cfg = config(fpcs=(2,), embed_dim=12, num_heads=1, depth=4, pred_embed_dim=12, pred_num_heads=1, pred_depth=1,
+                 rope_style="interleaved", n_output_distillation=4, img_temporal_dim_size=1, modality_embedding=True,
+                 interpolate_rope=True)
+    cfg.model.return_all_tokens = True
+    clips, masks = make_batch(cfg)
+    # One clip: the interpreter takes a while.
+    clips, masks = [clips[0][:1]], [masks[0].narrow(0, 1)]
+    results = []
+    for choice in ("triton", "ref"):
+        monkeypatch.setenv("VJEPA_FAST_OPS", choice)
+        _dispatch.launches.clear()
+        torch.manual_seed(0)
+        model = vf.VJEPA(cfg.model, weight_distance_loss=True).to(kernels)
+        loss = model([c.to(kernels) for c in clips], [m.to(kernels) for m in masks]).loss
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        launched = _dispatch.launches["_latent_loss_fwd_kernel"], _dispatch.launches["_latent_loss_bwd_kernel"]
+        assert launched == ((2, 2) if choice == "triton" else (0, 0))
+    (loss, found), (expected_loss, expected) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    total = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-5 * (grad.norm() + 1e-2 * total), name
+
+
 def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None:
     """Three blocks have six norms, of which the first alone reads no sum."""
     blocks = make_blocks(3, 16, 2, 2.0, 0.0, False, True).to(kernels)
