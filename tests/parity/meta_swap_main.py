@@ -1,13 +1,15 @@
-"""Run a reference's own training script, with or without vf.swap: python -m tests.parity.meta_swap_main v2 FOLDER swap
+"""A reference's own training script, with vf.swap or without: python -m tests.parity.meta_swap_main v2 A swap:B
 
 app/vjepa/train.py runs unchanged in one gloo process, with its model, optimizer, moving average, data parallel wrappers
-and checkpoints; what reads videos is replaced by our batches. With `swap`, the modules that init_video_model made are
-swapped, which is all that a user has to add. FOLDER/losses.json then has the losses of all steps, in full, and how
-often our attention ran. It continues from the checkpoint in FOLDER if there is one.
+and checkpoints; what reads videos is replaced by our batches. It runs once for each folder. With `swap:` before it, the
+modules that init_video_model made are swapped, which is all that a user has to add. The folder's losses.json then has
+the losses of all steps, in full, and how often our attention ran. It continues from the checkpoint there if there is
+one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +150,7 @@ def main(version: Version, folder: Path, swap: bool) -> None:
     sampler = types.SimpleNamespace(set_epoch=lambda epoch: None)
     data_manager, transforms = types.ModuleType("data_manager"), types.ModuleType("transforms")
     loader = Loader(version, first_epoch * IPE)
-    data_manager.init_data = lambda **_: (loader, sampler)  # type: ignore[attr-defined]
-    transforms.make_transforms = lambda **_: None  # type: ignore[attr-defined]
+    data_manager.init_data = transforms.make_transforms = None  # type: ignore[attr-defined]
     sys.modules.setdefault("torchvision", types.ModuleType("torchvision"))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
@@ -161,8 +163,9 @@ def main(version: Version, folder: Path, swap: bool) -> None:
         calls += 1
         return attention(*args)
 
-    layers.attention = counted
-    with import_environment(Path(os.environ[version.variable]).resolve()):
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(mock.patch.object(layers, "attention", counted))
+        changes.enter_context(import_environment(Path(os.environ[version.variable]).resolve()))
         sys.modules["src.datasets.data_manager"] = data_manager
         sys.modules[f"{version.app}.transforms"] = transforms
         train, vit = importlib.import_module(f"{version.app}.train"), importlib.import_module(version.vit)
@@ -172,9 +175,11 @@ def main(version: Version, folder: Path, swap: bool) -> None:
                 losses.append(values[2])
                 super().log(*values)
 
-        train.CSVLogger = Logger
+        changes.enter_context(mock.patch.multiple(
+            train, CSVLogger=Logger, init_data=lambda **_: (loader, sampler), make_transforms=lambda **_: None))
         if swap:
-            train.init_video_model = _swapping(train.init_video_model)
+            swapping = _swapping(train.init_video_model)
+            changes.enter_context(mock.patch.object(train, "init_video_model", swapping))
         # The script looks sizes up by name in this module.
         setattr(vit, version.name, functools.partial(
             vit.VisionTransformer, embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads,
@@ -185,4 +190,5 @@ def main(version: Version, folder: Path, swap: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(VERSIONS[sys.argv[1]], Path(sys.argv[2]).resolve(), "swap" in sys.argv[3:])
+    for job in sys.argv[2:]:
+        main(VERSIONS[sys.argv[1]], Path(job.removeprefix("swap:")).resolve(), job.startswith("swap:"))

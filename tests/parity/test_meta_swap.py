@@ -21,13 +21,15 @@ from .meta_swap_main import EPOCHS, IPE, VERSIONS
 from .v21_cases import DenseCase
 
 
-def run(name: str, folder: Path, swap: bool) -> tuple[list[float], int]:
-    """The loss of every step, and how often our attention ran."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.parity.meta_swap_main", name, str(folder), *(["swap"] if swap else [])]
+def run(name: str, *jobs: str) -> list[tuple[list[float], int]]:
+    """For each job the loss of every step, and how often our attention ran."""
+    folders = [Path(job.removeprefix("swap:")) for job in jobs]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.parity.meta_swap_main", name, *jobs]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=300)
-    found = json.loads((folder / "losses.json").read_text())
-    return found["losses"], found["calls"]
+    found = [json.loads((folder / "losses.json").read_text()) for folder in folders]
+    return [(one["losses"], one["calls"]) for one in found]
 
 
 @pytest.mark.parametrize("name", VERSIONS)
@@ -36,9 +38,8 @@ def test_training_script(name: str, tmp_path: Path) -> None:
     if not os.environ.get(version.variable):
         pytest.skip(f"{version.variable} does not name a checkout")
     case = version.case
-    expected, none = run(name, tmp_path / "theirs", False)
+    (expected, none), (found, calls) = run(name, f"{tmp_path}/theirs", f"swap:{tmp_path}/ours")
     assert none == 0 and len(expected) == IPE * EPOCHS >= 5
-    found, calls = run(name, tmp_path / "ours", True)
     assert calls == IPE * EPOCHS * (2 * case.depth + case.pred_depth)
     assert found == pytest.approx(expected, rel=1e-5)
     if name == "v1 noised":
@@ -47,7 +48,7 @@ def test_training_script(name: str, tmp_path: Path) -> None:
     # The checkpoint that was written in the middle, taken up by the script alone.
     (tmp_path / "again").mkdir()
     shutil.copy(tmp_path / "ours" / version.kept.format(EPOCHS - 2), tmp_path / "again" / version.latest)
-    resumed, none = run(name, tmp_path / "again", False)
+    [(resumed, none)] = run(name, f"{tmp_path}/again")
     assert none == 0 and resumed == pytest.approx(expected[-IPE:], rel=1e-5)
     last = [torch.load(tmp_path / folder / version.latest, weights_only=True) for folder in ("theirs", "ours")]
     assert [list(part) for part in last[0]["opt"]["state"].values()] == [
