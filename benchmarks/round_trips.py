@@ -21,16 +21,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vjepa_fast as vf
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import UserError
 from vjepa_fast.inference import check_fit, model_config
-from vjepa_fast.interop import meta, proof
+from vjepa_fast.interop import huggingface, meta, proof, shapes
 from vjepa_fast.interop.files import Checkpoint, open_checkpoint
+from vjepa_fast.interop.huggingface_config import to_hf_config
 from vjepa_fast.interop.writing import write
 from vjepa_fast.models.vit import size_of
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def _v1(name: str, model: str, crop: int) -> Architecture:
         "num_mask_tokens": 2})
 
 
-def _v2(name: str, model: str, crop: int, **more: Any) -> Architecture:
+def _v2(name: str, model: str, crop: int) -> Architecture:
     return Architecture(name, "v2", {
-        "model_name": model, "crop_size": crop, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 10}, **more)
+        "model_name": model, "crop_size": crop, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 10})
 
 
 def _v21(name: str, model: str, **more: Any) -> Architecture:
@@ -84,7 +87,9 @@ ARCHITECTURES = (
     _v2("V-JEPA 2 ViT-H/16", "vit_huge", 256),
     _v2("V-JEPA 2 ViT-g/16", "vit_giant_xformers", 256),
     _v2("V-JEPA 2 ViT-g/16-384", "vit_giant_xformers", 384),
-    _v2("V-JEPA 2-AC ViT-g/16", "vit_giant_xformers", 256, heads=None, action=True),
+    Architecture("V-JEPA 2-AC ViT-g/16", "v2", {
+        "model_name": "vit_giant_xformers", "crop_size": 256, "num_frames": 64, "pred_depth": 24}, heads=None,
+        action=True),
     _v21("V-JEPA 2.1 ViT-B/16", "vit_base", **_DISTILLED),
     _v21("V-JEPA 2.1 ViT-L/16", "vit_large", **_DISTILLED),
     _v21("V-JEPA 2.1 ViT-g/16", "vit_giant_xformers"),
@@ -120,23 +125,31 @@ def reference_networks(cfg: ModelConfig, root: Path, action: bool = False) -> di
         # Its mask of all pairs of tokens would not fit the memory at 64 frames; no parameter depends on it.
         networks["predictor"] = predictors.VisionTransformerPredictorAC(
             img_size=cfg.crop_size, patch_size=cfg.patch_size, num_frames=cfg.num_frames, is_frame_causal=False,
-            tubelet_size=cfg.tubelet_size, embed_dim=size_of(cfg).embed_dim, depth=min(cfg.pred_depth, 24),
+            tubelet_size=cfg.tubelet_size, embed_dim=size_of(cfg).embed_dim, depth=cfg.pred_depth,
             norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
     return networks
 
 
-def compare_names(architecture: Architecture, root: Path) -> str:
-    """Names and shapes of the whole model, told from the reference's on the meta device; how many there are.
-
-    Raises:
-        UserError: they differ.
-    """
-    cfg = config_of(architecture)
+def reference_states(architecture: Architecture, root: Path) -> dict[str, State]:
+    """The state dicts of the whole encoder and predictor of a checkout, on the meta device."""
     # They take numbers out of this one.
     on_cpu = mock.patch.object(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
     with torch.device("meta"), on_cpu:
-        networks = reference_networks(cfg, root, architecture.action)
-    states = {name: meta.strip_prefixes(network.state_dict()) for name, network in networks.items()}
+        networks = reference_networks(config_of(architecture), root, architecture.action)
+    return {name: meta.strip_prefixes(network.state_dict()) for name, network in networks.items()}
+
+
+def compare_names(architecture: Architecture, states: Mapping[str, State]) -> str:
+    """Whether a whole model is told from the names and shapes of the reference's; how many there are.
+
+    Args:
+        architecture: which.
+        states: `encoder` and `predictor`, on the meta device.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    cfg = config_of(architecture)
     checkpoint = Checkpoint(Path(architecture.name), "meta", {architecture.key: states["encoder"]})
     if architecture.action:
         checkpoint.action_predictor = states["predictor"]
@@ -145,14 +158,38 @@ def compare_names(architecture: Architecture, root: Path) -> str:
     found, _ = model_config(checkpoint, architecture.key, {})
     # Fits, or raises with the differences.
     check_fit(checkpoint, architecture.key, found)
-    for name in ("model_name", "use_rope", "crop_size", "num_frames", "pred_num_heads"):
-        own, told = getattr(cfg, name), getattr(found, name)
-        # Neither shapes nor names tell the crop and the frames of a model with RoPE; nothing depends on them.
-        if name in ("crop_size", "num_frames") and cfg.use_rope or architecture.action and name == "pred_num_heads":
-            continue
-        assert own == told or name == "pred_num_heads" and told == size_of(cfg).num_heads, (name, own, told)
+    # Neither shapes nor names tell the crop and the frames of a model with RoPE; nothing depends on them.
+    names = {"model_name", "use_rope", "rope_style", "interpolate_rope", "uniform_power", "n_output_distillation",
+             "teacher_embed_dim", *(() if cfg.use_rope else ("crop_size", "num_frames"))}
+    for name in names:
+        assert getattr(cfg, name) == getattr(found, name), name
+    if not architecture.action:
+        heads = size_of(cfg).num_heads
+        assert (cfg.pred_num_heads or heads) == (found.pred_num_heads or heads)
     parameters = sum(value.numel() for state in states.values() for value in state.values())
     return f"{sum(map(len, states.values()))} of {parameters / 1e6:.0f} M"
+
+
+def compare_hf_names(architecture: Architecture, states: Mapping[str, State]) -> None:
+    """Whether the whole model has the names and shapes of transformers' under transformers' names.
+
+    Raises:
+        UserError: it has not.
+    """
+    import transformers
+
+    config = {key: value for key, value in to_hf_config(
+        config_of(architecture), predictor=not architecture.action).items()
+              if key not in ("model_type", "architectures")}
+    with torch.device("meta"):
+        theirs = transformers.VJEPA2Model(transformers.VJEPA2Config(**config)).state_dict()
+    if architecture.action:
+        ours = huggingface.encoder_to_hf(states["encoder"])
+        theirs = {key: value for key, value in theirs.items() if key.startswith("encoder.")}
+    else:
+        ours = huggingface.to_hf(states["encoder"], states["predictor"])
+    if differences := shapes.differences(theirs, ours):
+        raise UserError(f"{architecture.name} differs from transformers' model: {differences}")
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -268,7 +305,10 @@ def run(architecture: Architecture, root: Path, depth: int | None, **sizes: Any)
         sizes: fields of ModelConfig for smaller models, in tests.
     """
     row = Row(architecture.name)
-    row.tensors = compare_names(architecture, root)
+    states = reference_states(architecture, root)
+    row.tensors = compare_names(architecture, states)
+    if architecture.version == "v2":
+        compare_hf_names(architecture, states)
     changes = {}
     if depth is not None:
         changes = {"depth": depth, "pred_depth": depth} if architecture.version != "v2.1" else _V21_DEPTHS

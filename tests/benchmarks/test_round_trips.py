@@ -10,12 +10,38 @@ import pytest
 
 from benchmarks import round_trips
 from benchmarks.round_trips import ARCHITECTURES, Architecture
+from tests.interop import released_names
 from vjepa_fast.errors import UserError
 
 ROOTS = {"v1": "VJEPA1_REFERENCE", "v2": "VJEPA2_REFERENCE", "v2.1": "VJEPA21_REFERENCE"}
 SMALL: dict[str, Any] = {"embed_dim": 192, "num_heads": 16, "pred_embed_dim": 48, "pred_num_heads": 3,
                          "mlp_ratio": 4.0, "num_frames": 4, "crop_size": 64}
 SOME = ("V-JEPA ViT-L/16", "V-JEPA 2 ViT-L/16", "V-JEPA 2-AC ViT-g/16", "V-JEPA 2.1 ViT-B/16")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda one: one.name)
+def test_released_models_are_told_from_names_and_shapes(architecture: Architecture) -> None:
+    """Without a checkout, from a file of its names."""
+    states = released_names.load()[architecture.name]
+    count, size = round_trips.compare_names(architecture, states).split(" of ")
+    assert int(count) == sum(map(len, states.values())) > 300 and int(size.split()[0]) > 100
+    if architecture.version == "v2":
+        pytest.importorskip("transformers")
+        round_trips.compare_hf_names(architecture, states)
+    del states["encoder"]["blocks.1.mlp.fc1.bias"]
+    with pytest.raises(UserError, match=r"missing blocks\.1\.mlp\.fc1\.bias"):
+        round_trips.compare_names(architecture, states)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_file_of_names_is_the_references(name: str) -> None:
+    [architecture] = [one for one in ARCHITECTURES if one.name == name]
+    root = os.environ.get(ROOTS[architecture.version])
+    if not root:
+        pytest.skip(f"{ROOTS[architecture.version]} does not name a checkout of the reference")
+    for part, state in round_trips.reference_states(architecture, Path(root)).items():
+        kept = released_names.load()[name][part]
+        assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in kept.items()}
 
 
 @pytest.mark.parametrize("name", SOME)

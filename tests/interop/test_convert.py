@@ -155,6 +155,8 @@ def test_encoder_alone(made: vf.VJEPA, tmp_path: Path) -> None:
     fields = [one for one in FIELDS if "pred" not in one]
     text = convert(tmp_path / "bare.pt", tmp_path / "hf", *fields, "--to", "hf")
     assert "there is no predictor to write" in text and "relative difference: encoder" in text
+    # The predictor that transformers makes up has sizes of its own, whatever the encoder's heads are.
+    assert "pred_num_attention_heads" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     convert(tmp_path / "bare.pt", tmp_path / "m.pt", *fields, "--to", "meta")
     assert "predictor" not in torch.load(tmp_path / "m.pt", weights_only=True)
 

@@ -17,18 +17,6 @@ from vjepa_fast.interop.huggingface_config import to_hf_config
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 
-RELEASED = {
-    "v1 ViT-L/16": {"model_name": "vit_large", "use_rope": False, "uniform_power": True, "crop_size": 224,
-                    "num_frames": 16, "num_mask_tokens": 2},
-    "v1 ViT-H/16": {"model_name": "vit_huge", "use_rope": False, "uniform_power": True, "crop_size": 224,
-                    "num_frames": 16, "num_mask_tokens": 2},
-    "v1 ViT-H/16-384": {"model_name": "vit_huge", "use_rope": False, "uniform_power": True, "crop_size": 384,
-                        "num_frames": 16, "num_mask_tokens": 2},
-    "v2 ViT-L/16": {"model_name": "vit_large", "pred_num_heads": 12, "num_mask_tokens": 10},
-    "v2 ViT-H/16": {"model_name": "vit_huge", "pred_num_heads": 12, "num_mask_tokens": 10},
-    "v2 ViT-g/16": {"model_name": "vit_giant_xformers", "pred_num_heads": 12, "num_mask_tokens": 10},
-}
-
 
 def states(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], ModelConfig]:
     sizes = {"crop_size": 256, "num_frames": 16, "patch_size": 16, "tubelet_size": 2}
@@ -37,20 +25,9 @@ def states(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Mode
         return VisionTransformer(cfg).state_dict(), Predictor(cfg).state_dict(), cfg
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_models(name: str) -> None:
-    encoder, predictor, cfg = states(RELEASED[name])
-    found, notes = shapes.guess(encoder, predictor)
-    assert notes == []
-    assert (found.pred_num_heads or 16) == (cfg.pred_num_heads or 16)
-    for key in ("model_name", "use_rope", "uniform_power", "crop_size", "num_frames", "patch_size", "tubelet_size",
-                "pred_depth", "pred_embed_dim", "num_mask_tokens", "use_silu"):
-        assert getattr(found, key) == getattr(cfg, key), key
-
-
 @pytest.mark.parametrize("tokens", [8192, 2048, 18432])
 def test_table_of_released_rope_models_is_not_taken_for_sincos(tokens: int) -> None:
-    encoder, predictor, _ = states(RELEASED["v2 ViT-L/16"])
+    encoder, predictor, _ = states({"model_name": "vit_large", "pred_num_heads": 12, "num_mask_tokens": 10})
     encoder["pos_embed"] = torch.zeros(1, tokens, 1024, device="meta")
     found, notes = shapes.guess(encoder, predictor)
     assert found.use_rope and "use_rope=true is assumed" in notes[0]

@@ -11,7 +11,7 @@ from vjepa_fast.models.vit import size_of
 
 
 def to_hf_config(cfg: ModelConfig, num_pooler_layers: int | None = None, labels: Mapping[str, Any] | None = None,
-                 num_labels: int | None = None) -> dict[str, Any]:
+                 num_labels: int | None = None, predictor: bool = True) -> dict[str, Any]:
     """What config.json holds for a model of ours.
 
     Args:
@@ -19,6 +19,7 @@ def to_hf_config(cfg: ModelConfig, num_pooler_layers: int | None = None, labels:
         num_pooler_layers: self-attention layers of the attentive probe; None: there is no probe.
         labels: name of each class of the probe by its number.
         num_labels: classes of the probe, where they have no names.
+        predictor: there is one; else its sizes are left to transformers' defaults.
 
     Raises:
         UserError: transformers has no such model.
@@ -45,10 +46,14 @@ def to_hf_config(cfg: ModelConfig, num_pooler_layers: int | None = None, labels:
         "tubelet_size": cfg.tubelet_size, "hidden_size": size.embed_dim, "in_chans": 3,
         "num_attention_heads": size.num_heads, "num_hidden_layers": size.depth, "mlp_ratio": size.mlp_ratio,
         "layer_norm_eps": 1e-6, "qkv_bias": True, "hidden_act": "gelu", "drop_path_rate": cfg.drop_path_rate,
-        "pred_hidden_size": cfg.pred_embed_dim, "pred_num_attention_heads": cfg.pred_num_heads or size.num_heads,
-        "pred_num_hidden_layers": cfg.pred_depth, "pred_num_mask_tokens": cfg.num_mask_tokens or 1,
-        "pred_zero_init_mask_tokens": cfg.zero_init_mask_tokens, "pred_mlp_ratio": 4.0, "torch_dtype": "float32",
+        "torch_dtype": "float32",
     }
+    if predictor:
+        config |= {
+            "pred_hidden_size": cfg.pred_embed_dim, "pred_num_attention_heads": cfg.pred_num_heads or size.num_heads,
+            "pred_num_hidden_layers": cfg.pred_depth, "pred_num_mask_tokens": cfg.num_mask_tokens or 1,
+            "pred_zero_init_mask_tokens": cfg.zero_init_mask_tokens, "pred_mlp_ratio": 4.0,
+        }
     if num_pooler_layers is not None:
         config["num_pooler_layers"] = num_pooler_layers
         names = {str(key): value for key, value in (labels or {}).items()}

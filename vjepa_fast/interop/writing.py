@@ -137,7 +137,7 @@ def to_hf_files(
     if checkpoint.classifiers:
         classifier = checkpoint.classifiers[probe]
         num_layers, num_labels = shapes.num_blocks(classifier, "pooler.blocks"), len(classifier["linear.bias"])
-    config = to_hf_config(cfg, num_layers, checkpoint.labels, num_labels)
+    config = to_hf_config(cfg, num_layers, checkpoint.labels, num_labels, predictor is not None)
     state = huggingface.to_hf(encoder, predictor) if predictor is not None else huggingface.encoder_to_hf(encoder)
     if checkpoint.classifiers:
         if probe_heads(checkpoint, heads) != config["num_attention_heads"]:
