@@ -10,6 +10,7 @@ import csv
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class Runner:
         self.folder = folder
         self.count = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vjepa_fast.train.trainer", "vjepa_fast.cli.main", "matplotlib.pyplot",
+        self.context.set_forkserver_preload(["vjepa_fast.train.runs", "vjepa_fast.cli.main", "matplotlib.pyplot",
                                              "tests.e2e.harness", "torch.utils.tensorboard"])
 
     def start(self, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None) -> Run:
@@ -128,6 +129,25 @@ class Runner:
         assert ended == code, f"exit code {ended}\n{run.stdout}\n{run.stderr}"
         assert "Traceback" not in run.stderr + run.stdout, run.stderr
         return run
+
+
+def start_tasks(
+    runner: Runner, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None,
+    first_patches: list[tuple[Patch, tuple[Any, ...]]] | None = None
+) -> list[Run]:
+    """Two processes with what srun sets for two tasks; `patches` are run in the second."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank, own in enumerate((first_patches or [], patches or [])):
+        variables = {
+            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
+            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7",
+            "MASTER_PORT": str(port),
+        }
+        runs.append(runner.start(*argv, patches=[(set_environment, (variables,)), *own]))
+    return runs
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = TIMEOUT) -> None:
@@ -252,3 +272,36 @@ def signal_in_step(step: int, number: int, times: int = 1) -> None:
 def set_environment(variables: dict[str, str]) -> None:
     """Patch: environment variables, as a launcher sets them."""
     os.environ.update(variables)
+
+
+def hang_at(step: int) -> None:
+    """Patch: waiting for the clips of a step never ends."""
+    from vjepa_fast.train.trainer import Trainer
+
+    original = Trainer._take
+
+    def take(self: Trainer, batches: Any) -> Any:
+        while self.step == step:
+            time.sleep(1)
+        return original(self, batches)
+
+    Trainer._take = take  # type: ignore[method-assign]
+
+
+def read_only_at_checkpoint(number: int) -> None:
+    """Patch: from the given checkpoint on no file can be made in its folder (also by root, who may always)."""
+    import errno
+
+    from vjepa_fast.train import files
+
+    original = os.replace
+    calls = []
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == "latest.pt":
+            calls.append(1)
+            if len(calls) >= number:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
+        original(source, target)
+
+    files.os.replace = replace

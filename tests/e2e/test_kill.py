@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from tests.e2e.harness import Runner, equal, kill_after, kill_in_checkpoint, losses, no_leftovers, weights
+from tests.e2e.random_kills import run_kills
 
 
 def test_kill_nine_at_random_moments(runner: Runner, config: Path, tmp_path: Path) -> None:
@@ -34,3 +35,9 @@ def test_resume_starts_at_the_last_checkpoint(runner: Runner, config: Path, tmp_
     run = runner.start(*arguments, patches=[(kill_after, (7, 0.0))])
     assert run.wait() == -signal.SIGKILL
     assert "at step 6" in runner.run(*arguments, "--resume").stdout
+
+
+def test_random_kills(runner: Runner, config: Path, tmp_path: Path) -> None:
+    """A few of what random_kills.py does a hundred times."""
+    run_kills(runner, config, tmp_path / "two", num_kills=3, num_processes=2, seed=4,
+              changes=("train.async_checkpoint=true",))

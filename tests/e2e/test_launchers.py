@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from tests.e2e.harness import Run, Runner, losses, no_leftovers, set_environment, signal_in_step
-
-
-def start_tasks(runner: Runner, *argv: object, patches: list[Any] | None = None) -> list[Run]:
-    """Two processes with what srun sets for two tasks; the patches are run in the second."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    runs = []
-    for rank in range(2):
-        variables = {
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
-            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7",
-            "MASTER_PORT": str(port),
-        }
-        runs.append(runner.start(*argv, patches=[(set_environment, (variables,)), *(patches or [] if rank else [])]))
-    return runs
+from tests.e2e.harness import Runner, hang_at, losses, no_leftovers, signal_in_step, start_tasks
 
 
 def test_srun(runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -55,6 +37,29 @@ def test_failure_of_one_task_is_told_once(runner: Runner, config: Path, tmp_path
     said = first.stderr + second.stderr
     assert said.startswith("error: process 1 of 2: more than data.max_broken=0.1")
     assert said.count("error:") == 1 and "Traceback" not in said
+
+
+def test_task_that_is_killed(runner: Runner, config: Path, tmp_path: Path) -> None:
+    """The other says what it knows, and ends."""
+    first, second = start_tasks(runner, "--config", config, "--out", tmp_path / "run",
+                                patches=[(signal_in_step, (4, signal.SIGKILL))])
+    assert (first.wait(), second.wait()) == (1, -signal.SIGKILL)
+    assert first.stderr == ("error: process 0 of 2: the connection to another process is lost; most likely it was "
+                            "killed, and its own output says more. Continue with --resume\n")
+
+
+def test_process_that_hangs_is_named(runner: Runner, config: Path, tmp_path: Path) -> None:
+    """All stacks are shown, the error once."""
+    first, second = start_tasks(runner, "--config", config, "--out", tmp_path / "run", "train.watchdog=4",
+                                patches=[(hang_at, (4,))])
+    assert (first.wait(), second.wait()) == (1, 1)
+    said = first.stderr + second.stderr
+    assert said.count("error:") == 1
+    assert ("no progress for 4 s (train.watchdog): stuck at step 4, waiting for clips: process 1 of 2, for which the "
+            "others wait. The stacks are above; continue with --resume") in said
+    assert "process 0 of 2 has been at step 4, waiting for the other processes, for" in first.stderr
+    assert "largest" in first.stderr and "time.sleep(1)" in second.stderr
+    assert "Traceback" not in said
 
 
 def torchrun(config: Path, out: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:

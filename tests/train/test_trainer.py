@@ -19,15 +19,6 @@ from vjepa_fast.train.trainer import Trainer
 Make = Callable[..., Trainer]
 
 
-@pytest.fixture
-def make(video_csv: Path, tmp_path: Path) -> Make:
-    def build(*changes: str, csv_path: Path = video_csv, resume: bool = False) -> Trainer:
-        (tmp_path / "run").mkdir(exist_ok=True)
-        return Trainer(tiny_config(csv_path, tmp_path / "cache", *changes), folder=tmp_path / "run", resume=resume)
-
-    return build
-
-
 def poison(trainer: Trainer, steps: range) -> None:
     """Makes the gradients of some steps not finite."""
     parameter = trainer.model.predictor.predictor_proj.weight

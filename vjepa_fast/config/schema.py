@@ -513,12 +513,26 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None
     """Steps between writes of latest.pt; None: every epoch."""
+    keep_last: PositiveInt = 2
+    """How many of the last checkpoints stay: latest.pt, and before it step<N>.pt, from which a run goes on if latest.pt
+    turns out to be damaged."""
+    async_checkpoint: bool = False
+    """Copy what a checkpoint holds to the host's memory, and write it from there while training goes on."""
     save_every_freq: int = -1
     """Epochs between the checkpoints that are kept for good as e<epoch>.pt; -1: none."""
     auto_resume: bool = False
     """Continue from latest.pt when the run folder has one, as the reference does with load_checkpoint."""
     read_checkpoint: Path | None = None
     """Continue from this checkpoint of ours or of the reference."""
+    rollback_after: PositiveInt = 20
+    """Bad steps in a row (gradients that are not finite, losses above spike_factor) after which weights, optimizer and
+    target encoder go back to the last checkpoint; the data goes on behind the bad steps."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """How often a run goes back before it gives up."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss above this many times the mean of those before makes a step bad; None: a finite loss never does."""
+    watchdog: PositiveFloat | None = None
+    """Seconds without progress after which a run says where each process is, and ends; None: it waits for ever."""
     connect_timeout: PositiveFloat = 300.0
     """Seconds that the processes of torchrun or srun wait for each other at the start."""
     tensorboard: bool = False

@@ -100,6 +100,8 @@ class WorkerInit:
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A checkpoint is asked for, which is none of its business.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
         sys.excepthook = _report
         threading.Thread(target=self._watch, daemon=True).start()

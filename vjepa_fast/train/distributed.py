@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, resource_tracker
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from vjepa_fast.errors import ConfigError, UserError
-from vjepa_fast.train.signals import STOP_SIGNALS, STOPPING
+from vjepa_fast.train.signals import SIGNALS, STOPPING
 
 _HOST = "127.0.0.1"
 _FAILURE = "failure"
@@ -114,15 +114,14 @@ def _entry(rank: int, world_size: int, port: int, threads: int, main: Callable[[
     only_this_machine()
     torch.set_num_threads(threads)
     store = dist.TCPStore(_HOST, port, is_master=False)
+    # The parent, which holds the store, tells it.
+    tell_failures_by(lambda failure: failure.claim(store))
     try:
         start_group(store, rank, world_size)
         code = main(rank)
         dist.destroy_process_group()
     except BaseException as error:
-        # The others may be waiting in a collective; leaving at once, without clean-up, makes them notice.
-        failure = Failure.of(rank, error)
-        failure.claim(store)
-        os._exit(failure.code)
+        leave(rank, error)
     sys.exit(code)
 
 
@@ -139,6 +138,10 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
+        lost = isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
+        if lost or isinstance(error, dist.DistError):
+            error = UserError("the connection to another process is lost; most likely it was killed, and its own "
+                              "output says more. Continue with --resume")
         user_error = isinstance(error, UserError)
         text = str(error) if user_error else "".join(traceback.format_exception(error))
         return cls(rank, user_error, error.exit_code if isinstance(error, UserError) else 1, text)
@@ -154,11 +157,33 @@ class Failure:
         return False
 
 
+def _tell_alone(failure: Failure) -> None:
+    sys.stderr.write(f"error: {failure.text}\n" if failure.user_error else failure.text)
+    sys.stderr.flush()
+
+
+_tell: Callable[[Failure], object] = _tell_alone
+
+
+def tell_failures_by(tell: Callable[[Failure], object]) -> None:
+    """What `leave` does with a failure, in this process."""
+    global _tell
+    _tell = tell
+
+
+def leave(rank: int, error: BaseException) -> NoReturn:
+    """Tell what went wrong and end this process at once, without clean-up: the others may be waiting for it in a
+    collective, and so notice. May be called from any thread."""
+    failure = Failure.of(rank, error)
+    _tell(failure)
+    os._exit(failure.code)
+
+
 def launch(main: Callable[[int], int], num_processes: int) -> int:
     """Run `main(rank)` in `num_processes` processes on this machine and wait.
 
-    SIGTERM and SIGINT are passed on; `main` has to take them over (`StopSignals.install`), until then they are held
-    back. A second SIGINT kills the processes. When one process fails, the others are ended.
+    SIGTERM, SIGINT and SIGUSR1 are passed on; `main` has to take them over (`StopSignals.install`), until then they are
+    held back. A second SIGINT kills the processes. When one process fails, the others are ended.
 
     Returns:
         The largest of the exit codes that `main` returned.
@@ -172,15 +197,15 @@ def launch(main: Callable[[int], int], num_processes: int) -> int:
     handlers = _Passing()
     # Starting it lifts the block below, so it has to run before.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         arguments = (num_processes, store.port, threads, main)
         context = mp.start_processes(_entry, arguments, nprocs=num_processes, join=False, start_method="spawn")
         assert context is not None
         handlers.processes = context.processes
-        before = {number: signal.signal(number, handlers) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, handlers) for number in SIGNALS}
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         killed = _wait(context.processes)
     finally:

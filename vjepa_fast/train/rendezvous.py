@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vjepa_fast.data.workers import available_cores
 from vjepa_fast.errors import UserError
 from vjepa_fast.launchers import Place
-from vjepa_fast.train.distributed import Failure, only_this_machine, start_group
+from vjepa_fast.train.distributed import Failure, leave, only_this_machine, start_group, tell_failures_by
 
 
 def connect(place: Place, seconds: float) -> dist.TCPStore:
@@ -71,6 +71,16 @@ def join(main: Callable[[int], int], place: Place, seconds: float) -> int:
     if place.local_world_size == place.world_size:
         only_this_machine()
     store = connect(place, seconds)
+    failures = dist.PrefixStore(f"vjepa_fast/failure/{place.restarts}", store)
+
+    def tell(failure: Failure) -> None:
+        if failure.claim(failures):
+            who = f"error: process {place.rank} of {place.world_size}: "
+            text = f"{who}{failure.text}" if failure.user_error else f"{failure.text}{who}failed as shown above"
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    tell_failures_by(tell)
     try:
         # torchrun's store may be that of the processes before a restart.
         start_group(dist.PrefixStore(f"vjepa_fast/{place.restarts}", store), place.rank, place.world_size)
@@ -78,14 +88,7 @@ def join(main: Callable[[int], int], place: Place, seconds: float) -> int:
         dist.destroy_process_group()
         return code
     except BaseException as error:
-        failure = Failure.of(place.rank, error)
-        if failure.claim(dist.PrefixStore(f"vjepa_fast/failure/{place.restarts}", store)):
-            who = f"error: process {place.rank} of {place.world_size}: "
-            text = f"{who}{failure.text}" if failure.user_error else f"{failure.text}{who}failed as shown above"
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
-        # The others may be waiting in a collective; leaving at once, without clean-up, makes them notice.
-        os._exit(failure.code)
+        leave(place.rank, error)
 
 
 def _sharers(place: Place) -> int:

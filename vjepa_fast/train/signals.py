@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM as a request to stop, which the training loop meets between two steps."""
+"""SIGINT and SIGTERM as a request to stop, SIGUSR1 as one to write a checkpoint, which the training loop meets between
+two steps."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE_SIGNAL = signal.SIGUSR1
+SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 STOPPING = b"\nstopping: finishing the step and writing a checkpoint (Ctrl-C again: leave at once)\n"
 
@@ -20,7 +23,7 @@ class _StopWaiting(BaseException):
 
 
 class StopSignals:
-    """Handlers of SIGINT and SIGTERM.
+    """Handlers of SIGINT, SIGTERM and SIGUSR1.
 
     Args:
         second_leaves: a second SIGINT raises KeyboardInterrupt. False where a parent process decides that, because a
@@ -29,10 +32,12 @@ class StopSignals:
 
     Attributes:
         code: exit code asked for so far: 0 (none), 130 (SIGINT) or 143 (SIGTERM).
+        save_asked: a checkpoint is asked for (SIGUSR1); whoever writes it sets it back.
     """
 
     def __init__(self, second_leaves: bool = True, verbose: bool = True) -> None:
         self.code = 0
+        self.save_asked = False
         self._second_leaves = second_leaves
         self._verbose = verbose
         self._waiting = False
@@ -47,10 +52,10 @@ class StopSignals:
         if self._before:
             return
         try:
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         except ValueError:
             return
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def restore(self) -> None:
         """Give the signals back to the handlers there were before."""
@@ -70,6 +75,9 @@ class StopSignals:
             return None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVE_SIGNAL:
+            self.save_asked = True
+            return
         if number == signal.SIGINT and self.code and self._second_leaves:
             raise KeyboardInterrupt
         if number == signal.SIGINT and not self.code and self._verbose:

@@ -29,22 +29,25 @@ from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.models.regions import require_compiler
 from vjepa_fast.rng import Stream, pack_tag, random_words
+from vjepa_fast.train.bad_steps import BadSteps
 from vjepa_fast.train.broken_list import BrokenList
-from vjepa_fast.train.checkpoint import write_atomically
 from vjepa_fast.train.distributed import Processes, choose_device
 from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
+from vjepa_fast.train.out_of_memory import explain, ran_out
 from vjepa_fast.train.outliers import MAX_OUTLIERS
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import changed_keys
 from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, choose_folder
+from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
 from vjepa_fast.train.timing import StepTimer, StepTimes
+from vjepa_fast.train.watchdog import Phase, Watchdog
 
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
@@ -90,6 +93,7 @@ class _Pending:
     """Learning rate, weight decay and momentum, by their names in the log."""
     num_clips: int
     times: StepTimes
+    sample_ids: list[Tensor]
 
 
 class Trainer:
@@ -147,6 +151,8 @@ class Trainer:
         self._saved_step: int | None = None
         self._recent_loss = float("nan")
         self._start(resume or cfg.train.auto_resume)
+        self.writer = CheckpointWriter(
+            self.folder, cfg.train.keep_last, cfg.train.async_checkpoint, self._saved_step)
         self.loader.load_state_dict({"step": self.step})
         self.total_steps = cfg.optimization.num_steps
         self.last_step = self.total_steps if cfg.train.max_steps is None else min(cfg.train.max_steps, self.total_steps)
@@ -154,7 +160,10 @@ class Trainer:
         self.broken_list = BrokenList(self.folder, self.processes.rank, self.step > 0)
         self._stop_code = 0
         self._no_clips: UserError | None = None
-        self._num_skipped = 0
+        self._save_asked = False
+        self.bad_steps = BadSteps(self.folder, self.processes.rank, cfg.train.spike_factor)
+        self._num_rollbacks = 0
+        self.watchdog = Watchdog(self.processes, cfg.train.watchdog)
         self._num_outliers = 0
 
     def fit(self) -> RunSummary:
@@ -167,6 +176,7 @@ class Trainer:
         cfg = self.cfg
         if self.processes.is_first:
             remove_leftovers(self.folder)
+            self.writer.forget_after(self.step)
             write_text(self.folder / "config.yaml", config_files.dump(cfg))
         # The others write files too, whose temporary names must not be taken for leftovers.
         self.processes.wait()
@@ -179,6 +189,8 @@ class Trainer:
             self._loop(log, progress, speed)
         finally:
             progress.close()
+            self.watchdog.stop()
+            self.writer.wait()
             if self.profiler is not None:
                 self.profiler.close()
             self.loader.close()
@@ -205,11 +217,14 @@ class Trainer:
         first, batches, timer = self.step, iter(self.loader), StepTimer(self.device)
         while self.step < self.last_step:
             timer.ask()
+            self.watchdog.at(self.step, Phase.CLIPS)
             batch = self._take(batches)
+            self.watchdog.at(self.step, Phase.OTHERS)
             # Agreed on before the step, so that no process waits in a collective for one that has stopped.
             if self._agree_to_stop():
                 break
             assert batch is not None
+            self.watchdog.at(self.step, Phase.STEP)
             timer.arrive()
             result = self.run_step(batch)
             times = timer.end()
@@ -218,24 +233,31 @@ class Trainer:
             pending.append(_Pending(
                 self.step, result.loss, result.grad_norm, result.skipped,
                 {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
-                num_clips, times))
+                num_clips, times, batch.sample_ids))
             output = result.output
             self.step += 1
             progress.advance(self.step)
             if self.profiler is not None:
                 self.profiler.after_step(self.step)
-            due = self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
+            due = (self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
+                   or self._save_asked)
+            self.watchdog.at(self.step, Phase.LOG)
             if due or self.step % self.cfg.train.log_every == 0:
                 self._flush(pending, output, log, progress, speed)
                 pending.clear()
-            if due:
+            if due and self._may_be_bad():
+                self._say(f"no checkpoint at step {self.step}: the last {self.bad_steps.in_a_row} steps were bad")
+            elif due:
                 self.save()
+            self.watchdog.start()
         if pending:
             self._flush(pending, output, log, progress, speed)
         # A run that never got clips leaves nothing that would have to be resumed.
         if self._saved_step != self.step and not (self._stop_code == _NO_CLIPS and self.step == first):
             self.save()
+        self.writer.wait()
         self._agree_to_stop()
+        self.watchdog.stop()
 
     def _take(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None when the run has to stop."""
@@ -248,7 +270,9 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         code = self.stop.code or (_NO_CLIPS if self._no_clips else _CLOSED if self.console.closed else 0)
-        self._stop_code = self.processes.largest(code)
+        agreed = self.processes.largest(code << 1 | self.stop.save_asked)
+        self._stop_code, self._save_asked = agreed >> 1, bool(agreed & 1)
+        self.stop.save_asked = False
         return self._stop_code != 0
 
     def run_step(self, batch: Batch) -> StepResult:
@@ -259,7 +283,12 @@ class Trainer:
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
         if self._run is None:
             self._run = self._choose_step(batch, masks)
-        return self._run(batch.step, batch.clips, masks)
+        try:
+            return self._run(batch.step, batch.clips, masks)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise UserError(explain(self.cfg, self.batch_size, self.device, batch.step)) from error
 
     def _choose_step(self, batch: Batch, masks: list[MaskBatch]) -> StepCallable:
         """Compiled blocks and CUDA graphs, as configured or as measured on this batch; training is as it would be."""
@@ -289,6 +318,7 @@ class Trainer:
         """Write latest.pt, and e<epoch>.pt where one is due; only the first process writes."""
         cfg, steps_per_epoch = self.cfg, self.cfg.optimization.ipe
         assert steps_per_epoch is not None
+        self.watchdog.at(self.step, Phase.CHECKPOINT)
         self.broken_list.write(self.loader.broken())
         if self.processes.is_first:
             outliers = self.train_step.outliers
@@ -304,11 +334,9 @@ class Trainer:
                     "config": cfg.model_dump(mode="json"),
                 },
             )
-            write_atomically(self.folder / LATEST, contents)
-            kept = self._kept_for_good()
-            if kept is not None:
-                write_atomically(kept, contents)
+            self.writer.write(contents, self.step, self._kept_for_good())
         self._saved_step = self.step
+        self.watchdog.at(self.step, Phase.CHECKPOINT_DONE)
         self.processes.wait()
 
     def _kept_for_good(self) -> Path | None:
@@ -324,7 +352,7 @@ class Trainer:
         cfg = self.cfg
         latest, of_v1 = self.folder / LATEST, self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
         if resume and latest.exists():
-            path = latest
+            path = choose_whole(self.folder, self.processes, self._say)
         elif cfg.train.read_checkpoint is not None:
             path = cfg.train.read_checkpoint
         elif cfg.optimization.anneal_ckpt is not None:
@@ -335,6 +363,8 @@ class Trainer:
             if resume and not cfg.train.auto_resume:
                 self.console.print(f"nothing to resume in {self.folder}: starting from the beginning", highlight=False)
             return
+        if self.processes.is_first and not (resume and latest.exists()):
+            check_whole(path)
         info = meta.load_checkpoint(path, self.model, self.train_step.optimizer, self.train_step.scaler)
         if path == cfg.optimization.anneal_ckpt and path != latest:
             self.console.print(f"starting from the weights of {path}", highlight=False, soft_wrap=True)
@@ -400,22 +430,49 @@ class Trainer:
         progress.report(
             self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
             clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(wait for wait, _ in times) / seconds)
-        for skip, norm in zip(skipped, norms, strict=True):
+        for p, loss, norm, skip in zip(pending, losses, norms, skipped, strict=True):
+            self.bad_steps.look(p.step, loss, norm, bool(skip) and not math.isfinite(norm), p.sample_ids)
             # Its gradients were finite, so that its loss was an outlier.
             self._num_outliers += bool(skip) and math.isfinite(norm)
-            skip = skip and not math.isfinite(norm)
-            self._num_skipped = self._num_skipped + 1 if skip else 0
         if self._num_outliers > MAX_OUTLIERS:
             raise UserError(
                 f"{self._num_outliers} steps up to step {self.step} were skipped because of their loss, more than "
                 f"{self.cfg.optimization.loss_reg_std_mult:g} standard deviations above the mean of the last ones; "
                 f"checkpoints are in {self.folder}. Try a smaller optimization.lr, or a larger "
                 "optimization.loss_reg_std_mult")
-        if self._num_skipped >= MAX_SKIPPED:
+        num_bad = self.bad_steps.in_a_row
+        if num_bad >= self.cfg.train.rollback_after and self._can_roll_back:
+            self._roll_back()
+        elif num_bad >= MAX_SKIPPED:
+            again = f", after going back {self._num_rollbacks} times" if self._num_rollbacks else ""
             raise UserError(
-                f"the gradients were not finite in {self._num_skipped} steps in a row, up to step {self.step}; "
-                f"checkpoints are in {self.folder}. Try a smaller optimization.lr, or train.dtype=bfloat16 in place "
-                "of float16")
+                f"the gradients were not finite in {num_bad} steps in a row, up to step {self.step}{again}; "
+                f"checkpoints are in {self.folder}, the steps and their clips in {self.bad_steps.path}. Try a smaller "
+                "optimization.lr, or train.dtype=bfloat16 in place of float16")
+
+    @property
+    def _can_roll_back(self) -> bool:
+        return self._saved_step is not None and self._num_rollbacks < self.cfg.train.max_rollbacks
+
+    def _may_be_bad(self) -> bool:
+        """Whether a checkpoint that is due had better wait: who goes back needs one from before the bad steps."""
+        needed = self.step == self.last_step or self._kept_for_good() is not None
+        return self.bad_steps.in_a_row > 0 and self._can_roll_back and not needed
+
+    def _roll_back(self) -> None:
+        """Weights, optimizer and target encoder of the last checkpoint; data and schedules go on where they are."""
+        self.writer.wait()
+        self.processes.wait()
+        info = meta.load_checkpoint(
+            self.folder / LATEST, self.model, self.train_step.optimizer, self.train_step.scaler)
+        outliers = self.train_step.outliers
+        if outliers is not None and info["vjepa_fast"].get("last_losses") is not None:
+            outliers.load_state_dict(info["vjepa_fast"]["last_losses"])
+        self._num_rollbacks += 1
+        self._say(f"the last {self.bad_steps.in_a_row} steps up to step {self.step} were bad ({self.bad_steps.path}): "
+                  f"back to the weights of step {self._saved_step}, on with the data that comes next; this is time "
+                  f"{self._num_rollbacks} of at most {self.cfg.train.max_rollbacks}")
+        self.bad_steps.in_a_row = 0
 
     def _build_loader(self) -> Loader:
         names = [

@@ -1,0 +1,157 @@
+"""Kills runs at random moments, resumes them, and compares with a run that nobody killed.
+
+    python -m tests.e2e.random_kills --kills 100
+
+Half of the runs are one process, half two (the two tasks of srun). A kill is SIGKILL of one process or of all, at a
+random time or in the middle of a checkpoint. After each, the run resumes until the next kill; it has to go on from a
+step at most one interval before the last step that was logged. At the end losses, weights and optimizer state are those
+of the run that was left alone, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import CONFIG, write_video
+from tests.e2e.harness import (
+    Run,
+    Runner,
+    equal,
+    kill_after,
+    kill_in_checkpoint,
+    losses,
+    no_leftovers,
+    start_tasks,
+    weights,
+)
+from vjepa_fast.train.metrics import read_csv
+
+INTERVAL = 3
+"""Steps between checkpoints, as in CONFIG."""
+
+
+class Campaign:
+    """One run that is killed again and again.
+
+    Args:
+        runner: starts the processes.
+        config: file.
+        out: run folder.
+        num_processes: 1 or 2.
+        changes: overrides.
+    """
+
+    def __init__(self, runner: Runner, config: Path, out: Path, num_processes: int, changes: list[str]) -> None:
+        self.runner, self.out, self.num_processes = runner, out, num_processes
+        self.arguments = ["--config", config, "--out", out, "--resume", *changes]
+
+    def start(self, last_step: int, patches: list[Any] | None = None) -> list[Run]:
+        """Processes that would train up to `last_step`; the patches are run in the last of them."""
+        arguments = [*self.arguments, "--max-steps", last_step]
+        if self.num_processes == 1:
+            return [self.runner.start(*arguments, patches=patches)]
+        return start_tasks(self.runner, *arguments, patches=patches)
+
+    def kill(self, rng: random.Random, last_step: int) -> str:
+        """One kill. Returns what it was.
+
+        Raises:
+            AssertionError: more than one interval was lost, or a process ended in another way.
+        """
+        before = self.logged()
+        done = before[-1] if before else 0
+        kind = rng.choice(["one", "all", "checkpoint"])
+        if kind == "checkpoint":
+            patch: Any = (kill_in_checkpoint, (rng.randint(1, 2),))
+        else:
+            patch = (kill_after, (min(last_step - 1, done + rng.randrange(1, 2 * INTERVAL)), rng.uniform(0, 0.05)))
+        if kind == "checkpoint" and self.num_processes == 2:
+            # The first process writes.
+            runs = start_tasks(self.runner, *self.arguments, "--max-steps", last_step, first_patches=[patch])
+        else:
+            runs = self.start(last_step, [patch])
+        killed = runs[0] if kind == "checkpoint" else runs[-1]
+        assert killed.wait() == -signal.SIGKILL, f"{kind}: {killed.stderr}"
+        for run in runs:
+            if run is not killed and kind == "all":
+                run.signal(signal.SIGKILL)
+            if run is not killed:
+                assert run.wait() != 0
+            assert "Traceback" not in run.stderr, run.stderr
+        self.check(runs[0].stdout, done)
+        return kind
+
+    def check(self, stdout: str, done: int) -> None:
+        """Resuming went on from a step at most one interval before what was logged."""
+        resumed = 0
+        for line in stdout.splitlines():
+            if line.startswith("continuing "):
+                resumed = int(line.rsplit(" ", 1)[1])
+        assert resumed >= done - INTERVAL, f"lost more than one interval: step {done} was logged, {resumed} went on"
+
+    def logged(self) -> list[int]:
+        """Steps done, by the log."""
+        return [int(row["step"]) + 1 for row in read_csv(self.out / "log_r0.csv")]
+
+
+def run_kills(runner: Runner, config: Path, folder: Path, num_kills: int, num_processes: int, seed: int,
+              say: Callable[[str], None] = lambda text: None, changes: tuple[str, ...] = ()) -> None:
+    """Kills, and the comparison at the end.
+
+    Raises:
+        AssertionError: a resumed run is not the one that was left alone.
+    """
+    rng = random.Random(seed)
+    settings = ["model.drop_path_rate=0.2", "train.log_every=1", *changes]
+    last_step = INTERVAL * (num_kills + 3)
+    campaign = Campaign(runner, config, folder / f"killed-{num_processes}", num_processes, settings)
+    for number in range(num_kills):
+        # Never at the end, where a run has nothing left to be killed in.
+        done = (campaign.logged() or [0])[-1]
+        if done > last_step - 3 * INTERVAL:
+            last_step += 10 * INTERVAL
+        kind = campaign.kill(rng, last_step)
+        say(f"{num_processes} processes, kill {number + 1} of {num_kills} ({kind}) at step "
+            f"{(campaign.logged() or [0])[-1]}")
+    alone = Campaign(runner, config, folder / f"alone-{num_processes}", num_processes, settings)
+    for some in (campaign, alone):
+        codes = [run.wait() for run in some.start(last_step)]
+        assert codes == [0] * num_processes, codes
+    assert losses(campaign.out) == losses(alone.out)
+    assert len(losses(alone.out)) == last_step
+    assert equal(weights(campaign.out), weights(alone.out))
+    assert no_leftovers(folder)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(8):
+            write_video(folder / f"{number}.mp4", number)
+        (folder / "list.csv").write_text("".join(f"{folder}/{number % 8}.mp4 0\n" for number in range(24)))
+        config = folder / "tiny.yaml"
+        config.write_text(CONFIG.format(csv=folder / "list.csv", cache=folder / "cache"))
+        runner = Runner(folder / "streams")
+        half = arguments.kills // 2
+        run_kills(runner, config, folder, arguments.kills - half, 1, arguments.seed, print)
+        run_kills(runner, config, folder, half, 2, arguments.seed + 1, print)
+    print(f"{arguments.kills} kills, every resume went on, at most {INTERVAL} steps lost, the same losses and weights "
+          f"to the bit; {time.monotonic() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
