@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vjepa_fast.config import load_config
 from vjepa_fast.config.schema import Dtype, ModelConfig
 from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.interop import shapes
@@ -257,7 +258,7 @@ class InferenceModel(nn.Module):
 
 def load(
     path: str | Path, *, weights: str | None = None, device: str | torch.device = "cpu", dtype: Dtype = "float32",
-    predictor: bool = True, **overrides: Any,
+    predictor: bool = True, config: str | Path | None = None, **overrides: Any,
 ) -> InferenceModel:
     """A pretrained model out of any file or folder that vjepa_fast.interop.files.open_checkpoint reads.
 
@@ -271,6 +272,7 @@ def load(
         device: where the parameters go.
         dtype: float32, bfloat16 or float16: of the parameters and of the computation.
         predictor: False leaves it in the file.
+        config: the YAML file that the model was trained with, Meta's or ours; it comes before what the file says.
         overrides: fields of ModelConfig, for what shapes do not tell and the file does not say: num_heads=12,
             pred_num_heads=12, crop_size=384, rope_style="interleaved".
 
@@ -280,6 +282,8 @@ def load(
         ConfigError: a field that does not exist, or weights that the file does not have.
     """
     checkpoint = open_checkpoint(path)
+    if config is not None:
+        checkpoint = with_config(checkpoint, config)
     model = build(checkpoint, weights=weights, device=device, dtype=dtype, predictor=predictor, overrides=overrides)
     if model.assumed:
         warnings.warn(f"{checkpoint.path}: " + "; ".join(model.assumed), CheckpointWarning, stacklevel=2)
@@ -307,6 +311,16 @@ def build(
     encoder, loaded = modules[key], modules.get("predictor")
     assert isinstance(encoder, VisionTransformer) and (loaded is None or isinstance(loaded, Predictor))
     return InferenceModel(encoder, loaded, checkpoint.data, key, assumed)
+
+
+def with_config(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
+    """The checkpoint with what a YAML file says of its model and data.
+
+    Raises:
+        ConfigError: the file cannot be read or is not accepted.
+    """
+    config = load_config(path).model_dump(mode="json")
+    return replace(checkpoint, model=config["model"], data=config["data"])
 
 
 def model_config(

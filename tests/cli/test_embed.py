@@ -179,6 +179,7 @@ def test_images_and_errors(checkpoint: Path, videos: Path, tmp_path: Path) -> No
     for args, code, said in (
         ((videos / "2.mp4", "--checkpoint", checkpoint, "--out", tmp_path / "g.npz"), 1, "none of the 1 videos"),
         (("gone.mp4", "--checkpoint", checkpoint, "--out", tmp_path / "g.npz"), 1, "'gone.mp4' does not exist"),
+        ((videos, "--checkpoint", checkpoint, "--config", "gone.yaml", "--out", tmp_path / "g.npz"), 2, "gone.yaml"),
         ((videos, "--checkpoint", videos, "--out", tmp_path / "g.npz"), 1, "holds no checkpoint"),
         ((videos, "--checkpoint", checkpoint, "--out", tmp_path / "g.pt"), 2, "ends in .safetensors or .npz"),
         ((videos, "--checkpoint", checkpoint, "--out", tmp_path / "g.npz", "--size", 8), 2, "at least 16 pixels"),

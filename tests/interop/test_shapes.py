@@ -10,6 +10,7 @@ import torch
 
 import vjepa_fast as vf
 from tests.interop import models
+from vjepa_fast.config import dump
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.interop import meta, shapes
@@ -138,3 +139,18 @@ def test_noised_targets_are_told_by_absent_mask_tokens(tmp_path: Path) -> None:
     assert not model.cfg.use_mask_tokens
     with pytest.raises(UserError, match="noised targets in place of mask tokens"):
         model.predict(models.clips(), torch.tensor([1]))
+
+
+def test_the_yaml_of_the_training_says_the_rest(tmp_path: Path) -> None:
+    made = models.model()
+    torch.save(models.contents(made), tmp_path / "c.pt")
+    (tmp_path / "c.yaml").write_text(dump(models.config()))
+    model = vf.load(tmp_path / "c.pt", config=tmp_path / "c.yaml")
+    assert model.cfg.num_heads == models.HEADS and model.cfg.crop_size == (models.CROP, models.CROP)
+    assert model.data["fps"] == 8 and model.assumed == []
+    # One of V-JEPA 2.1 with the YAML of V-JEPA 2.
+    torch.save(models.contents(v21_model()), tmp_path / "v21.pt")
+    with pytest.raises(UserError, match=r"does not fit the model: .*it is of V-JEPA 2\.1"):
+        vf.load(tmp_path / "v21.pt", config=tmp_path / "c.yaml", depth=4, pred_depth=4)
+    with pytest.raises(ConfigError, match="gone.yaml does not exist"):
+        vf.load(tmp_path / "c.pt", config=tmp_path / "gone.yaml")

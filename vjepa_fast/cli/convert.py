@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,6 +33,11 @@ _TOLERANCE = 1e-4
 """Norm of the difference over norm, of outputs of two libraries in fp32."""
 
 
+ModelConfigOption = Annotated[Path | None, typer.Option(
+    "--config", metavar="FILE", show_default=False,
+    help="The YAML file that the model was trained with, Meta's or ours, for what shapes do not tell.")]
+
+
 def convert(
     src: Annotated[Path, typer.Argument(
         metavar="SRC", show_default=False, help="A checkpoint or released weights of Meta's, a run folder, a "
@@ -48,6 +54,7 @@ def convert(
     weights: Annotated[str | None, typer.Option(
         metavar="KEY", help="The encoder to take: target_encoder or ema_encoder (the teacher), encoder (the student).",
         show_default="the teacher if there is one")] = None,
+    config: ModelConfigOption = None,
     probe: Annotated[Path | None, typer.Option(
         metavar="FILE", help="A checkpoint of attentive probes to put beside the encoder; for hf, the result is a "
                              "VJEPA2ForVideoClassification.", show_default=False)] = None,
@@ -71,7 +78,7 @@ def convert(
         from vjepa_fast.interop.files import open_checkpoint
         from vjepa_fast.interop.writing import write
 
-        checkpoint = open_checkpoint(src)
+        checkpoint = apply_config(open_checkpoint(src), config)
         if probe is not None:
             other = open_checkpoint(probe)
             if not other.classifiers:
@@ -90,6 +97,20 @@ def convert(
         typer.echo(f"{key} of {checkpoint.path} -> {written} ({_describe(cfg)})")
         if check:
             _check(checkpoint, key, chosen, written, to, reference)
+
+
+def apply_config(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
+    """The checkpoint with what a YAML file says of it; warnings about the file go to stderr."""
+    from vjepa_fast.inference import with_config
+
+    if config is None:
+        return checkpoint
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint = with_config(checkpoint, config)
+    for warning in caught:
+        say("warning", str(warning.message))
+    return checkpoint
 
 
 def fields(overrides: list[str], where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def embed(
     weights: Annotated[str | None, typer.Option(
         metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
         show_default="the teacher if there is one")] = None,
+    config: ModelConfigOption = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
         help="Of the computation and of the features.")] = "float32",
@@ -85,8 +87,8 @@ def embed(
             raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
         target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         found = list_videos(videos)
-        opened = open_checkpoint(checkpoint)
-        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=_fields(option or []))
+        opened = apply_config(open_checkpoint(checkpoint), config)
+        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=fields(option or [], "--set"))
         for note in model.assumed:
             say("warning", note)
         stat = opened.path.stat()
@@ -119,12 +121,6 @@ def embed(
         shape = " x ".join(map(str, first.shape))
         typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, "
                    f"{str(first.dtype).removeprefix('torch.')}, of the {model.weights}")
-
-
-def _fields(overrides: list[str]) -> dict[str, Any]:
-    from vjepa_fast.cli.convert import fields
-
-    return fields(overrides, "--set")
 
 
 class _Bar:
