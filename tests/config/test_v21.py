@@ -53,6 +53,11 @@ def test_images_to_train_on_are_missing() -> None:
     load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]", "img_data=null", "img_mask=null"]).check_trainable()
 
 
+def test_a_mask_of_images_by_its_number() -> None:
+    cfg = load_recipe("vitl16-256-v2.1", ["img_mask.0.num_blocks=4"])
+    assert cfg.img_mask is not None and cfg.img_mask.masks[0].num_blocks == 4
+
+
 def test_dump_loads_back_with_images() -> None:
     cfg: Any = load_recipe("demo", IMAGES)
     assert Config.model_validate(cfg.model_dump(mode="json")) == cfg

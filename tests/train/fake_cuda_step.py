@@ -53,7 +53,7 @@ def batch_of(cfg: Config, step: int) -> tuple[list[Tensor], list[MaskBatch]]:
     groups = list(enumerate(dict.fromkeys(cfg.data.dataset_fpcs)))
     clips = [torch.zeros(4, frames, 32, 32, 3, dtype=torch.uint8) for _, frames in groups]
     ids = range(4 * step, 4 * step + 4)
-    return clips, [MaskSampler(cfg.mask, (frames // 2, 4, 4), 0, group)(step, ids) for group, frames in groups]
+    return clips, [MaskSampler(cfg.mask, (max(1, frames // 2), 4, 4), 0, group)(step, ids) for group, frames in groups]
 
 
 def crosses(args: Any, out: Any) -> tuple[set[str], set[str]]:
@@ -140,6 +140,12 @@ def on_fake_gpu(model: VJEPA) -> VJEPA:
 
 
 CASES = {
+    "V-JEPA 2.1, videos and images": config(
+        (4, 1), "bfloat16",
+        model={"depth": 4, "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,
+               "modality_embedding": True, "interpolate_rope": True},
+        loss={"predict_all": True, "weight_distance_loss": True, "lambda_warmup": [0, 2]},
+        optimization={"loss_reg_std_mult": 3.0, "loss_reg_min_epoch": 0}),
     "plain": config(),
     "half precision, swiglu": config(
         dtype="bfloat16", model={"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5}),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.train.tiny import tiny_config
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import UserError
+from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.masking.sampler import StepMasks
+from vjepa_fast.train.joint import add_image_masks
 from vjepa_fast.train.outliers import LossOutliers
 from vjepa_fast.train.trainer import Trainer
 
@@ -92,3 +96,29 @@ def test_outliers_are_skipped_and_stop_a_run(  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=r"12 steps up to step 12 were skipped because of their loss, more than 3 "):
         trainer.fit()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.encoder.state_dict().items())
+
+
+def test_masks_and_weights_are_the_same_at_any_number_of_processes(  # type: ignore[no-untyped-def]
+    config, video_csv: Path
+) -> None:
+    cfg = config(*with_images(video_csv), "mask.group_size=2")
+    assert cfg.img_data is not None and cfg.img_mask is not None
+    cfg.img_mask.group_size = 3
+
+    def masks_of(rank: int, world_size: int, images: int) -> list[MaskBatch]:
+        cfg.img_data.batch_size = 2 * images
+        videos = StepMasks(
+            cfg.mask, fpcs=[4], crop_size=(32, 32), patch_size=8, tubelet_size=2, seed=cfg.train.seed, global_batch=4,
+            group_of=lambda ids: np.zeros(len(ids), dtype=np.int64), rank=rank, world_size=world_size)
+        ids = [torch.arange(n * rank, n * rank + n) for n in (4 // world_size, images)]
+        return add_image_masks(videos, cfg, rank, world_size)(0, ids, [0, 1])
+
+    whole, parts = masks_of(0, 1, 6), [masks_of(rank, 2, 3) for rank in range(2)]
+    for kind, count in enumerate((2, 3)):
+        for rank, part in enumerate(parts):
+            expected, found = whole[kind].narrow(rank * count, rank * count + count), part[kind]
+            assert torch.equal(expected.context_ids, found.context_ids)
+            assert torch.equal(expected.target_ids, found.target_ids)
+            assert found.loss_weights == pytest.approx(expected.loss_weights)
+            assert found.context_loss_weights == pytest.approx(expected.context_loss_weights)
+            assert found.mask_token == 0

@@ -55,8 +55,8 @@ def split(text: str) -> tuple[str, Any]:
             raise ConfigError(f"override {text!r}: expected true or false")
         return "optimization.schedule", "linear" if value else "warmup_cosine"
     parts = key.split(".")
-    if parts[0] == "mask" and len(parts) > 1 and parts[1].isdecimal():
-        key = ".".join(["mask", "masks", *parts[1:]])
+    if parts[0] in ("mask", "img_mask") and len(parts) > 1 and parts[1].isdecimal():
+        key = ".".join([parts[0], "masks", *parts[1:]])
     return ALIASES.get(key, key), value
 
 
