@@ -24,7 +24,7 @@ Examples:
 
   vjepa-fast convert runs/run model.safetensors --to fast --weights target_encoder
 
-  vjepa-fast convert facebook/vjepa2-vitl-fpc64-256 vitl.pt --to meta --reference ../vjepa2
+  vjepa-fast convert vjepa2-vitl-fpc64-256 vitl.pt --to meta --reference ../vjepa2
 
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
