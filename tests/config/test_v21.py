@@ -53,6 +53,11 @@ def test_images_to_train_on_are_missing() -> None:
     load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]", "img_data=null", "img_mask=null"]).check_trainable()
 
 
+def test_distilled_models_are_not_trained() -> None:
+    with pytest.raises(ConfigError, match="model.teacher_embed_dim is 1664: this model predicts the features of anoth"):
+        load_recipe("demo", ["model.n_output_distillation=1", "model.teacher_embed_dim=1664"]).check_trainable()
+
+
 def test_a_mask_of_images_by_its_number() -> None:
     cfg = load_recipe("vitl16-256-v2.1", ["img_mask.0.num_blocks=4"])
     assert cfg.img_mask is not None and cfg.img_mask.masks[0].num_blocks == 4

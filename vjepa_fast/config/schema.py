@@ -614,11 +614,15 @@ class Config(Section):
         """What only training needs.
 
         Raises:
-            ConfigError: data.datasets is empty, or img_data.datasets.
+            ConfigError: data.datasets is empty, or img_data.datasets, or the model serves inference only.
         """
         if not self.data.datasets:
             raise ConfigError("data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
                               "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]")
+        if self.model.teacher_embed_dim is not None:
+            raise ConfigError(f"model.teacher_embed_dim is {self.model.teacher_embed_dim}: this model predicts the "
+                              "features of another one, which it was distilled from, and cannot be trained here; set "
+                              "it to null to train a model of its own")
         if self.img_data is not None and not self.img_data.datasets:
             raise ConfigError("img_data.datasets is empty; say what images to train on: a CSV of their paths or a "
                               "folder, as in img_data.datasets=[images.csv], or train on videos alone with "
