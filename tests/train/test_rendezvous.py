@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.launchers import Place
 from vjepa_fast.train import runs
 from vjepa_fast.train.rendezvous import connect
-from vjepa_fast.train.run_folder import choose_folder_of_launch
+from vjepa_fast.train.run_folder import LAUNCHED_BY, choose_folder_of_launch
 
 
 @pytest.fixture
@@ -71,6 +72,13 @@ def test_folder_of_a_launch_that_starts_again(monkeypatch: pytest.MonkeyPatch, t
     first, _ = choose_folder_of_launch(cfg, False, "torchrun a 2", False)
     assert first != earlier
     # It died before its first checkpoint: what goes on is this run, not the earlier one.
+    assert choose_folder_of_launch(cfg, False, "torchrun a 2", True) == (first, True)
+    # In a container the launcher of a later run may have the number of an earlier one.
+    for number, folder in enumerate((first, earlier), start=1):
+        (folder / LAUNCHED_BY).write_text("torchrun a 2\n")
+        os.utime(folder / LAUNCHED_BY, (number, number))
+    assert choose_folder_of_launch(cfg, False, "torchrun a 2", True) == (earlier, True)
+    os.utime(first / LAUNCHED_BY, (3, 3))
     assert choose_folder_of_launch(cfg, False, "torchrun a 2", True) == (first, True)
     # It died before it had a folder.
     third, resume = choose_folder_of_launch(cfg, False, "torchrun a 3", True)

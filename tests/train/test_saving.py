@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.e2e.harness import equal
-from vjepa_fast.errors import UserError
+from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.train import saving
+from vjepa_fast.train.run_folder import choose_folder
 from vjepa_fast.train.saving import CheckpointWriter, check_whole, copy_to_host, damage
 from vjepa_fast.train.trainer import Trainer
 
@@ -51,8 +52,17 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "link", link)
     writer = CheckpointWriter(tmp_path, 2)
     writer.write(contents(3), 3)
-    writer.write(contents(6), 6)
-    assert [torch.load(tmp_path / name)["step"] for name in names(tmp_path)] == [6, 3]
+    seen, save = [], torch.save
+
+    def watched(*args: Any) -> None:
+        seen.append(damage(tmp_path / "latest.pt"))
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", watched)
+    writer.write(contents(6), 6, tmp_path / "e1.pt")
+    assert {name: torch.load(tmp_path / name)["step"] for name in names(tmp_path)} == {
+        "e1.pt": 6, "latest.pt": 6, "step3.pt": 3}
+    assert seen == [None]
 
 
 def test_always_one_that_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +166,35 @@ def test_damage_of_any_kind_is_seen_and_the_checkpoint_before_is_taken(
     networks = ("encoder", "predictor", "target_encoder", "opt")
     resumed = torch.load(run / "latest.pt", weights_only=True)
     assert all(equal(resumed[key], expected[key]) for key in networks)
+
+
+def test_latest_is_gone(run: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "latest.pt").unlink()
+    trainer = make(resume=True)
+    trainer.cfg.train.out = run
+    with pytest.raises(ConfigError, match="already holds a run"):
+        choose_folder(trainer.cfg, False)
+    assert "latest.pt is left aside: it is gone; the newest whole one is step3.pt" in capsys.readouterr().out
+    assert trainer.step == 3
+
+
+def test_asked_for_while_the_others_are_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make("train.max_steps=4", "train.checkpoint_every=100")
+    written, largest, write = [], trainer.processes.largest, trainer.writer.write
+
+    def waiting(value: int) -> int:
+        if trainer.step == 1:
+            trainer.stop.save_asked = True
+        return largest(value)
+
+    def noting(contents: dict[str, Any], step: int, also: Path | None) -> None:
+        written.append(step)
+        write(contents, step, also)
+
+    monkeypatch.setattr(trainer.processes, "largest", waiting)
+    monkeypatch.setattr(trainer.writer, "write", noting)
+    trainer.fit()
+    assert written == [3, 4]
 
 
 def test_no_whole_checkpoint_is_left(run: Path, make: Make) -> None:

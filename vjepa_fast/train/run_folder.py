@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from vjepa_fast.config.schema import Config
@@ -15,6 +16,17 @@ LAUNCHED_BY = "launched_by.txt"
 """File in the run folder that says which launch made or resumed the run."""
 
 
+def previous_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """step<N>.pt files with their N, the newest first."""
+    names = ((re.fullmatch(r"step(\d+)\.pt", path.name), path) for path in folder.glob("step*.pt"))
+    return sorted(((int(found[1]), path) for found, path in names if found), reverse=True)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from: latest.pt or one before it."""
+    return (folder / LATEST).exists() or bool(previous_checkpoints(folder))
+
+
 def choose_folder(cfg: Config, resume: bool) -> Path:
     """The run folder: `train.out`, else runs/<name>, numbered so that no earlier run is overwritten.
 
@@ -25,7 +37,7 @@ def choose_folder(cfg: Config, resume: bool) -> Path:
     resume = resume or cfg.train.auto_resume
     if cfg.train.out is not None:
         folder = cfg.train.out
-        if (folder / LATEST).exists() and not resume:
+        if holds_run(folder) and not resume:
             raise ConfigError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
     else:
         used = []
@@ -33,7 +45,7 @@ def choose_folder(cfg: Config, resume: bool) -> Path:
         while folder.exists():
             used.append(folder)
             folder = Path("runs") / f"{cfg.train.name}-{len(used) + 1}"
-        resumable = [path for path in used if (path / LATEST).exists()]
+        resumable = [path for path in used if holds_run(path)]
         if resume and resumable:
             folder = resumable[-1]
     try:
@@ -65,8 +77,7 @@ def choose_folder_of_launch(cfg: Config, resume: bool, launch: str, restarted: b
 
 def _folder_of(cfg: Config, launch: str) -> Path | None:
     folders = [cfg.train.out] if cfg.train.out is not None else Path("runs").glob(f"{cfg.train.name}*")
-    for folder in folders:
-        path = folder / LAUNCHED_BY
-        if path.is_file() and path.read_text() == launch + "\n":
-            return folder
-    return None
+    paths = [path for folder in folders if (path := folder / LAUNCHED_BY).is_file()
+             and path.read_text() == launch + "\n"]
+    # In a container launchers may have the same number every time: the newest file is of this launch.
+    return max(paths, key=lambda path: path.stat().st_mtime_ns).parent if paths else None

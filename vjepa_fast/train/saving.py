@@ -1,13 +1,14 @@
 """The checkpoints of a run folder: latest.pt and those before it, written at once or in the background, and checked.
 
 latest.pt is the newest. Before another takes its place it gets a second name, step<N>.pt, so that up to `keep_last`
-checkpoints are there; a hard link costs no time and no space. At no moment is there none.
+checkpoints are there; a hard link costs no time and no space. At no moment is there none: where the file system has no
+hard links, the second name is a copy.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from torch import Tensor
 from vjepa_fast.errors import UserError
 from vjepa_fast.train.checkpoint import write_atomically
 from vjepa_fast.train.distributed import Processes
-from vjepa_fast.train.run_folder import LATEST
+from vjepa_fast.train.files import atomic_path, disk_errors
+from vjepa_fast.train.run_folder import LATEST, previous_checkpoints
 
 
 class CheckpointWriter:
@@ -43,7 +45,7 @@ class CheckpointWriter:
 
     def forget_after(self, step: int) -> None:
         """Delete what a run that has gone back to an earlier step left of its later ones."""
-        for number, path in _previous(self.folder):
+        for number, path in previous_checkpoints(self.folder):
             if number > step:
                 path.unlink(missing_ok=True)
 
@@ -93,7 +95,7 @@ class CheckpointWriter:
         if self._step is not None and self._keep_last > 1 and latest.exists():
             _link(latest, self.folder / f"step{self._step}.pt")
         # First, so that there is room; what is left is at least latest.pt.
-        for _, path in _previous(self.folder)[max(0, self._keep_last - 1) :]:
+        for _, path in previous_checkpoints(self.folder)[max(0, self._keep_last - 1) :]:
             path.unlink(missing_ok=True)
         write_atomically(latest, contents)
         self._step = step
@@ -127,6 +129,8 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
+    except FileNotFoundError:
+        return "it is gone"
     except Exception as error:
         # A damaged file makes the reader fail in any way.
         return f"it is cut short or damaged ({str(error) or type(error).__name__})"
@@ -164,21 +168,16 @@ def check_whole(path: Path) -> None:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest undamaged checkpoint of a run folder beside latest.pt."""
-    found = [path for _, path in _previous(folder)] + list(folder.glob("e*.pt"))
+    found = [path for _, path in previous_checkpoints(folder)] + list(folder.glob("e*.pt"))
     found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in found if damage(path) is None), None)
 
 
-def _previous(folder: Path) -> list[tuple[int, Path]]:
-    """step<N>.pt files with their N, the newest first."""
-    names = ((re.fullmatch(r"step(\d+)\.pt", path.name), path) for path in folder.glob("step*.pt"))
-    return sorted(((int(found[1]), path) for found, path in names if found), reverse=True)
-
-
 def _link(path: Path, name: Path) -> None:
-    """A second name for a file; where the file system has no hard links, the first name goes over to the second."""
+    """A second name for a file; where the file system has no hard links, a copy."""
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
     except OSError:
-        os.replace(path, name)
+        with disk_errors(name, "checkpoint"), atomic_path(name) as temporary:
+            shutil.copyfile(path, temporary)

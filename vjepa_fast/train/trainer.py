@@ -41,7 +41,7 @@ from vjepa_fast.train.outliers import MAX_OUTLIERS
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import changed_keys
-from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, choose_folder
+from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, choose_folder, holds_run
 from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
@@ -270,9 +270,12 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         code = self.stop.code or (_NO_CLIPS if self._no_clips else _CLOSED if self.console.closed else 0)
-        agreed = self.processes.largest(code << 1 | self.stop.save_asked)
+        save_asked = self.stop.save_asked
+        agreed = self.processes.largest(code << 1 | save_asked)
         self._stop_code, self._save_asked = agreed >> 1, bool(agreed & 1)
-        self.stop.save_asked = False
+        if save_asked:
+            # Not what was asked for while the others were waited for: that is of the next step.
+            self.stop.save_asked = False
         return self._stop_code != 0
 
     def run_step(self, batch: Batch) -> StepResult:
@@ -351,7 +354,8 @@ class Trainer:
         """Weights, optimizer and position from a checkpoint, if the config or the folder names one."""
         cfg = self.cfg
         latest, of_v1 = self.folder / LATEST, self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
-        if resume and latest.exists():
+        resumed = resume and holds_run(self.folder)
+        if resumed:
             path = choose_whole(self.folder, self.processes, self._say)
         elif cfg.train.read_checkpoint is not None:
             path = cfg.train.read_checkpoint
@@ -363,7 +367,7 @@ class Trainer:
             if resume and not cfg.train.auto_resume:
                 self.console.print(f"nothing to resume in {self.folder}: starting from the beginning", highlight=False)
             return
-        if self.processes.is_first and not (resume and latest.exists()):
+        if self.processes.is_first and not resumed:
             check_whole(path)
         info = meta.load_checkpoint(path, self.model, self.train_step.optimizer, self.train_step.scaler)
         if path == cfg.optimization.anneal_ckpt and path != latest:
