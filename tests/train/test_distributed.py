@@ -106,3 +106,20 @@ def test_no_gpu() -> None:
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="train.device is cuda"):
         distributed.choose_device("cuda")
+
+
+@pytest.mark.parametrize(("local_rank", "task", "chosen"), [(1, "1", 0), (0, "0", 0), (1, "0", None), (1, None, None)])
+def test_one_visible_gpu(
+    local_rank: int, task: str | None, chosen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM may show each of its tasks one; processes that a task starts have none of their own."""
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    if task is not None:
+        monkeypatch.setenv("SLURM_LOCALID", task)
+    if chosen is None:
+        with pytest.raises(ConfigError, match="process 1 of this machine has no GPU of its own: torch sees 1"):
+            distributed.choose_device("auto", local_rank)
+    else:
+        assert distributed.choose_device("auto", local_rank) == distributed.torch.device("cuda", chosen)

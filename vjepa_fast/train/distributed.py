@@ -86,7 +86,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     # SLURM may show each task its own GPU alone (--gpus-per-task), which is number 0 in all of them.
-    if num_gpus == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if num_gpus == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise ConfigError(f"process {local_rank} of this machine has no GPU of its own: torch sees {num_gpus}; start "
