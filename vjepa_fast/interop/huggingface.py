@@ -16,15 +16,15 @@ from torch import Tensor
 from vjepa_fast.errors import UserError
 
 # Ours -> theirs, within the encoder and within the predictor. `blocks.<i>` and `predictor_blocks.<i>` come separately.
-_ENCODER = {"patch_embed.proj": "embeddings.patch_embeddings.proj", "norm": "layernorm"}
-_PREDICTOR = {
+ENCODER = {"patch_embed.proj": "embeddings.patch_embeddings.proj", "norm": "layernorm"}
+PREDICTOR = {
     "predictor_embed": "embeddings.predictor_embeddings",
     "predictor_norm": "layernorm",
     "predictor_proj": "proj",
 }
 _MASK_TOKENS = "embeddings.mask_tokens"
-_BLOCK = {"norm1": "norm1", "attn.proj": "attention.proj", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-_QKV = ("query", "key", "value")
+BLOCK = {"norm1": "norm1", "attn.proj": "attention.proj", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+QKV = ("query", "key", "value")
 
 
 def to_hf(encoder_state: Mapping[str, Tensor], predictor_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,14 +44,14 @@ def to_hf(encoder_state: Mapping[str, Tensor], predictor_state: Mapping[str, Ten
     state = encoder_to_hf(encoder_state)
     tokens = {key: value for key, value in predictor_state.items() if key.startswith("mask_tokens.")}
     rest = {key: value for key, value in predictor_state.items() if key not in tokens}
-    state |= {f"predictor.{key}": value for key, value in _part_to_hf(rest, "predictor_blocks", _PREDICTOR).items()}
+    state |= {f"predictor.{key}": value for key, value in _part_to_hf(rest, "predictor_blocks", PREDICTOR).items()}
     state[f"predictor.{_MASK_TOKENS}"] = torch.stack([tokens[f"mask_tokens.{i}"] for i in range(len(tokens))])
     return state
 
 
 def encoder_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of to_hf that has no predictor: keys `encoder.*`."""
-    return {f"encoder.{key}": value for key, value in _part_to_hf(state, "blocks", _ENCODER).items()}
+    return {f"encoder.{key}": value for key, value in _part_to_hf(state, "blocks", ENCODER).items()}
 
 
 def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -76,13 +76,13 @@ def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         parts[part][name] = value
     encoder, predictor = parts["encoder"], parts["predictor"]
     if not predictor:
-        return _part_from_hf(encoder, "encoder", "blocks", _ENCODER), {}
+        return _part_from_hf(encoder, "encoder", "blocks", ENCODER), {}
     if _MASK_TOKENS not in predictor:
         raise UserError(f"the Hugging Face state has no predictor.{_MASK_TOKENS}; expected a whole VJEPA2Model")
     tokens = {f"mask_tokens.{i}": token.clone() for i, token in enumerate(predictor.pop(_MASK_TOKENS))}
     return (
-        _part_from_hf(encoder, "encoder", "blocks", _ENCODER),
-        tokens | _part_from_hf(predictor, "predictor", "predictor_blocks", _PREDICTOR),
+        _part_from_hf(encoder, "encoder", "blocks", ENCODER),
+        tokens | _part_from_hf(predictor, "predictor", "predictor_blocks", PREDICTOR),
     )
 
 
@@ -95,11 +95,11 @@ def _part_to_hf(state: Mapping[str, Tensor], blocks: str, names: dict[str, str])
         if match is None:
             target = names.get(layer)
         elif match[2] == "attn.qkv":
-            for name, third in zip(_QKV, value.chunk(3), strict=True):
+            for name, third in zip(QKV, value.chunk(3), strict=True):
                 result[f"layer.{match[1]}.attention.{name}.{kind}"] = third.clone()
             continue
         else:
-            inner = _BLOCK.get(match[2])
+            inner = BLOCK.get(match[2])
             target = inner and f"layer.{match[1]}.{inner}"
         # An image model's patch embedding bears the same name but is a 2-D convolution.
         if target is None or (layer == "patch_embed.proj" and value.ndim == 4):
@@ -111,7 +111,7 @@ def _part_to_hf(state: Mapping[str, Tensor], blocks: str, names: dict[str, str])
 
 def _part_from_hf(state: Mapping[str, Tensor], part: str, blocks: str, names: dict[str, str]) -> dict[str, Tensor]:
     outer = {theirs: ours for ours, theirs in names.items()}
-    inner = {theirs: ours for ours, theirs in _BLOCK.items()}
+    inner = {theirs: ours for ours, theirs in BLOCK.items()}
     block = re.compile(r"layer\.(\d+)\.(.+)")
     result: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -120,13 +120,13 @@ def _part_from_hf(state: Mapping[str, Tensor], part: str, blocks: str, names: di
         name = match[2].removeprefix("attention.") if match else ""
         if match is None:
             target = outer.get(layer)
-        elif name in _QKV:
+        elif name in QKV:
             prefix = f"layer.{match[1]}.attention"
-            missing = [one for one in _QKV if f"{prefix}.{one}.{kind}" not in state]
+            missing = [one for one in QKV if f"{prefix}.{one}.{kind}" not in state]
             if missing:
                 raise UserError(f"the Hugging Face state has no {part}.{prefix}.{missing[0]}.{kind}")
             if name == "query":
-                joined = torch.cat([state[f"{prefix}.{one}.{kind}"] for one in _QKV])
+                joined = torch.cat([state[f"{prefix}.{one}.{kind}"] for one in QKV])
                 result[f"{blocks}.{match[1]}.attn.qkv.{kind}"] = joined
             continue
         else:

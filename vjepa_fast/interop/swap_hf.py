@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.interop.huggingface import _BLOCK, _ENCODER, _PREDICTOR, _QKV
+from vjepa_fast.interop.huggingface import BLOCK, ENCODER, PREDICTOR, QKV
 from vjepa_fast.interop.swap_meta import copy_drop_paths, refuse
 from vjepa_fast.interop.swap_view import EncoderView, FastNetwork, PredictorView, View, class_of, is_plain, pack
 from vjepa_fast.models.layers import Block
@@ -79,10 +79,10 @@ class _FastHF(FastNetwork):
         for index, (block, layer) in enumerate(zip(blocks, self.layer, strict=True)):
             assert isinstance(block, Block)
             attention: Any = layer.attention
-            parts = [getattr(attention, name) for name in _QKV]
+            parts = [getattr(attention, name) for name in QKV]
             refuse(self, {f"a {type(part).__name__} for query, key or value" for part in parts if not is_plain(part)})
             block.attn.qkv = _JoinedLinear(parts)
-            names |= {f"{path}.{index}.{mine}": f"layer.{index}.{other}" for mine, other in _BLOCK.items()}
+            names |= {f"{path}.{index}.{mine}": f"layer.{index}.{other}" for mine, other in BLOCK.items()}
         copy_drop_paths(blocks, self.layer)
         return View(self, network, names)
 
@@ -117,7 +117,7 @@ class FastHFEncoder(_FastHF):
             num_heads=config.num_attention_heads)
         with torch.device("meta"):
             network = _HFEncoderView(cfg)
-        return self._view(network, network.blocks, _ENCODER, "blocks")
+        return self._view(network, network.blocks, ENCODER, "blocks")
 
     @torch.compiler.disable
     def forward(self, pixel_values_videos: Tensor | None = None, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ class FastHFPredictor(_FastHF):
             network = PredictorView(cfg)
         # Theirs has all mask tokens in one parameter, which takes the place of the list at every call.
         del network.mask_tokens
-        return self._view(network, network.predictor_blocks, _PREDICTOR, "predictor_blocks")
+        return self._view(network, network.predictor_blocks, PREDICTOR, "predictor_blocks")
 
     @torch.compiler.disable
     def forward(
