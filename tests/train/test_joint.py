@@ -50,6 +50,20 @@ def test_videos_alone_leave_what_is_of_images_as_it_is(config) -> None:  # type:
     assert same == of_images | unused
 
 
+@pytest.mark.parametrize("changes", [
+    (), ("images",), ("model.n_output_distillation=1",), ("model.mask_token_by=mask", "model.num_mask_tokens=3")])
+def test_data_parallelism_waits_for_no_gradient_that_never_comes(  # type: ignore[no-untyped-def]
+    changes: tuple[str, ...], config, video_csv: Path
+) -> None:
+    trainer = Trainer(config(*with_images(video_csv) if changes == ("images",) else changes))
+    batch = next(iter(trainer.loader))
+    trainer.model(batch.clips, trainer._masks_of(batch)).loss.backward()
+    trainer.loader.close()
+    without = {name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None}
+    ignored = trainer._without_gradient(1)
+    assert {name for name in ignored if not name.startswith("target_encoder")} == without
+
+
 def test_with_images_and_resumed(config, video_csv: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     images = with_images(video_csv)
     whole = Trainer(config(*images, "train.max_steps=4", f"train.out={tmp_path / 'whole'}"))

@@ -488,17 +488,27 @@ class Trainer:
         """Args: num_groups: frames-per-clip groups of videos."""
         if not self.processes.distributed:
             return None
-        # What no mask, frames-per-clip group or image uses never gets a gradient, which nobody must wait for.
-        used = len(self.cfg.mask.masks) if self.cfg.model.mask_token_by == "mask" else num_groups
-        unused = [f"predictor.mask_tokens.{index}" for index in range(used, len(self.model.predictor.mask_tokens))]
-        if self.cfg.img_data is None:
-            unused += [name for name, _ in self.model.named_parameters() if "img_mod_embed" in name or (
-                "patch_embed_img" in name)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, unused)
+        # Nobody must wait for a gradient that never comes.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.model, self._without_gradient(num_groups))
         return DistributedDataParallel(
             self.model, gradient_as_bucket_view=True,
             find_unused_parameters=num_groups > 1,
         )
+
+    def _without_gradient(self, num_groups: int) -> list[str]:
+        """Trained parameters that no mask, frames-per-clip group, image or level uses."""
+        model, cfg = self.model, self.cfg
+        used = len(cfg.mask.masks) if cfg.model.mask_token_by == "mask" else num_groups
+        unused = [f"predictor.mask_tokens.{index}" for index in range(used, len(model.predictor.mask_tokens))]
+        if cfg.img_data is None:
+            unused += [name for name, _ in model.named_parameters() if "img_mod_embed" in name or (
+                "patch_embed_img" in name)]
+        if cfg.model.n_output_distillation is not None:
+            norms = {id(parameter) for norm in model.encoder.level_norms for parameter in norm.parameters()}
+            unused += [f"encoder.norms_block.{name}" for name, parameter in
+                       model.encoder.norms_block.named_parameters() if id(parameter) not in norms]
+        return unused
 
     def _make_synthetic(self) -> None:
         if SYNTHETIC not in self.cfg.data.datasets:
