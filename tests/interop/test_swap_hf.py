@@ -133,6 +133,26 @@ def test_hidden_states_come_from_their_layers(calls: list[int]) -> None:
     assert calls == [2]
 
 
+def test_arguments_that_want_something_go_to_their_forward(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an encoder of an older version, which takes head masks."""
+    model = make()
+    original, seen = type(model.encoder).forward, []
+
+    def forward(self: Any, pixel_values_videos: Tensor, head_mask: Any = None, **options: Any) -> Any:
+        seen.append(head_mask)
+        return original(self, pixel_values_videos)
+
+    monkeypatch.setattr(type(model.encoder), "forward", forward)
+    fast, x = vf.swap(model)[0].encoder, torch.randn(1, 8, 3, SIDE, SIDE)
+    fast(x, head_mask=[None, None], output_attentions=False, return_dict=True)
+    assert calls == [2] and not seen
+    with pytest.warns(UserWarning, match="it is called with head_mask"):
+        fast(x, head_mask=[None, torch.ones(1)])
+    assert calls == [2] and len(seen) == 1
+
+
 def test_gradient_checkpointing_and_drop_path(calls: list[int]) -> None:
     model = make()
     x = torch.randn(1, 8, 3, SIDE, SIDE)

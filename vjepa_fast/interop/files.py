@@ -239,8 +239,7 @@ def _open_hf(folder: Path) -> Checkpoint:
         if not (folder / name).is_file():
             raise UserError(f"folder {folder} has config.json but no {name}")
         state |= read_safetensors(folder / name)[0]
-    found = Checkpoint(folder, "hf", {}, model=from_hf_config(config), 
-                       labels=config.get("id2label") or {})
+    found = Checkpoint(folder, "hf", {}, model=from_hf_config(config), labels=config.get("id2label") or {})
     _set_hf(found, state)
     return found
 

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.interop.huggingface import BLOCK, ENCODER, PREDICTOR, QKV
 from vjepa_fast.interop.swap_meta import copy_drop_paths, refuse
-from vjepa_fast.interop.swap_view import EncoderView, FastNetwork, PredictorView, View, class_of, is_plain, pack
+from vjepa_fast.interop.swap_view import (
+    EncoderView,
+    FastNetwork,
+    PredictorView,
+    View,
+    class_of,
+    is_plain,
+    pack,
+    square_grid,
+)
 from vjepa_fast.models.layers import Block
 from vjepa_fast.ops.linear import Affine, Linear, linear_by, operands
 from vjepa_fast.ops.packing import Packing
@@ -86,7 +95,12 @@ class _FastHF(FastNetwork):
         copy_drop_paths(blocks, self.layer)
         return View(self, network, names)
 
-    def _network(self) -> Any:
+    def _network(self, options: dict[str, Any]) -> Any:
+        """The network for a call with these arguments beside its inputs; None: theirs has to run."""
+        asked = [name for name, value in options.items() if name != "return_dict" and _is_set(value)]
+        if asked:
+            self._warn(f"it is called with {', '.join(asked)}")
+            return None
         view = self.serves()
         if view is None:
             return None
@@ -107,6 +121,11 @@ class _FastHF(FastNetwork):
         return sys.modules[class_of(self).__module__].BaseModelOutput(last_hidden_state=last_hidden_state)
 
 
+def _is_set(value: Any) -> bool:
+    """Older versions hand on lists of masks for heads, which may all be None."""
+    return any(map(_is_set, value)) if isinstance(value, list) else value is not None and value is not False
+
+
 class FastHFEncoder(_FastHF):
     """Before VJEPA2Encoder."""
 
@@ -122,7 +141,8 @@ class FastHFEncoder(_FastHF):
     @torch.compiler.disable
     def forward(self, pixel_values_videos: Tensor | None = None, **kwargs: Any) -> Any:
         """Args: pixel_values_videos: [B, T, 3, H, W]. Returns BaseModelOutput with [B, N, D]."""
-        network = None if pixel_values_videos is None or pixel_values_videos.ndim != 5 else self._network()
+        is_clip = pixel_values_videos is not None and pixel_values_videos.ndim == 5
+        network = self._network(kwargs) if is_clip else None
         if network is None or pixel_values_videos is None:
             return super().forward(pixel_values_videos, **kwargs)
         x, config = pixel_values_videos, self.config
@@ -160,17 +180,17 @@ class FastHFPredictor(_FastHF):
 
         Returns BaseModelOutput with [B, K', D].
         """
-        network = self._network() if len(context_mask) == len(target_mask) == 1 else None
+        network = self._network(kwargs) if len(context_mask) == len(target_mask) == 1 else None
         if network is None:
             return super().forward(encoder_hidden_states, context_mask, target_mask, **kwargs)
         x, config = encoder_hidden_states, self.config
         (context,), (target,) = ([ids.to(x.device) for ids in masks] for masks in (context_mask, target_mask))
         object.__setattr__(network, "mask_tokens", self.embeddings.mask_tokens)
         side = config.crop_size // config.patch_size
-        num_tokens = max((int(ids.max()) + 1 for ids in (context, target) if ids.numel()), default=1)
+        grid = square_grid([context, target], x.shape[1], side)
         with network.casting(x.device):
             seen = x.gather(1, context[..., None].expand(-1, -1, x.shape[-1]))
-            masks = pack([context], [target], (-(-num_tokens // side**2), side, side))
+            masks = pack([context], [target], grid)
             # Theirs always begins with mask token 1.
             out = network.forward_packed(seen.flatten(0, 1), [masks], [1])
             return self._output(out.view(*target.shape, -1))

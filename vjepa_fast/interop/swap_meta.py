@@ -25,6 +25,7 @@ from vjepa_fast.interop.swap_view import (
     class_of,
     is_watched,
     pack,
+    square_grid,
     unpack,
 )
 from vjepa_fast.masking.batch import Grid
@@ -314,12 +315,7 @@ class FastPredictorBase(FastNetwork):
         if not network.cfg.use_rope:
             return network.grid
         num_frames, height, width = network.grid
-        square = height * height
-        if ids[0].device.type == "cuda":
-            # Nobody asks the device; frames that no token has cost nothing.
-            return 4 * -(-num_frames * height * width // square), height, height
-        last = max((int(part.max()) for part in ids if part.numel()), default=0)
-        return last // square + 1, height, height
+        return square_grid(ids, num_frames * height * width, height)
 
 
 class FastPredictor(FastPredictorBase):

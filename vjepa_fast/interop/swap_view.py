@@ -24,6 +24,8 @@ from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops.layer_norm import add_layer_norm, layer_norm
 
+_SPARE_FRAMES = 64
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -253,6 +255,23 @@ def same_tensors(module: nn.Module) -> nn.Module:
         if old._compiled_call_impl is not None:
             new.compile()
     return made
+
+
+def square_grid(ids: Sequence[Tensor], num_tokens: int, side: int) -> Grid:
+    """What ids of a predictor with RoPE are counted on: frames of side^2 tokens, as many as are needed.
+
+    On a GPU nobody asks the device which ids there are: they are _SPARE_FRAMES times those of a clip. A frame that no
+    token has costs a row of a small table.
+
+    Args:
+        ids: integer tensors on one device.
+        num_tokens: of a clip.
+        side: rows and columns of a frame.
+    """
+    square = side * side
+    if ids[0].device.type == "cuda":
+        return _SPARE_FRAMES * -(-num_tokens // square), side, side
+    return max((int(part.max()) for part in ids if part.numel()), default=0) // square + 1, side, side
 
 
 def _check_ids(ids: Tensor, num_tokens: int) -> None:
