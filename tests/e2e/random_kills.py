@@ -11,6 +11,7 @@ of the run that was left alone, to the bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 from tests.e2e.conftest import CONFIG, write_video
 from tests.e2e.harness import (
+    TIMEOUT,
     Run,
     Runner,
     equal,
@@ -79,10 +81,14 @@ class Campaign:
         else:
             runs = self.start(last_step, [patch])
         killed = runs[0] if kind == "checkpoint" else runs[-1]
-        assert killed.wait() == -signal.SIGKILL, f"{kind}: {killed.stderr}"
+        killed.process.join(TIMEOUT)
         for run in runs:
             if run is not killed and kind == "all":
-                run.signal(signal.SIGKILL)
+                # It may have noticed and ended by itself.
+                with contextlib.suppress(ProcessLookupError):
+                    run.signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, f"{kind}: {killed.stderr}"
+        for run in runs:
             if run is not killed:
                 assert run.wait() != 0
             assert "Traceback" not in run.stderr, run.stderr
