@@ -508,6 +508,8 @@ class TrainConfig(Section):
     cuda_graphs: Switch = False
     """Capture forward, backward and update as CUDA graphs and replay them, where the run allows. `auto`: if that is
     faster in a few steps at the beginning."""
+    shard_optimizer: bool = False
+    """With several processes, each keeps the optimizer's moments of its share of the parameters only (ZeRO stage 1)."""
     max_steps: Annotated[int, Field(ge=0)] | None = None
     """Stop after this many steps; the schedules keep their length."""
     log_every: PositiveInt = 10

@@ -211,6 +211,13 @@ class AdamWEMA(torch.optim.AdamW):
         operands.grads = []
         return loss
 
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this process updates a parameter."""
+        return True
+
+    def collect(self) -> None:
+        """Make `state_dict` whole on the first process; all processes call it. Here it is whole already."""
+
     @property
     def layout(self) -> object:
         """Another object after a step that has found parameters, targets or moments elsewhere, or others of them."""
@@ -295,7 +302,7 @@ class AdamWEMA(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 target = self._targets.get(parameter)
-                if parameter.grad is None and target is None:
+                if not self.owns(parameter) or (parameter.grad is None and target is None):
                     continue
                 parameters.append(parameter)
                 state = self._state_of(parameter) if parameter.grad is not None else {}

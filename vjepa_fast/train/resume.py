@@ -8,7 +8,7 @@ from typing import Any
 _HARMLESS = frozenset({
     "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
     "train.save_every_freq", "train.auto_resume", "train.read_checkpoint", "train.tensorboard", "train.probe",
-    "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog",
+    "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
     "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
     "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
     "data.device_prefetch", "data.dali_threads",

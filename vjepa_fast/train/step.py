@@ -23,6 +23,7 @@ from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.outliers import LossOutliers
 from vjepa_fast.train.schedules import Schedules, context_scale
+from vjepa_fast.train.zero import ShardedAdamWEMA
 
 
 @dataclass
@@ -64,7 +65,8 @@ class TrainStep:
         self.num_micro = cfg.optimization.grad_accumulation
         self.schedules = Schedules(cfg.optimization)
         opt = cfg.optimization
-        self.optimizer = AdamWEMA(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
+        kind = ShardedAdamWEMA if cfg.train.shard_optimizer and data_parallel is not None else AdamWEMA
+        self.optimizer = kind(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
         self.outliers = LossOutliers(opt, device) if opt.loss_reg_std_mult is not None else None
         """Finds steps to skip; None: all are taken."""

@@ -323,6 +323,7 @@ class Trainer:
         assert steps_per_epoch is not None
         self.watchdog.at(self.step, Phase.CHECKPOINT)
         self.broken_list.write(self.loader.broken())
+        self.train_step.optimizer.collect()
         if self.processes.is_first:
             outliers = self.train_step.outliers
             # With masks from the reference's stream every process has a state; this one's is kept.

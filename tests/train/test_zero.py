@@ -1,0 +1,91 @@
+"""Optimizer state spread over two processes: the same training, half of the moments, the same checkpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.test_distributed import column
+from tests.train.tiny import tiny_config
+from vjepa_fast.config.schema import Config
+from vjepa_fast.train import distributed
+from vjepa_fast.train.trainer import Trainer
+
+STEPS = 20
+
+
+def configs(csv_path: Path, cache: Path) -> dict[str, Config]:
+    base = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20")
+    changes = {
+        "ddp": (), "zero": ("train.shard_optimizer=true",),
+        "ddp_bfloat16": ("train.dtype=bfloat16",),
+        "zero_bfloat16": ("train.shard_optimizer=true", "train.dtype=bfloat16"),
+    }
+    return {name: tiny_config(csv_path, cache, *base, *some) for name, some in changes.items()}
+
+
+def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
+    for name, cfg in cfgs.items():
+        (folder / name).mkdir(exist_ok=True)
+        trainer = Trainer(cfg, folder=folder / name)
+        trainer.fit()
+        optimizer = trainer.train_step.optimizer
+        kept = sum(value.numel() for state in optimizer.state.values() for value in state.values())
+        (folder / name / f"kept_r{rank}").write_text(str(kept))
+        networks = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        torch.save(networks, folder / name / f"model_r{rank}.pt")
+    # A checkpoint of shares goes on as one of whole states, and the other way round.
+    for name, of in (("zero", "ddp"), ("ddp", "zero")):
+        cfg = cfgs[name].model_copy(deep=True)
+        cfg.train.max_steps, cfg.train.read_checkpoint = STEPS + 3, folder / of / "latest.pt"
+        out = folder / f"{of}_then_{name}"
+        out.mkdir(exist_ok=True)
+        Trainer(cfg, folder=out).fit()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    assert distributed.launch(partial(train_all, cfgs=configs(video_csv, folder / "cache"), folder=folder), 2) == 0
+    return folder
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a tensor over its norm."""
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).norm() / b[key].norm().clamp_min(1e-12)) for key in a)
+
+
+@pytest.mark.parametrize("dtype", ["", "_bfloat16"])
+def test_same_training(dtype: str, folder: Path) -> None:
+    zero, ddp = folder / f"zero{dtype}", folder / f"ddp{dtype}"
+    differences = [abs(x - y) for x, y in zip(column(zero / "log_r0.csv"), column(ddp / "log_r0.csv"), strict=True)]
+    assert len(differences) == STEPS and max(differences) <= 1e-6
+    shares = [torch.load(zero / f"model_r{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(shares[0][key], shares[1][key]) for key in shares[0])
+    assert far(shares[0], torch.load(ddp / "model_r0.pt")) <= 1e-6
+
+
+def test_each_process_keeps_its_share(folder: Path) -> None:
+    whole = int((folder / "ddp" / "kept_r0").read_text())
+    shares = [int((folder / "zero" / f"kept_r{rank}").read_text()) for rank in range(2)]
+    assert sum(shares) == whole
+    assert max(shares) < 0.6 * whole
+
+
+def test_same_checkpoints(folder: Path) -> None:
+    zero, ddp = (torch.load(folder / name / "latest.pt", weights_only=True)["opt"] for name in ("zero", "ddp"))
+    assert list(zero["state"]) == list(ddp["state"])
+    for number, state in ddp["state"].items():
+        assert far(zero["state"][number], state) <= 1e-5
+    assert zero["param_groups"] == ddp["param_groups"]
+
+
+def test_goes_on_with_and_without(folder: Path) -> None:
+    after = [torch.load(folder / name / "latest.pt", weights_only=True)["encoder"]
+             for name in ("zero_then_ddp", "ddp_then_zero")]
+    assert far(*after) <= 1e-6
