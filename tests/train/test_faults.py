@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.train.test_trainer import poison
 from tests.train.tiny import tiny_config
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import UserError
-from vjepa_fast.train import distributed, out_of_memory
+from vjepa_fast.train import distributed, out_of_memory, watchdog
 from vjepa_fast.train.bad_steps import BadSteps
 from vjepa_fast.train.distributed import Processes
 from vjepa_fast.train.trainer import Trainer
@@ -153,14 +154,19 @@ def test_watchdog_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         gone.set()
 
     monkeypatch.setattr(distributed, "leave", leave)
+    # A clock of its own: on a busy machine nobody knows how long a pause is.
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(watchdog, "time", clock)
     dog = Watchdog(Processes(torch.device("cpu")), 0.4)
     dog.start()
-    for step in range(10):
+    for step in range(5):
         # Slow, but not stuck.
         dog.at(step, Phase.STEP)
-        time.sleep(0.1)
+        clock.now += 0.3
+        time.sleep(0.15)
     assert not left
     dog.at(10, Phase.CLIPS)
+    clock.now += 0.5
     assert gone.wait(10)
     dog.stop()
     assert str(left[0][1]) == ("no progress for 0.4 s (train.watchdog): step 10, waiting for clips. The stacks are "

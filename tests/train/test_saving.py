@@ -115,8 +115,8 @@ def test_background_takes_a_copy_and_waits_for_the_write_before(tmp_path: Path,
     # Training goes on.
     weights.zero_()
     assert written == []
-    threading.Timer(0.3, free.set).start()
     begun = time.monotonic()
+    threading.Timer(0.3, free.set).start()
     writer.write(contents(6), 6)
     assert time.monotonic() - begun > 0.2
     assert written[0] == 3
