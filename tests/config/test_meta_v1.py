@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from vjepa_fast.config import Config, ConfigWarning, dump, load_config, load_recipe
+from tests.config.meta_files import changed, load
+from vjepa_fast.config import ConfigWarning, dump, load_config, load_recipe
 from vjepa_fast.errors import ConfigError
 
 # Every required key and no other, with values that are nobody's default.
@@ -44,26 +44,8 @@ optimization:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """SMALL with `section__key=value` changed, or taken out with the value `...`."""
-    raw = yaml.safe_load(SMALL)
-    for name, value in changes.items():
-        *sections, key = name.split("__")
-        node = raw
-        for section in sections:
-            node = node[int(section) if section.isdecimal() else section]
-        if value is ...:
-            del node[key]
-        else:
-            node[key] = value
-    return raw
-
-
-def load(tmp_path: Path, raw: dict[str, Any], *overrides: str) -> Config:
-    file = tmp_path / "v1.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return load_config(file, overrides)
+    """SMALL with changes; see `changed`."""
+    return changed(SMALL, **changes)
 
 
 def test_absent_keys_have_the_references_defaults(tmp_path: Path) -> None:
@@ -142,7 +124,7 @@ def test_unread_keys_are_listed_once(tmp_path: Path) -> None:
     raw["meta"]["eval_freq"] = 100
     raw["data"]["fps"] = 4
     raw["optimization"]["clip_gard"] = 3
-    file = tmp_path / "v1.yaml"
+    file = tmp_path / "meta.yaml"
     file.write_text(yaml.safe_dump(raw))
     with pytest.warns(ConfigWarning) as caught:
         cfg = load_config(file)
@@ -173,7 +155,7 @@ def test_unread_keys_are_listed_once(tmp_path: Path) -> None:
 def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, small(**changes))
-    assert "v1.yaml" in str(caught.value) and said in str(caught.value)
+    assert "meta.yaml" in str(caught.value) and said in str(caught.value)
 
 
 REFERENCE = os.environ.get("VJEPA1_REFERENCE")

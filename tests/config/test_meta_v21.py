@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.config.test_meta_yaml import SMALL
+from tests.config.meta_files import SMALL, load
 from vjepa_fast.config import Config, ConfigWarning, dump, load_config, load_recipe
 from vjepa_fast.errors import ConfigError
 
@@ -31,14 +30,6 @@ def small(**changes: Any) -> dict[str, Any]:
         else:
             raw[section] = value
     return raw
-
-
-def load(tmp_path: Path, raw: dict[str, Any], *overrides: str) -> Config:
-    file = tmp_path / "v21.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return load_config(file, overrides)
 
 
 def with_images(**changes: Any) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def test_given_keys_are_taken(tmp_path: Path) -> None:
         optimization__loss_reg_std_mult=3.0, optimization__ema=[0.999, 0.99]))
     assert (cfg.loss.lambda_value_vid, cfg.loss.lambda_progressive) == (0.25, False)
     assert (cfg.loss.weight_distance_loss, cfg.loss.offset_context_loss) == (True, True)
-    assert (cfg.model.interpolate_rope, cfg.model.init_type) == (True, "xavier_normal")
+    assert (cfg.model.interpolate_rope, cfg.model.init) == (True, "xavier_normal")
     assert cfg.optimization.loss_reg_std_mult == 3.0
     # The momentum is never above its last value there.
     assert cfg.optimization.ema == (0.99, 0.99)
@@ -106,7 +97,7 @@ def test_images(tmp_path: Path) -> None:
 def test_refused(raw: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, raw)
-    assert "v21.yaml" in str(caught.value) and said in str(caught.value)
+    assert "meta.yaml" in str(caught.value) and said in str(caught.value)
 
 
 REFERENCE = os.environ.get("VJEPA21_REFERENCE")

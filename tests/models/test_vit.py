@@ -148,3 +148,16 @@ def test_widths_that_positions_cannot_fill(keys, message):
 def test_out_layers_must_exist():
     with pytest.raises(ValueError, match="blocks 0 to 2"):
         VisionTransformer(model_config(), out_layers=[3])
+
+
+@pytest.mark.parametrize("kind", ["vjepa2", "vjepa1", "xavier", "xavier_uniform", "xavier_normal"])
+def test_how_weights_begin(kind):
+    """The last block's projection tells what is divided; V-JEPA 2.1's options are of the encoder alone."""
+    torch.manual_seed(0)
+    cfg = model_config(init=kind)
+    divided = 1.0 if kind in ("vjepa1", "xavier") else 6**-0.5
+    spread = VisionTransformer(cfg).blocks[2].attn.proj.weight.std().item()
+    assert spread == pytest.approx((48**-0.5 if kind.startswith("xavier") else 0.02) * divided, rel=0.06)
+    divided = 1.0 if kind in ("vjepa1", "xavier") else 4**-0.5
+    spread = Predictor(cfg).predictor_blocks[1].attn.proj.weight.std().item()
+    assert spread == pytest.approx((24**-0.5 if kind == "xavier" else 0.02) * divided, rel=0.1)

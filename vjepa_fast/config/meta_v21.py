@@ -86,7 +86,8 @@ def convert(raw: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]
     # Read only where context tokens are predicted, and weighed.
     loss["weight_distance_loss"] = loss["weight_distance_loss"] and loss["predict_all"]
     loss["offset_context_loss"] = loss["offset_context_loss"] and loss["weight_distance_loss"]
-    model |= {"n_output_distillation": 4, "rope_style": "interleaved"}
+    init = model.pop("init_type")
+    model |= {"n_output_distillation": 4, "rope_style": "interleaved", "init": "vjepa2" if init == "default" else init}
     first, last = ours["optimization"]["ema"]
     # There the momentum is never above its last value.
     ours["optimization"]["ema"] = [min(first, last), last]

@@ -91,9 +91,10 @@ class ModelConfig(Section):
     """Of a model without RoPE: fixed sines and cosines, or trained vectors: in the encoder the sum of one for the frame
     of tokens and one for the place in it, in the predictor one for each token of a clip."""
     uniform_power: bool = False
-    init: Literal["vjepa2", "vjepa1", "xavier"] = "vjepa2"
+    init: Literal["vjepa2", "vjepa1", "xavier", "xavier_uniform", "xavier_normal"] = "vjepa2"
     """Weights of linear and convolution layers: normal with std 0.02, in V-JEPA 2 with the output projections of block
-    i divided by sqrt(2 i), in V-JEPA 1 without that; `xavier` is uniform by the numbers of inputs and outputs."""
+    i divided by sqrt(2 i), in V-JEPA 1 without that; `xavier` is uniform by the numbers of inputs and outputs, also
+    without that; the last two are V-JEPA 2.1's init_type, of the encoder alone: the predictor begins as `vjepa2`."""
     use_silu: bool = False
     use_pred_silu: bool = False
     wide_silu: bool = True
@@ -125,8 +126,6 @@ class ModelConfig(Section):
     img_temporal_dim_size."""
     interpolate_rope: bool = False
     """Rows and columns of any grid span the positions of a 256-pixel one (252 pixels at patch size 14)."""
-    init_type: Literal["default", "xavier_uniform", "xavier_normal"] = "default"
-    """How linear layers and patch embeddings of the encoder begin; the default is the reference's truncated normal."""
     attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "xformers", "sdpa"] = "auto"
     """What computes attention: by measurement, or FlashAttention 4, 3, 2, torch's two, xformers. The environment
     variable VJEPA_FAST_ATTENTION comes before it; `vjepa-fast doctor` says which can be used."""

@@ -93,7 +93,8 @@ class Predictor(nn.Module):
         if not cfg.zero_init_mask_tokens:
             for token in self.mask_tokens:
                 nn.init.trunc_normal_(token, std=INIT_STD)
-        init_weights(self, self.predictor_blocks, cfg.init)
+        # The options of V-JEPA 2.1 are the encoder's.
+        init_weights(self, self.predictor_blocks, "vjepa2" if cfg.init.startswith("xavier_") else cfg.init)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -225,7 +225,7 @@ class VisionTransformer(nn.Module):
         if cfg.modality_embedding:
             self.img_mod_embed = modality_embedding(self.embed_dim)
             self.video_mod_embed = modality_embedding(self.embed_dim)
-        init_weights(self, self.blocks, cfg.init if cfg.init_type == "default" else cfg.init_type)
+        init_weights(self, self.blocks, cfg.init)
 
     @property
     def dtype(self) -> torch.dtype:
