@@ -28,7 +28,7 @@ from vjepa_fast.data.manifest import open_pack, read_manifest
 from vjepa_fast.data.pack.pool import Failed, Pool
 from vjepa_fast.data.pack.reader import Pack
 from vjepa_fast.data.sampling import Box, clip_step, window_frames
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.inference import InferenceModel
 from vjepa_fast.interop.files import read_safetensors
 from vjepa_fast.train.files import atomic_path, disk_errors, write_text
@@ -203,7 +203,7 @@ class EmbedJob:
             The features of the first video; None where all are broken, and no file is written.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or somebody else has changed the parts.
         """
         left = [number for number, path in enumerate(self.videos.names)
                 if path not in self._done and path not in self.broken]
@@ -278,6 +278,11 @@ class EmbedJob:
         features = {key: value for part in self._parts for key, value in read_safetensors(part)[0].items()}
         # In the order of the manifest.
         features = {name: features[name] for name in self.videos.names if name in features}
+        lost = [name for name in self.videos.names if name not in features and name not in self.broken]
+        if lost:
+            raise UserError(f"{self.folder} lacks {len(lost)} videos that were done, such as {lost[0]}: another "
+                            "process writes there too, or parts were deleted. See to it that nobody does, and "
+                            f"{_AGAIN}")
         first = next(iter(features.values()), None)
         if first is not None:
             with disk_errors(self.out, "features", _AGAIN), atomic_path(self.out) as temporary:

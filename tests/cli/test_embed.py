@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vjepa_fast as vf
@@ -121,6 +122,25 @@ def test_batches_do_not_change_features(checkpoint: Path, videos: Path, tmp_path
         found.append(read(out))
     for key, value in found[0].items():
         assert (value - found[1][key]).abs().max() <= 1e-5
+
+
+def test_parts_that_another_process_has_written(
+    checkpoint: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, out = inference_videos.EmbedJob._write_part, tmp_path / "f.safetensors"
+
+    def disturbed(job: inference_videos.EmbedJob) -> None:
+        original(job)
+        if job._parts:
+            save_file({str(videos / "0.mp4"): torch.zeros(2)}, job._parts[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inference_videos.EmbedJob, "_write_part", disturbed)
+        result = run(videos, "--checkpoint", checkpoint, "--out", out)
+    assert result.exit_code == 1 and not out.exists()
+    assert f"f.safetensors.parts lacks 3 videos that were done, such as {videos / '1.mp4'}" in result.output
+    assert run(videos, "--checkpoint", checkpoint, "--out", out).exit_code == 0
+    assert len(read(out)) == 4
 
 
 def test_interrupted_and_continued(
