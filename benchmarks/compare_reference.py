@@ -106,11 +106,11 @@ def as_markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in report["configs"]:
-        own, theirs = (_spread({k: v * 1e3 for k, v in found["seconds"][side].items()}, 1) for side in (
+        own, theirs = (spread(found["seconds"][side], 1, 1e3) for side in (
             "ours", "reference"))
         lines.append(
-            f"| {found['config']} | {found['batch_size']} | {own} | {theirs} | {_spread(found['ratio'], 3)} | "
-            f"{_spread(found['ceiling'], 3)} | {100 * found['share_of_ceiling']:.0f} % | {found['clips_per_s']:.2f} | "
+            f"| {found['config']} | {found['batch_size']} | {own} | {theirs} | {spread(found['ratio'], 3)} | "
+            f"{spread(found['ceiling'], 3)} | {100 * found['share_of_ceiling']:.0f} % | {found['clips_per_s']:.2f} | "
             f"{found['gflop_per_s']:.0f} ({100 * found['share_of_matmul_rate']:.0f} %) |")
     lines += ["", "Milliseconds a step by kind, under the profiler:", "",
               "| config | side | matmul | attention | other | operators called |", "|---|---|---|---|---|---|"]
@@ -122,8 +122,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(quantiles: dict[str, Any], digits: int) -> str:
-    return f"{quantiles['p50']:.{digits}f} ({quantiles['p20']:.{digits}f} to {quantiles['p80']:.{digits}f})"
+def spread(quantiles: dict[str, Any], digits: int, factor: float = 1.0) -> str:
+    """The median of measurements and what most lie between, times a factor."""
+    low, middle, high = (f"{quantiles[name] * factor:.{digits}f}" for name in ("p20", "p50", "p80"))
+    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:

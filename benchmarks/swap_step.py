@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import vjepa_fast as vf
+from benchmarks.compare_reference import spread
 from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep
 from vjepa_fast.bench.steps import OurStep, check_same_loss, interleave, masks_of_batches
 from vjepa_fast.bench.timing import ROOT, Quantiles, environment
@@ -82,15 +83,10 @@ def as_markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for found in report["configs"]:
-        times = [_spread(found["seconds"][name], 1e3, 1) for name in ("reference", "swapped", "ours")]
-        ratios = [_spread(found["ratios"][name], 1, 3) for name in ("swapped", "ours")]
+        times = [spread(found["seconds"][name], 1, 1e3) for name in ("reference", "swapped", "ours")]
+        ratios = [spread(found["ratios"][name], 3) for name in ("swapped", "ours")]
         lines.append(f"| {found['config']} | {found['batch_size']} | {' | '.join(times + ratios)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(quantiles: dict[str, Any], factor: float, digits: int) -> str:
-    low, middle, high = (f"{quantiles[name] * factor:.{digits}f}" for name in ("p20", "p50", "p80"))
-    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:

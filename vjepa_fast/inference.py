@@ -26,9 +26,6 @@ from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import COMPUTE_DTYPES, VisionTransformer
 
-_UNREAD = ("pos_embed", "predictor_pos_embed")
-"""Tables that lie in released RoPE checkpoints and that nothing reads."""
-
 
 class CheckpointWarning(UserWarning):
     """Something about a model that its file does not say, and was assumed."""
@@ -376,4 +373,4 @@ def check_fit(checkpoint: Checkpoint, weights: str, cfg: ModelConfig) -> dict[st
 def _read(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the tables that nothing reads."""
     own = module.state_dict()
-    return {key: value for key, value in state.items() if key in own or key not in _UNREAD}
+    return {key: value for key, value in state.items() if key in own or key not in shapes.UNREAD_TABLES}

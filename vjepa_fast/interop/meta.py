@@ -24,7 +24,6 @@ from vjepa_fast.models.jepa import VJEPA
 PREFIX = "module.backbone."
 STRIPPED = ("_orig_mod.", "module.", "backbone.")
 NETWORKS = ("encoder", "predictor", "target_encoder")
-_TABLES = ("pos_embed", "predictor_pos_embed")
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,7 +74,7 @@ def load_network(module: nn.Module, state: dict[str, Tensor], what: str) -> None
     """
     state = strip_prefixes(state)
     own = module.state_dict()
-    for table in _TABLES:
+    for table in shapes.UNREAD_TABLES:
         if table in state and table not in own:
             # Released rope checkpoints carry position tables that nothing reads.
             state.pop(table)

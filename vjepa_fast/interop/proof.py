@@ -253,8 +253,7 @@ def _load(module: Any, state: Mapping[str, Tensor], name: str, root: Path) -> No
     """Strict, but tables that the module makes itself may be missing, and those that nothing reads may be there."""
     inner = module.module if isinstance(module, _V1Predictor) else module
     own = inner.state_dict()
-    tables = ("pos_embed", "predictor_pos_embed")
-    state = {key: value for key, value in state.items() if key in own or key not in tables}
+    state = {key: value for key, value in state.items() if key in own or key not in shapes.UNREAD_TABLES}
     if differences := shapes.differences(own, state):
         raise UserError(f"the reference's {name} ({root}) does not take every weight: {differences}")
     inner.load_state_dict(state)

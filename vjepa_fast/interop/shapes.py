@@ -29,6 +29,8 @@ _RELEASED = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_
 """By width; ViT-g was released with 22 heads, not with the 16 of `vit_giant`."""
 _ROPE_TABLES = {2048: (16, 256), 8192: (64, 256), 18432: (64, 384)}
 """Tokens of tables in released V-JEPA 2 files, which nothing reads, with the frames and crop they are of."""
+UNREAD_TABLES = ("pos_embed", "predictor_pos_embed")
+"""Their keys."""
 _RELEASED_MASK_TOKENS = 10
 DEFAULT_CROP, DEFAULT_FRAMES = (256, 256), 16
 """Of models with RoPE whose file says nothing: what their first stage of training sees."""
