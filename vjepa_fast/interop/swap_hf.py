@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.interop.huggingface import BLOCK, ENCODER, PREDICTOR, QKV
 from vjepa_fast.interop.swap_meta import copy_drop_paths, refuse
 from vjepa_fast.interop.swap_view import (
@@ -23,6 +22,7 @@ from vjepa_fast.interop.swap_view import (
     PredictorView,
     View,
     class_of,
+    config_of,
     is_plain,
     pack,
     square_grid,
@@ -131,8 +131,8 @@ class FastHFEncoder(_FastHF):
 
     def make_view(self) -> View:
         config = self.config
-        cfg = ModelConfig(
-            **self._sizes(), embed_dim=config.hidden_size, depth=len(self.layer),
+        cfg = config_of(
+            self, **self._sizes(), embed_dim=config.hidden_size, depth=len(self.layer),
             num_heads=config.num_attention_heads)
         with torch.device("meta"):
             network = _HFEncoderView(cfg)
@@ -163,8 +163,8 @@ class FastHFPredictor(_FastHF):
 
     def make_view(self) -> View:
         config = self.config
-        cfg = ModelConfig(
-            **self._sizes(), embed_dim=config.hidden_size, num_heads=1, pred_embed_dim=config.pred_hidden_size,
+        cfg = config_of(
+            self, **self._sizes(), embed_dim=config.hidden_size, num_heads=1, pred_embed_dim=config.pred_hidden_size,
             pred_depth=len(self.layer), pred_num_heads=config.pred_num_attention_heads)
         with torch.device("meta"):
             network = PredictorView(cfg)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop.swap_view import (
     EncoderView,
@@ -23,6 +22,7 @@ from vjepa_fast.interop.swap_view import (
     PredictorView,
     View,
     class_of,
+    config_of,
     is_watched,
     pack,
     square_grid,
@@ -111,10 +111,10 @@ class FastEncoder(FastNetwork):
         mlp = module.blocks[0].mlp
         channels = module.patch_embed.proj.weight.shape[1]
         refuse(self, {f"{channels} channels"} if channels != 3 else set())
-        cfg = ModelConfig(
-            **_sizes(module, module.blocks), **self.options(), embed_dim=module.embed_dim, depth=len(module.blocks),
-            num_heads=module.blocks[0].attn.num_heads, mlp_ratio=mlp.fc1.weight.shape[0] / module.embed_dim,
-            use_silu=hasattr(mlp, "fc3"))
+        cfg = config_of(
+            self, **_sizes(module, module.blocks), **self.options(), embed_dim=module.embed_dim,
+            depth=len(module.blocks), num_heads=module.blocks[0].attn.num_heads,
+            mlp_ratio=mlp.fc1.weight.shape[0] / module.embed_dim, use_silu=hasattr(mlp, "fc3"))
         with torch.device("meta"):
             network = _MetaEncoderView(cfg)
         network.cuts = not _is_v1(self)
@@ -245,8 +245,8 @@ class FastPredictorBase(FastNetwork):
         blocks = module.predictor_blocks
         self.check()
         width, embed_dim = self.widths()
-        cfg = ModelConfig(
-            **_sizes(module, blocks), **self.options(), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width,
+        cfg = config_of(
+            self, **_sizes(module, blocks), **self.options(), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width,
             pred_depth=len(blocks), pred_num_heads=blocks[0].attn.num_heads,
             num_mask_tokens=len(module.mask_tokens or ()) or None, use_mask_tokens=module.mask_tokens is not None,
             use_pred_silu=hasattr(blocks[0].mlp, "fc3"))

@@ -21,6 +21,7 @@ def _options(module: Any, blocks: nn.ModuleList) -> dict[str, Any]:
     Raises:
         UserError: options that ours do not have.
     """
+    refuse(module, set() if module.use_rope else {"use_rope=false"})
     attention: Any = blocks[0].attn
     wrong = {f"{name}={getattr(attention, name)}" for name in ("n_registers", "has_cls_first")
              if getattr(attention, name)}

@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from vjepa_fast.config.messages import explain
+from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.errors import UserError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import Block, set_compiled
@@ -73,6 +76,18 @@ _PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.ParameterList)
 def is_plain(module: nn.Module) -> bool:
     """Whether a module that holds parameters is torch's own, which computes with them what ours does."""
     return type(module) in _PLAIN
+
+
+def config_of(module: nn.Module, **fields: Any) -> ModelConfig:
+    """The config of the network that takes the place of a module.
+
+    Raises:
+        UserError: there is none with these fields.
+    """
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as error:
+        raise UserError(f"swap: {explain(error, class_of(module).__name__, {})}; leave it out of the call") from error
 
 
 class View:
