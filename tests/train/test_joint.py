@@ -64,7 +64,9 @@ def test_data_parallelism_waits_for_no_gradient_that_never_comes(  # type: ignor
     assert {name for name in ignored if not name.startswith("target_encoder")} == without
 
 
-def test_with_images_and_resumed(config, video_csv: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_with_images_and_resumed(  # type: ignore[no-untyped-def]
+    config, video_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = with_images(video_csv)
     whole = Trainer(config(*images, "train.max_steps=4", f"train.out={tmp_path / 'whole'}"))
     before, batch = weights(whole), next(iter(whole.loader))
@@ -86,6 +88,14 @@ def test_with_images_and_resumed(config, video_csv: Path, tmp_path: Path) -> Non
     resumed.fit()
     for name, value in weights(resumed).items():
         assert torch.equal(value, after[name]), name
+
+    # As two processes would have written it.
+    own = torch.load(tmp_path / "run" / "latest.pt")["vjepa_fast"]
+    assert own["global_images"] == 3
+    resumed._warn_of_changes(own)
+    assert "changed" not in capsys.readouterr().out
+    resumed._warn_of_changes({**own, "global_images": 6})
+    assert "images a step 6 -> 3" in capsys.readouterr().out
 
 
 def test_loss_of_both_is_the_mean_of_either(config, video_csv: Path) -> None:  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ _HARMLESS = frozenset({
     "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
     "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
     "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
-    "data.device_prefetch", "data.dali_threads",
+    "data.device_prefetch", "data.dali_threads", "img_data.num_workers",
     # How the clips of a step are spread over processes; their number is compared by the trainer.
     "data.batch_size", "data.global_batch_size",
     # `auto` may mean another decoder than before: what it stands for is compared by the trainer.

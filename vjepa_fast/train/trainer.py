@@ -333,6 +333,7 @@ class Trainer:
                 scaler=self.train_step.scaler,
                 extra={
                     "version": vjepa_fast.__version__, "step": self.step, "global_batch": self.global_batch,
+                    "global_images": self._global_images,
                     "backend": self.backend, "masks": self.masks.state_dict(),
                     "last_losses": None if outliers is None else outliers.state_dict(),
                     "config": cfg.model_dump(mode="json"),
@@ -395,6 +396,8 @@ class Trainer:
         changed = changed_keys(own["config"], self.cfg.model_dump(mode="json"))
         if own["global_batch"] != self.global_batch:
             changed.append(f"clips a step {own['global_batch']} -> {self.global_batch}")
+        if own.get("global_images", self._global_images) != self._global_images:
+            changed.append(f"images a step {own['global_images']} -> {self._global_images}")
         # Decoders differ in colours. Checkpoints of earlier versions do not say which it was.
         if own.get("backend", self.backend) != self.backend:
             changed.append(f"decoder {own['backend']} -> {self.backend}")
@@ -479,6 +482,10 @@ class Trainer:
                   f"{self._num_rollbacks} of at most {self.cfg.train.max_rollbacks}")
         self.bad_steps.in_a_row = 0
 
+    @property
+    def _global_images(self) -> int:
+        return 0 if self.cfg.img_data is None else self.cfg.img_data.per_process * self.processes.world_size
+
     def _build_loader(self) -> Loader:
         names = [
             str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
@@ -530,8 +537,7 @@ class Trainer:
         tokens = " + ".join(str(t * h * w) for t, h, w in self.masks.grids)
         and_images, images = "", ""
         if cfg.img_data is not None:
-            count = cfg.img_data.per_process * self.processes.world_size
-            and_images, images = " and images", f" and {count} images"
+            and_images, images = " and images", f" and {self._global_images} images"
         many = f", {self.processes.world_size} processes" if self.processes.distributed else ""
         self.console.print(
             f"{cfg.model.model_name}: encoder {counts[0]:.1f} M, predictor {counts[1]:.1f} M parameters, "
