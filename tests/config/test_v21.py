@@ -58,6 +58,11 @@ def test_distilled_models_are_not_trained() -> None:
         load_recipe("demo", ["model.n_output_distillation=1", "model.teacher_embed_dim=1664"]).check_trainable()
 
 
+def test_metas_names_of_the_losses_weights() -> None:
+    cfg = load_recipe("vitl16-256-v2.1", ["model.lambda_value_img=0.25", "model.lambda_progressive=false"])
+    assert cfg.loss.lambda_value_img == 0.25 and not cfg.loss.lambda_progressive
+
+
 def test_a_mask_of_images_by_its_number() -> None:
     cfg = load_recipe("vitl16-256-v2.1", ["img_mask.0.num_blocks=4"])
     assert cfg.img_mask is not None and cfg.img_mask.masks[0].num_blocks == 4

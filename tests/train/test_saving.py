@@ -216,6 +216,11 @@ def test_a_flipped_bit_in_another_checkpoint(run: Path, make: Make) -> None:
         make(f"train.read_checkpoint={path}")
 
 
+def test_weights_to_start_from_are_missing(make: Make) -> None:
+    with pytest.raises(UserError, match=r"nowhere.pt does not exist; .* optimization.anneal_ckpt=FILE"):
+        make("optimization.anneal_ckpt=nowhere.pt")
+
+
 def test_later_checkpoints_of_a_run_that_went_back(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 5)
     for step in (3, 6, 9):

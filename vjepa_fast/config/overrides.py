@@ -13,6 +13,10 @@ from vjepa_fast.errors import ConfigError
 ALIASES = {
     "folder": "train.out",
     "logging.folder": "train.out",
+    "logging.write_tag": "train.name",
+    "model.lambda_value_img": "loss.lambda_value_img",
+    "model.lambda_value_vid": "loss.lambda_value_vid",
+    "model.lambda_progressive": "loss.lambda_progressive",
     "data.sampling_rate": "data.frame_step",
     "data.clip_duration": "data.duration",
     "meta.dtype": "train.dtype",
@@ -25,6 +29,14 @@ ALIASES = {
     "data_aug.random_resize_aspect_ratio": "data.aug.random_resize_aspect_ratio",
 }
 """Keys of the reference that are ours under another name; `optimization.is_anneal` is the one with another value."""
+
+_NOT_OURS = {
+    "img_data.crop_size": "images have the size of the videos; set data.crop_size alone",
+    "img_data.dataset_fpcs": "it is 1 for every dataset of images; leave it out",
+    "data.num_frames": "it is data.dataset_fpcs here, a list, as in data.dataset_fpcs=[16]",
+    "data.num_clips": "it is data.clips_per_video here, and data.batch_size counts clips",
+}
+"""Keys of the reference's files that cannot be overridden by themselves, and what to do instead."""
 
 EXCLUSIVE = (("fps", "duration", "frame_step"), ("batch_size", "global_batch_size"))
 """Keys of `data` of which one at most may be set: a later layer that sets one clears the others."""
@@ -112,6 +124,8 @@ def apply(config: dict[str, Any], overrides: Iterable[str], default_masks: list[
     written = {}
     for text in overrides:
         key, value = split(text)
+        if key in _NOT_OURS:
+            raise ConfigError(f"override {text!r}: {_NOT_OURS[key]}")
         generic = ".".join("0" if part.isdecimal() else part for part in key.split("."))
         if not any(f"{known}.".startswith(f"{generic}.") or f"{generic}.".startswith(f"{known}.")
                    for known in known_keys()):

@@ -363,6 +363,9 @@ class Trainer:
             path = cfg.train.read_checkpoint
         elif cfg.optimization.anneal_ckpt is not None:
             path = cfg.optimization.anneal_ckpt
+            if not path.exists():
+                raise UserError(f"checkpoint {path} does not exist; this run starts from the weights of another, of "
+                                "which optimization.anneal_ckpt=FILE says where its checkpoint is")
         elif resume and of_v1.exists():
             path = of_v1
         else:
