@@ -105,6 +105,7 @@ def test_options(suffix: str, checkpoint: Path, videos: Path, tmp_path: Path) ->
         with np.load(out) as file:
             assert sorted(file) == names and {file[name].shape for name in names} == {(2, 96)}
             assert file[names[0]].dtype == np.float32
+        assert "2 x 96 each, float32, of the encoder" in result.output
         return
     found = read(out)
     assert list(found) == names and found[names[0]].shape == (2, 96) and found[names[0]].dtype == torch.bfloat16

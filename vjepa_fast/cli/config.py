@@ -23,7 +23,8 @@ RecipeOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="A YAML file: ours, or Meta's V-JEPA 2 pretraining YAML unchanged."),
+    typer.Option("--config", metavar="FILE",
+                 help="A YAML file: ours, or Meta's pretraining YAML of V-JEPA 1, 2 or 2.1, unchanged."),
 ]
 
 

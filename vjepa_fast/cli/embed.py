@@ -55,8 +55,8 @@ def embed(
         metavar="PX", min=1, help="Height and width of a clip.",
         show_default="those of the checkpoint, else 256")] = None,
     clips: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Clips of a video: the middle one, or several spread evenly; features are then "
-                                 "[clips, ...].")] = 1,
+        metavar="N", min=1, help="Clips of a video: the middle one, or several spread evenly; the first "
+                                 "dimension of the features is then the clip.")] = 1,
     weights: Annotated[str | None, typer.Option(
         metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
         show_default="the teacher if there is one")] = None,
@@ -119,8 +119,10 @@ def embed(
         if first is None:
             raise UserError(f"none of the {total} videos could be read; {out} was not written")
         shape = " x ".join(map(str, first.shape))
-        typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, "
-                   f"{str(first.dtype).removeprefix('torch.')}, of the {model.weights}")
+        # NumPy has no bfloat16.
+        kept = "float32" if out.suffix == ".npz" and first.dtype == torch.bfloat16 else dtype
+        typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, {kept}, "
+                   f"of the {model.weights}")
 
 
 class _Bar:
