@@ -170,7 +170,7 @@ def test_sincos_predictor_cannot_look_past_its_table(tmp_path: Path) -> None:
     model = vf.load(tmp_path / "c.pt", **models.NOT_IN_SHAPES)
     assert torch.equal(model.encode(models.clips()), made.target_encoder(models.clips()))
     assert model.predict_future(models.clips(1, 4, 64, 64, 3), 4).shape == (1, 32, models.WIDTH)
-    with pytest.raises(ValueError, match="positions are for at most"):
+    with pytest.raises(ValueError, match="8 frames and 2 predicted ones are more than the 8 that this predictor"):
         model.predict_future(models.clips(), 2)
 
 

@@ -174,6 +174,11 @@ class InferenceModel(nn.Module):
         clips = self._prepare(clips, image=False)
         past, height, width = self.encoder.grid_of(clips)
         future = -(-num_frames // self.encoder.tubelet_size)
+        if predictor.predictor_pos_embed is not None and past + future > predictor.grid[0]:
+            tubelet = self.encoder.tubelet_size
+            raise ValueError(f"{past * tubelet} frames and {future * tubelet} predicted ones are more than the "
+                             f"{predictor.grid[0] * tubelet} that this predictor's positions are for; give fewer "
+                             "frames, such as the last ones of the clip")
         features, _ = self.encoder.forward_packed([clips])
         ids = torch.arange((past + future) * height * width, device=clips.device).expand(len(clips), -1)
         seen = past * height * width
@@ -276,7 +281,7 @@ def load(
     Raises:
         UserError: the file cannot be read, wants to run code, or does not fit; the message says what does not, and
             what config would fit.
-        ConfigError: a field that does not exist, or weights that the file does not have.
+        ConfigError: a field that does not exist, weights that the file does not have, or a GPU that is not there.
     """
     checkpoint = open_checkpoint(path)
     if config is not None:
@@ -296,6 +301,9 @@ def build(
         raise ConfigError(f"dtype is {dtype!r}; expected {', '.join(COMPUTE_DTYPES)}")
     if not predictor:
         checkpoint = replace(checkpoint, predictor=None)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {str(device)!r}, but torch finds no usable GPU (torch.cuda.is_available() is "
+                          "false); expected 'cpu'")
     key = checkpoint.choose(weights)
     cfg, assumed = model_config(checkpoint, key, overrides or {}, dtype)
     modules = check_fit(checkpoint, key, cfg)

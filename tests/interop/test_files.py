@@ -100,6 +100,29 @@ def test_our_run_folder_says_its_config(made: vf.VJEPA, tmp_path: Path) -> None:
     assert torch.equal(model.encode(models.clips()), made.target_encoder(models.clips()))
 
 
+def test_a_run_folder_of_v1(made: vf.VJEPA, tmp_path: Path) -> None:
+    torch.save(models.contents(made), tmp_path / "jepa-latest.pth.tar")
+    assert open_checkpoint(tmp_path).path == tmp_path / "jepa-latest.pth.tar"
+    torch.save(models.contents(made), tmp_path / "other-latest.pth.tar")
+    with pytest.raises(UserError, match=r"several runs: jepa-latest\.pth\.tar, other-latest\.pth\.tar; name one"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_config_of_a_later_version(made: vf.VJEPA, tmp_path: Path) -> None:
+    config = models.config().model_dump(mode="json")
+    config["model"]["new_part"] = 3
+    torch.save(models.contents(made) | {"vjepa_fast": {"config": config}}, tmp_path / "latest.pt")
+    with pytest.raises(UserError, match="has new_part, of which this version of vjepa-fast does not know"):
+        vf.load(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(made: vf.VJEPA, tmp_path: Path) -> None:
+    torch.save(models.contents(made), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="device is 'cuda', but torch finds no usable GPU"):
+        vf.load(tmp_path / "a.pt", device="cuda")
+
+
 class _Runs:
     def __reduce__(self) -> Any:
         return os.mkdir, ("ran",)

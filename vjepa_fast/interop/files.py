@@ -21,7 +21,7 @@ from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.interop import huggingface, meta
 from vjepa_fast.interop.huggingface_config import from_hf_config
 from vjepa_fast.interop.huggingface_probe import classifier_from_hf
-from vjepa_fast.train.run_folder import LATEST
+from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1
 
 State = dict[str, Tensor]
 Layout = Literal["meta", "hf", "fast"]
@@ -82,7 +82,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """What a file or folder holds.
 
     Args:
-        path: see the module docstring for what is known. Of a run folder, latest.pt is read.
+        path: see the module docstring for what is known. Of a run folder, latest.pt is read, or the
+            <write_tag>-latest.pth.tar of V-JEPA 1.
 
     Raises:
         UserError: it does not exist, cannot be read, wants to run code, or holds nothing of V-JEPA.
@@ -102,8 +103,15 @@ def _open_folder(path: Path) -> Checkpoint:
         return _open_pickle(path / LATEST)
     if (path / WEIGHTS_FILE).exists():
         return _open_safetensors(path / WEIGHTS_FILE)
-    raise UserError(f"folder {path} holds no checkpoint: expected {LATEST} (a run), {WEIGHTS_FILE}, or config.json "
-                    "beside the weights (Hugging Face)")
+    of_v1 = sorted(path.glob(f"*{LATEST_OF_V1}"))
+    if len(of_v1) > 1:
+        raise UserError(f"folder {path} holds several runs: {', '.join(file.name for file in of_v1)}; name one of the "
+                        "files")
+    if of_v1:
+        return _open_pickle(of_v1[0])
+    raise UserError(f"folder {path} holds no checkpoint: expected {LATEST} (a run), *{LATEST_OF_V1} (a run of V-JEPA "
+                    f"1), {WEIGHTS_FILE}, or config.json beside the weights (Hugging Face); give the file itself if it "
+                    "has another name")
 
 
 def _open_pickle(path: Path) -> Checkpoint:

@@ -64,6 +64,10 @@ def guess(
         UserError: these are not the weights of a V-JEPA encoder.
         ConfigError: an override that does not exist or does not fit.
     """
+    later = set(stated or {}) - set(ModelConfig.model_fields)
+    if later:
+        raise UserError(f"{source}: the config in the file has {', '.join(sorted(later))}, of which this version of "
+                        "vjepa-fast does not know; open it with the version that wrote it, or a later one")
     known = {name: value for name, value in {**(stated or {}), **(overrides or {})}.items() if value is not None}
     notes: list[str] = []
     fields, size = _encoder_fields(encoder, source)
