@@ -114,9 +114,6 @@ def as_recipe(file: Path, recipe: str) -> tuple[Config, Config]:
             "train.out=null", *images])
     changes = [] if theirs.optimization.anneal_ckpt is None else [
         f"optimization.anneal_ckpt={theirs.optimization.anneal_ckpt}"]
-    if theirs.img_data is not None:
-        # As many as for videos, which a recipe says by number.
-        theirs.img_data.num_workers = theirs.data.num_workers
     return theirs, load_recipe(recipe, ["data.datasets=[a.csv]", *images, *changes])
 
 

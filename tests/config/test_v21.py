@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vjepa_fast.config import load_recipe
+from vjepa_fast.config import load_recipe, recipe_names
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import ConfigError
 
@@ -61,6 +61,12 @@ def test_distilled_models_are_not_trained() -> None:
 def test_metas_names_of_the_losses_weights() -> None:
     cfg = load_recipe("vitl16-256-v2.1", ["model.lambda_value_img=0.25", "model.lambda_progressive=false"])
     assert cfg.loss.lambda_value_img == 0.25 and not cfg.loss.lambda_progressive
+
+
+def test_recipes_decode_images_with_as_many_processes_as_videos() -> None:
+    for name in recipe_names():
+        images = load_recipe(name, ["data.num_workers=1"]).img_data
+        assert images is None or images.num_workers is None, name
 
 
 def test_a_mask_of_images_by_its_number() -> None:
