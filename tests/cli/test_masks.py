@@ -116,8 +116,7 @@ def test_groups_of_frames_per_clip(drawn: Drawn, tmp_path: Path) -> None:
 
     for name, count in (("a", 3), ("b", 5)):
         (tmp_path / f"{name}.csv").write_text("".join(f"{name}{i}.mp4 0\n" for i in range(count)))
-    args = ["data.datasets=[a.csv, b.csv]", "data.dataset_fpcs=[4, 8]", "data.datasets_weights=[0.5, 0.5]",
-            "train.probe=false"]
+    args = ["data.datasets=[a.csv, b.csv]", "data.dataset_fpcs=[4, 8]", "data.datasets_weights=[0.5, 0.5]"]
     (tmp_path / "a0.mp4").touch()
     (tmp_path / "b0.mp4").touch()
     result = invoke(*args, "--samples", "2", "--step", "1")

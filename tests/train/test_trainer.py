@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.train.tiny import tiny_config
-from vjepa_fast.errors import UserError
+from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.train import trainer as trainer_module
 from vjepa_fast.train.trainer import Trainer
 
@@ -186,3 +186,9 @@ def test_outputs_of_steps_do_not_pile_up_until_they_are_logged(make: Make, monke
     trainer.fit()
     # While a step is made, the one before it is still there.
     assert alive == [0, 1, 1, 1, 1]
+
+
+def test_probes_need_the_clips_of_the_demo(make: Make, tmp_path: Path) -> None:
+    assert make("train.probe=auto").cfg.train.probe is False
+    with pytest.raises(ConfigError, match="train.probe needs the labels"):
+        make("train.probe=true", f"train.out={tmp_path / 'other'}")

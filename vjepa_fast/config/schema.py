@@ -537,8 +537,8 @@ class TrainConfig(Section):
     connect_timeout: PositiveFloat = 300.0
     """Seconds that the processes of torchrun or srun wait for each other at the start."""
     tensorboard: bool = False
-    probe: bool = False
-    """At the end, fit linear probes on the labels of the synthetic clips (the demo)."""
+    probe: Switch = False
+    """At the end, fit linear probes on the labels of the synthetic clips (the demo); `auto`: where there are such."""
 
 
 class Config(Section):

@@ -523,9 +523,10 @@ class Trainer:
 
     def _make_synthetic(self) -> None:
         if SYNTHETIC not in self.cfg.data.datasets:
-            if self.cfg.train.probe:
+            if self.cfg.train.probe is True:
                 raise ConfigError(f"train.probe needs the labels of the clips that {SYNTHETIC!r} stands for; "
                                   "set train.probe=false for other data")
+            self.cfg.train.probe = False
             return
         folder = (self.cfg.data.cache_dir or default_cache_dir()) / "demo"
         if self.processes.is_first:
