@@ -97,7 +97,8 @@ def test_what_v_jepa_1_has_written_goes_on(video_csv: Path, tmp_path: Path) -> N
     checkpoint = torch.load(tmp_path / "latest.pt", weights_only=True)
     del checkpoint["vjepa_fast"]
     torch.save(checkpoint, tmp_path / "jepa-latest.pth.tar")
-    (tmp_path / "latest.pt").unlink()
+    for own in (tmp_path / "latest.pt", *tmp_path.glob("step*.pt")):
+        own.unlink()
     trainer = Trainer(cfg, folder=tmp_path, resume=True)
     assert trainer.step == 4
     for name, value in trainer.model.encoder.state_dict().items():
