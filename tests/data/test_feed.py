@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -96,6 +97,26 @@ def test_process_that_dies_in_a_file_is_named_and_given_up(config: Callable[...,
     assert [batch.step for batch in batches] == [0, 1] and loader.state_dict() == {"step": 2}
     assert all(torch.equal(batch.clips[0], other.clips[0]) for batch, other in zip(batches, expected, strict=False))
     assert loader.worker_pids() == []
+
+
+def test_process_that_dies_while_it_asks_whether_to_end(config: Callable[..., DataConfig], killer: Any) -> None:
+    """A lock that it would hold then, nobody gives back."""
+
+    def is_deadly(path: str) -> bool:
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        asking = getattr(frame.f_locals["done_event"], "_cond", None)
+        if path.endswith("5.mp4") and asking is not None:
+            asking.acquire()
+        return path.endswith("5.mp4")
+
+    killer(is_deadly)
+    with warnings.catch_warnings(), build_loader(config(), num_steps=4) as loader:
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match="so did those"):
+            list(loader)
 
 
 def test_deaths_that_lie_far_apart_are_put_up_with(config: Callable[..., DataConfig],

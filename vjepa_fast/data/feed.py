@@ -23,6 +23,8 @@ from vjepa_fast.data.workers import WorkerInit, start_context, unobserved
 from vjepa_fast.errors import UserError
 
 _POLL_SECONDS = 1.0
+# On a busy machine a connection breaks long before its process is seen to be over.
+_DEATH_SECONDS = 10.0
 _STUCK_SECONDS = 60.0
 _MAX_RESTARTS = 3
 _FORGET_AFTER = 100
@@ -104,7 +106,7 @@ class Feed:
             except (RuntimeError, OSError, EOFError) as error:
                 if "DataLoader timed out" in str(error):
                     self._report_stuck()
-                elif self._dead():
+                elif self._dead(_DEATH_SECONDS if isinstance(error, (ConnectionError, EOFError)) else _POLL_SECONDS):
                     self._restart(error)
                 else:
                     raise
@@ -114,12 +116,11 @@ class Feed:
                 return batch
         return None
 
-    def _dead(self) -> list[tuple[int, Any]]:
-        """Number and process of every worker that ended though nobody asked it to."""
+    def _dead(self, patience: float = 0) -> list[tuple[int, Any]]:
+        """Number and process of every worker that ended though nobody asked it to, within `patience` seconds."""
         workers = getattr(self._batches, "_workers", [])
-        # A connection may break a moment before its process is over.
         if workers:
-            connection.wait([worker.sentinel for worker in workers], _POLL_SECONDS)
+            connection.wait([worker.sentinel for worker in workers], patience)
         return [(number, worker) for number, worker in enumerate(workers) if worker.exitcode is not None]
 
     def _restart(self, error: Exception) -> None:

@@ -47,15 +47,36 @@ def auto_num_workers(device: torch.device) -> int:
     return min(_MAX_AUTO_WORKERS, max(share - 1, 1 if device.type == "cuda" else 0))
 
 
+class Flag:
+    """An event that is set once, without a lock: multiprocessing's own holds one while it is asked, and a process that
+    is killed just then keeps it, so that whoever asks next, the training process included, waits for ever."""
+
+    def __init__(self, context: Any) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+
+class _Context(type(multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))):  # type: ignore[misc]
+    """What PyTorch's loader makes its processes and events with."""
+
+    def Event(self) -> Flag:  # noqa: N802
+        return Flag(self)
+
+
 def start_context() -> Any:
-    """The multiprocessing context of the workers.
+    """The multiprocessing context of the workers, with events that survive a process that is killed.
 
     fork where the platform has it, by measurement and because of what users write: a forked worker is ready in
     10 ms, a spawned one in the 2 s that importing torch takes, and spawn or forkserver would run a script
     without `if __name__ == "__main__"` again in every worker. What makes fork risky is avoided: a worker uses one
     thread, never touches CUDA, and opens every file itself.
     """
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return _Context()
 
 
 @contextlib.contextmanager
