@@ -15,6 +15,7 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.train.joint import add_image_masks
 from vjepa_fast.train.outliers import LossOutliers
+from vjepa_fast.train.parallel import without_gradient
 from vjepa_fast.train.trainer import Trainer
 
 DENSE = (
@@ -60,7 +61,7 @@ def test_data_parallelism_waits_for_no_gradient_that_never_comes(  # type: ignor
     trainer.model(batch.clips, trainer._masks_of(batch)).loss.backward()
     trainer.loader.close()
     without = {name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None}
-    ignored = trainer._without_gradient(1)
+    ignored = without_gradient(trainer.model, trainer.cfg, 1)
     assert {name for name in ignored if not name.startswith("target_encoder")} == without
 
 
@@ -92,9 +93,9 @@ def test_with_images_and_resumed(  # type: ignore[no-untyped-def]
     # As two processes would have written it.
     own = torch.load(tmp_path / "run" / "latest.pt")["vjepa_fast"]
     assert own["global_images"] == 3
-    resumed._warn_of_changes(own)
+    resumed.checkpoints._warn_of_changes(own)
     assert "changed" not in capsys.readouterr().out
-    resumed._warn_of_changes({**own, "global_images": 6})
+    resumed.checkpoints._warn_of_changes({**own, "global_images": 6})
     assert "images a step 6 -> 3" in capsys.readouterr().out
 
 

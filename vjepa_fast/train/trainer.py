@@ -7,13 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-import vjepa_fast
 from vjepa_fast import config as config_files
 from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.config.schema import Config
@@ -22,7 +18,6 @@ from vjepa_fast.data.decode.choice import choose
 from vjepa_fast.data.loader import Batch, Loader, build_loader
 from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.errors import ConfigError, UserError
-from vjepa_fast.interop import meta
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.dynamic import Sizes
 from vjepa_fast.masking.sampler import StepMasks
@@ -32,21 +27,22 @@ from vjepa_fast.rng import Stream, pack_tag, random_words
 from vjepa_fast.train.bad_steps import BadSteps
 from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.distributed import Processes, choose_device
+from vjepa_fast.train.figures import Pending, read_back
 from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
 from vjepa_fast.train.out_of_memory import explain, ran_out
 from vjepa_fast.train.outliers import MAX_OUTLIERS
+from vjepa_fast.train.parallel import data_parallel
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
-from vjepa_fast.train.resume import changed_keys
-from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, choose_folder, holds_run
-from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
+from vjepa_fast.train.resume import RunCheckpoints, Surroundings
+from vjepa_fast.train.run_folder import LATEST, choose_folder
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
-from vjepa_fast.train.timing import StepTimer, StepTimes
+from vjepa_fast.train.timing import StepTimer
 from vjepa_fast.train.watchdog import Phase, Watchdog
 
 MAX_SKIPPED = 50
@@ -79,21 +75,6 @@ class RunSummary:
     data_wait: float
     """Share of that time that the first process waited for clips, 0 to 1 (vjepa_fast.train.timing)."""
     folder: Path
-
-
-@dataclass
-class _Pending:
-    """A step whose figures are still on the device."""
-
-    step: int
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    schedule: dict[str, float]
-    """Learning rate, weight decay and momentum, by their names in the log."""
-    num_clips: int
-    times: StepTimes
-    sample_ids: list[Tensor]
 
 
 class Trainer:
@@ -144,15 +125,16 @@ class Trainer:
         self.masks: StepMasks | JointMasks = masks
         if cfg.img_data is not None:
             self.masks = add_image_masks(masks, cfg, self.processes.rank, self.processes.world_size)
-        self.train_step = TrainStep(self.model, cfg, self._data_parallel(len(videos.fpcs)), self.processes.world_size)
+        wrapped = data_parallel(self.model, cfg, len(videos.fpcs)) if self.processes.distributed else None
+        self.train_step = TrainStep(self.model, cfg, wrapped, self.processes.world_size)
         self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
         self._run: StepCallable | None = None
-        self.step = 0
-        self._saved_step: int | None = None
-        self._recent_loss = float("nan")
-        self._start(resume or cfg.train.auto_resume)
-        self.writer = CheckpointWriter(
-            self.folder, cfg.train.keep_last, cfg.train.async_checkpoint, self._saved_step)
+        surroundings = Surroundings(self.batch_size, self.global_batch, self._global_images, self.backend)
+        self.checkpoints = RunCheckpoints(
+            cfg, self.folder, self.train_step, self.masks, surroundings, self.processes, self.console)
+        start = self.checkpoints.start(resume or cfg.train.auto_resume)
+        self.step, self._recent_loss, self._saved_step = start.step, start.loss, start.saved_step
+        self.writer = self.checkpoints.writer
         self.loader.load_state_dict({"step": self.step})
         self.total_steps = cfg.optimization.num_steps
         self.last_step = self.total_steps if cfg.train.max_steps is None else min(cfg.train.max_steps, self.total_steps)
@@ -212,7 +194,7 @@ class Trainer:
     def _loop(self, log: MetricsLog, progress: ProgressReport, speed: Speed) -> None:
         every = self.cfg.train.checkpoint_every or self.cfg.optimization.ipe
         assert every is not None
-        pending: list[_Pending] = []
+        pending: list[Pending] = []
         output: JEPAOutput | None = None
         first, batches, timer = self.step, iter(self.loader), StepTimer(self.device)
         while self.step < self.last_step:
@@ -230,7 +212,7 @@ class Trainer:
             times = timer.end()
             num_clips = sum(len(clips) for clips in batch.clips) * self.processes.world_size
             # Without the features and predictions, which would pile up until the next line of the log.
-            pending.append(_Pending(
+            pending.append(Pending(
                 self.step, result.loss, result.grad_norm, result.skipped,
                 {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
                 num_clips, times, batch.sample_ids))
@@ -319,27 +301,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write latest.pt, and e<epoch>.pt where one is due; only the first process writes."""
-        cfg, steps_per_epoch = self.cfg, self.cfg.optimization.ipe
-        assert steps_per_epoch is not None
         self.watchdog.at(self.step, Phase.CHECKPOINT)
         self.broken_list.write(self.loader.broken())
-        self.train_step.optimizer.collect()
-        if self.processes.is_first:
-            outliers = self.train_step.outliers
-            # With masks from the reference's stream every process has a state; this one's is kept.
-            contents = meta.to_checkpoint(
-                self.model, self.train_step.optimizer, epoch=self.step // steps_per_epoch, loss=self._recent_loss,
-                batch_size=self.batch_size, world_size=self.processes.world_size, lr=cfg.optimization.lr,
-                scaler=self.train_step.scaler,
-                extra={
-                    "version": vjepa_fast.__version__, "step": self.step, "global_batch": self.global_batch,
-                    "global_images": self._global_images,
-                    "backend": self.backend, "masks": self.masks.state_dict(),
-                    "last_losses": None if outliers is None else outliers.state_dict(),
-                    "config": cfg.model_dump(mode="json"),
-                },
-            )
-            self.writer.write(contents, self.step, self._kept_for_good())
+        self.checkpoints.save(self.step, self._recent_loss, self._kept_for_good())
         self._saved_step = self.step
         self.watchdog.at(self.step, Phase.CHECKPOINT_DONE)
         self.processes.wait()
@@ -352,96 +316,26 @@ class Trainer:
         due = freq > 0 and finished > 0 and offset == 0 and (finished - 1) % freq == 0
         return self.folder / f"e{finished - 1}.pt" if due else None
 
-    def _start(self, resume: bool) -> None:
-        """Weights, optimizer and position from a checkpoint, if the config or the folder names one."""
-        cfg = self.cfg
-        latest, of_v1 = self.folder / LATEST, self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
-        resumed = resume and holds_run(self.folder)
-        if resumed:
-            path = choose_whole(self.folder, self.processes, self._say)
-        elif cfg.train.read_checkpoint is not None:
-            path = cfg.train.read_checkpoint
-        elif cfg.optimization.anneal_ckpt is not None:
-            path = cfg.optimization.anneal_ckpt
-            if not path.exists():
-                raise UserError(f"checkpoint {path} does not exist; this run starts from the weights of another, of "
-                                "which optimization.anneal_ckpt=FILE says where its checkpoint is")
-        elif resume and of_v1.exists():
-            path = of_v1
-        else:
-            if resume and not cfg.train.auto_resume:
-                self.console.print(f"nothing to resume in {self.folder}: starting from the beginning", highlight=False)
-            return
-        if self.processes.is_first and not resumed:
-            check_whole(path)
-        info = meta.load_checkpoint(path, self.model, self.train_step.optimizer, self.train_step.scaler)
-        if path == cfg.optimization.anneal_ckpt and path != latest:
-            self.console.print(f"starting from the weights of {path}", highlight=False, soft_wrap=True)
-            return
-        own = info.get("vjepa_fast")
-        assert cfg.optimization.ipe is not None
-        self.step = int(info["epoch"]) * cfg.optimization.ipe
-        if own is not None:
-            self.step = own["step"]
-            self.masks.load_state_dict(own["masks"])
-            if self.train_step.outliers is not None and own.get("last_losses") is not None:
-                self.train_step.outliers.load_state_dict(own["last_losses"])
-            self._warn_of_changes(own)
-            if path == latest:
-                self._saved_step, self._recent_loss = self.step, info["loss"]
-        else:
-            for _ in range(self.step):
-                if self.masks.reference is not None:
-                    self.masks.reference.step()
-        self.console.print(f"continuing {path} at step {self.step}", highlight=False, soft_wrap=True)
-
-    def _warn_of_changes(self, own: dict[str, Any]) -> None:
-        changed = changed_keys(own["config"], self.cfg.model_dump(mode="json"))
-        if own["global_batch"] != self.global_batch:
-            changed.append(f"clips a step {own['global_batch']} -> {self.global_batch}")
-        if own.get("global_images", self._global_images) != self._global_images:
-            changed.append(f"images a step {own['global_images']} -> {self._global_images}")
-        # Decoders differ in colours. Checkpoints of earlier versions do not say which it was.
-        if own.get("backend", self.backend) != self.backend:
-            changed.append(f"decoder {own['backend']} -> {self.backend}")
-        if changed:
-            self.console.print(
-                f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
-                "have without the change", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
     def _flush(
-        self, pending: list[_Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport,
+        self, pending: list[Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport,
         speed: Speed
     ) -> None:
         """Read the figures of the pending steps back and write them down, with the health of the last one's output."""
-        shares = torch.stack([p.loss for p in pending]).double().cpu()
-        losses = (self.processes.sum_on_host(shares) / self.processes.world_size).tolist()
-        norms = torch.stack([p.grad_norm for p in pending]).tolist()
-        skipped = torch.stack([p.skipped for p in pending]).tolist()
-        # The device is past the last of these steps now.
-        times = [p.times.seconds() for p in pending]
-        for p, (wait, step) in zip(pending, times, strict=True):
-            speed.add(p.num_clips, wait + step, wait)
         ipe = self.cfg.optimization.ipe
         assert ipe is not None
-        rows = [
-            {
-                "epoch": p.step // ipe + 1, "itr": p.step % ipe, "loss": loss, "iter-time(ms)": 1e3 * (wait + step),
-                "gpu-time(ms)": 1e3 * step, "dataload-time(ms)": 1e3 * wait, "step": p.step, **p.schedule,
-                "grad_norm": norm, "skipped": int(skip), "clips_per_s": p.num_clips / (wait + step),
-            }
-            for p, loss, norm, skip, (wait, step) in zip(pending, losses, norms, skipped, times, strict=True)
-        ]
+        figures = read_back(pending, self.processes, ipe)
+        for p, (wait, seconds) in zip(pending, figures.times, strict=True):
+            speed.add(p.num_clips, wait + seconds, wait)
         assert output is not None
         first = self.processes.is_first
-        log.write(rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
-        seconds = sum(map(sum, times))
-        finite = [loss for loss, skip in zip(losses, skipped, strict=True) if not skip] or losses
-        self._recent_loss = sum(finite) / len(finite)
+        log.write(figures.rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
+        took = sum(map(sum, figures.times))
+        self._recent_loss = figures.mean_loss
         progress.report(
             self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
-            clips_per_s=sum(p.num_clips for p in pending) / seconds, data_wait=sum(wait for wait, _ in times) / seconds)
-        for p, loss, norm, skip in zip(pending, losses, norms, skipped, strict=True):
+            clips_per_s=sum(p.num_clips for p in pending) / took,
+            data_wait=sum(wait for wait, _ in figures.times) / took)
+        for p, loss, norm, skip in zip(pending, figures.losses, figures.norms, figures.skipped, strict=True):
             self.bad_steps.look(p.step, loss, norm, bool(skip) and not math.isfinite(norm), p.sample_ids)
             # Its gradients were finite, so that its loss was an outlier.
             self._num_outliers += bool(skip) and math.isfinite(norm)
@@ -472,13 +366,7 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Weights, optimizer and target encoder of the last checkpoint; data and schedules go on where they are."""
-        self.writer.wait()
-        self.processes.wait()
-        info = meta.load_checkpoint(
-            self.folder / LATEST, self.model, self.train_step.optimizer, self.train_step.scaler)
-        outliers = self.train_step.outliers
-        if outliers is not None and info["vjepa_fast"].get("last_losses") is not None:
-            outliers.load_state_dict(info["vjepa_fast"]["last_losses"])
+        self.checkpoints.roll_back()
         self._num_rollbacks += 1
         self._say(f"the last {self.bad_steps.in_a_row} steps up to step {self.step} were bad ({self.bad_steps.path}): "
                   f"back to the weights of step {self._saved_step}, on with the data that comes next; this is time "
@@ -494,32 +382,6 @@ class Trainer:
             str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
         data = self.cfg.data.model_copy(update={"datasets": names})
         return build_loader(data, self.processes.rank, self.processes.world_size, self.device)
-
-    def _data_parallel(self, num_groups: int) -> DistributedDataParallel | None:
-        """Args: num_groups: frames-per-clip groups of videos."""
-        if not self.processes.distributed:
-            return None
-        # Nobody must wait for a gradient that never comes.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            self.model, self._without_gradient(num_groups))
-        return DistributedDataParallel(
-            self.model, gradient_as_bucket_view=True,
-            find_unused_parameters=num_groups > 1,
-        )
-
-    def _without_gradient(self, num_groups: int) -> list[str]:
-        """Trained parameters that no mask, frames-per-clip group, image or level uses."""
-        model, cfg = self.model, self.cfg
-        used = len(cfg.mask.masks) if cfg.model.mask_token_by == "mask" else num_groups
-        unused = [f"predictor.mask_tokens.{index}" for index in range(used, len(model.predictor.mask_tokens))]
-        if cfg.img_data is None:
-            unused += [name for name, _ in model.named_parameters() if "img_mod_embed" in name or (
-                "patch_embed_img" in name)]
-        if cfg.model.n_output_distillation is not None:
-            norms = {id(parameter) for norm in model.encoder.level_norms for parameter in norm.parameters()}
-            unused += [f"encoder.norms_block.{name}" for name, parameter in
-                       model.encoder.norms_block.named_parameters() if id(parameter) not in norms]
-        return unused
 
     def _make_synthetic(self) -> None:
         if SYNTHETIC not in self.cfg.data.datasets:
