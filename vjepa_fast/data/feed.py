@@ -119,8 +119,11 @@ class Feed:
     def _dead(self, patience: float = 0) -> list[tuple[int, Any]]:
         """Number and process of every worker that ended though nobody asked it to, within `patience` seconds."""
         workers = getattr(self._batches, "_workers", [])
-        if workers:
-            connection.wait([worker.sentinel for worker in workers], patience)
+        ended = connection.wait([worker.sentinel for worker in workers], patience) if workers else []
+        for worker in workers:
+            if worker.sentinel in ended:
+                # What it held open is closed a moment before it can be waited for.
+                worker.join(_DEATH_SECONDS)
         return [(number, worker) for number, worker in enumerate(workers) if worker.exitcode is not None]
 
     def _restart(self, error: Exception) -> None:
