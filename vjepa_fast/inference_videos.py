@@ -125,7 +125,7 @@ def read_clips(source: Source, sampling: Sampling) -> Tensor:
         # One clip lies in the middle, several begin at the beginning and end at the end.
         starts = ([spare // 2] if sampling.clips == 1
                   else np.linspace(0, spare, sampling.clips).astype(int).tolist())
-    box = _middle(source.height, source.width, *sampling.size)
+    box = middle_box(source.height, source.width, *sampling.size)
     requests = [
         ClipRequest(source, np.zeros(sampling.frames, dtype=np.int64) if source.is_image
                     else window_frames(start, source.num_frames, sampling.frames, step), box, sampling.size, False)
@@ -133,7 +133,7 @@ def read_clips(source: Source, sampling: Sampling) -> Tensor:
     return torch.stack(HostPreparer().prepare_together(requests))
 
 
-def _middle(height: int, width: int, wanted_height: int, wanted_width: int) -> Box:
+def middle_box(height: int, width: int, wanted_height: int, wanted_width: int) -> Box:
     """The part of a picture that is seen: _CROP_SHARE of what fits, of the wanted shape."""
     unit = min(height / wanted_height, width / wanted_width) * _CROP_SHARE
     box_height, box_width = max(1, round(wanted_height * unit)), max(1, round(wanted_width * unit))

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    from vjepa_fast.inference_videos import Progress
 
 EPILOG = """
 Examples:
@@ -30,9 +26,6 @@ Stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was
 
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
-
-_SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_BETWEEN_FRAMES = 0.2
 
 
 def embed(
@@ -99,18 +92,19 @@ def embed(
         def encode(loaded: InferenceModel, batch: Any) -> Any:
             return loaded.encode(batch, pool="mean" if pool == "mean" else None)
 
-        progress = _Bar(job.progress)
+        bar = Bar("embedded", "videos", job.progress.total, job.progress.done)
         try:
             # On the GPU only once the decoding processes are there: they are forked, which CUDA does not survive.
             first = job.run(lambda: model.to(target), encode, batch_size or (8 if target.type == "cuda" else 1),
-                            workers or max(1, auto_num_workers(target)), progress.show)
+                            workers or max(1, auto_num_workers(target)),
+                            lambda now: bar.show(now.done, f"{now.broken} broken"))
         except KeyboardInterrupt:
-            progress.close()
+            bar.close()
             say("warning", f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command "
                            "goes on")
             raise
         finally:
-            progress.close()
+            bar.close()
         total, broken = job.progress.total, job.progress.broken
         if broken:
             path, reason = next(iter(job.broken.items()))
@@ -123,47 +117,3 @@ def embed(
         kept = "float32" if out.suffix == ".npz" and first.dtype == torch.bfloat16 else dtype
         typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, {kept}, "
                    f"of the {model.weights}")
-
-
-class _Bar:
-    """A bar for a person, a line now and then for a log file."""
-
-    def __init__(self, start: Progress) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as RichProgress
-
-        self._console = Console(stderr=True)
-        self._began = time.monotonic(), start.done
-        self._shown = time.monotonic()
-        self._bar: RichProgress | None = None
-        if start.done:
-            self._console.print(f"going on: {start.done} of {start.total} videos were done before", highlight=False)
-        if self._console.is_terminal:
-            # No thread of its own: decoding processes are forked while the bar is shown.
-            self._bar = RichProgress(
-                TextColumn("embedded {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                TextColumn("{task.description}"), console=self._console, auto_refresh=False)
-            self._task = self._bar.add_task("starting", total=start.total, completed=start.done)
-            self._bar.start()
-
-    def show(self, progress: Progress) -> None:
-        """Called after every video."""
-        now = time.monotonic()
-        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_FRAMES
-        if now - self._shown < pause and (self._bar is None or progress.done < progress.total):
-            return
-        self._shown = now
-        seconds, num_new = now - self._began[0], progress.done - self._began[1]
-        left = timedelta(seconds=round(seconds / num_new * (progress.total - progress.done)))
-        text = f"{num_new / seconds:.2f} videos/s  {progress.broken} broken  eta {left}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=progress.done, description=text, refresh=True)
-        else:
-            self._console.print(f"embedded {progress.done}/{progress.total}  {text}", highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vjepa_fast import __version__
-from vjepa_fast.cli import bench, convert, doctor, embed, masks, pack, plan, train
+from vjepa_fast.cli import bench, convert, doctor, embed, masks, pack, plan, probe, train
 
 app = typer.Typer(
     name="vjepa-fast",
@@ -23,6 +23,7 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("pack", epilog=pack.EPILOG)(pack.pack)
 app.command("convert", epilog=convert.EPILOG)(convert.convert)
 app.command("embed", epilog=embed.EPILOG)(embed.embed)
+app.command("probe", epilog=probe.EPILOG)(probe.probe)
 app.command("doctor")(doctor.doctor)
 app.command("masks", epilog=masks.EPILOG)(masks.masks)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)

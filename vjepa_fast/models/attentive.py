@@ -7,6 +7,8 @@ Legend: B clips, N tokens of a clip, D width, C classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing
 
-_EPS = 1e-5
+EPS = 1e-5
 
 
 class CrossAttention(nn.Module):
@@ -41,9 +43,9 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=_EPS)
+        self.norm1 = LayerNorm(dim, eps=EPS)
         self.xattn = CrossAttention(dim, num_heads)
-        self.norm2 = LayerNorm(dim, eps=_EPS)
+        self.norm2 = LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, queries: Tensor, x: Tensor) -> Tensor:
@@ -69,9 +71,11 @@ class AttentivePooler(nn.Module):
             Block(dim, num_heads, 4.0, 0.0, False, False) for _ in range(depth - 1)) if depth > 1 else None
         for block in self.blocks or ():
             assert isinstance(block, Block)
-            block.norm1.eps = block.norm2.eps = _EPS
+            block.norm1.eps = block.norm2.eps = EPS
         nn.init.trunc_normal_(self.query_tokens, std=INIT_STD)
         init_weights(self, self.blocks or nn.ModuleList())
+        with torch.no_grad():
+            self.cross_attention_block.mlp.fc2.weight.div_(math.sqrt(2.0 * max(1, depth - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] from features [B, N, D]."""
@@ -103,9 +107,8 @@ class AttentiveClassifier(nn.Module):
         if dim % num_heads:
             raise ConfigError(f"a probe of width {dim} cannot have {num_heads} heads; expected a divisor")
         self.pooler = AttentivePooler(dim, num_heads, depth)
+        # With torch's own initialisation, as in the reference.
         self.linear = Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=INIT_STD)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C] from features [B, N, D]."""

@@ -65,6 +65,7 @@ class Pack:
                 raise UserError(f"pack {name!r} is unfinished; the `vjepa-fast pack` that began it, given once more, "
                                 "goes on where it stopped")
             self.index = read_index(path, name)
+        self.index_file = path
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pack, (self.name, self._cache_dir)

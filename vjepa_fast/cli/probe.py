@@ -1,0 +1,290 @@
+"""`vjepa-fast probe`: what the features of a frozen encoder know."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vjepa_fast.cli.bar import Bar
+from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
+from vjepa_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vjepa_fast.evaluation.frozen import ProbeResult, ProbeSettings
+    from vjepa_fast.evaluation.labels import Labels
+    from vjepa_fast.inference import InferenceModel
+
+EPILOG = """
+Examples:
+
+  vjepa-fast probe --checkpoint runs/run --train train.csv --val val.csv
+
+  vjepa-fast probe --checkpoint vitl.pt --train ssv2_train.csv --val ssv2_val.csv --segments 2 --views 3 --depth 4
+      --augmented 20 --frame-step 4 --dtype bfloat16
+
+  vjepa-fast probe --checkpoint runs/run --train speeds.csv --val speeds_val.csv --probe linear --targets vx,vy
+
+A line of the manifests is "path label": a class number, or numbers to predict, as in "a.mp4 0.25,-1.5". Features are
+computed once and kept; stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+KINDS = ("attentive", "linear", "knn")
+_LRS, _DECAYS = "5e-3,3e-3,1e-3,3e-4,1e-4", "0.01,0.1,0.4,0.8"
+
+
+def probe(
+    checkpoint: Annotated[Path, typer.Option(
+        metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
+                                                 ".safetensors file, or a folder of Hugging Face.")],
+    train: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to fit probes on.")],
+    val: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to measure on.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("probe"),
+    probes: Annotated[str, typer.Option(
+        "--probe", metavar="KINDS", help="attentive, linear (ridge regression on mean features), knn (nearest "
+                                         "neighbours of mean features), separated by commas.")] = ",".join(KINDS),
+    task: Annotated[Literal["auto", "classification", "regression"], typer.Option(
+        help="auto: class numbers if all labels are whole numbers.")] = "auto",
+    targets: Annotated[str | None, typer.Option(
+        metavar="NAMES", help="Names of the columns of a regression, separated by commas.")] = None,
+    segments: Annotated[int, typer.Option(
+        metavar="N", min=1, help="Clips of a video in time, whose tokens a probe sees together.")] = 1,
+    views: Annotated[int, typer.Option(
+        metavar="N", min=1, help="Crops of a validation clip, whose answers are averaged.")] = 1,
+    augmented: Annotated[int, typer.Option(
+        metavar="N", min=0, help="Versions of each training video with the reference's augmentations, seen in turn, "
+                                 "epoch by epoch; 0: the plain clip.")] = 0,
+    frames: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16")] = None,
+    fps: Annotated[float | None, typer.Option(
+        metavar="F", min=0.001, help="Frames a second of a clip.",
+        show_default="that of the checkpoint, else 4")] = None,
+    frame_step: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="In place of --fps: every Nth frame, as Meta's evaluations have it (4).",
+        show_default=False)] = None,
+    size: Annotated[int | None, typer.Option(
+        metavar="PX", min=1, help="Height and width of a clip.",
+        show_default="those of the checkpoint, else 256")] = None,
+    depth: Annotated[int, typer.Option(
+        metavar="N", min=1, help="Blocks of an attentive probe, the last one cross-attention: 1 in V-JEPA 1, 4 in "
+                                 "V-JEPA 2.")] = 1,
+    probe_heads: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Attention heads of an attentive probe.",
+        show_default="16, or the encoder's if 16 does not divide its width")] = None,
+    lr: Annotated[str, typer.Option(
+        metavar="LIST", help="Learning rates; with every weight decay a probe, all trained at once.")] = _LRS,
+    weight_decay: Annotated[str, typer.Option(metavar="LIST", help="Weight decays.")] = _DECAYS,
+    warmup: Annotated[float, typer.Option(metavar="EPOCHS", min=0, help="Epochs in which lr rises from 0.")] = 0.0,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the training videos.")] = 20,
+    batch_size: Annotated[int, typer.Option(
+        metavar="N", min=1, help="Videos of a step of attentive probes.")] = 64,
+    style: Annotated[Literal["vjepa2", "vjepa1"], typer.Option(
+        help="vjepa1: biases and norms without weight decay, gradients clipped to a norm of 1.")] = "vjepa2",
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights, order and augmentations.")] = 0,
+    weights: Annotated[str | None, typer.Option(
+        metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
+        show_default="the teacher if there is one")] = None,
+    config: ModelConfigOption = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(
+        help="Of the encoder, of kept features, and of products in attentive probes.")] = "float32",
+    cache: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Where features are kept.", show_default="~/.cache/vjepa_fast/features")] = None,
+    encoder_batch: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU")] = None,
+    workers: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")] = None,
+    option: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as "
+                                           "in num_heads=12.", show_default=False)] = None,
+) -> None:
+    """Fit probes on the features of a frozen encoder, and measure what they read out of new videos."""
+    with exit_codes():
+        kinds = _names(probes, "--probe", KINDS)
+        rates, decays = _numbers(lr, "--lr"), _numbers(weight_decay, "--weight-decay")
+        if fps is not None and frame_step is not None:
+            raise ConfigError("--fps and --frame-step are given; expected one of them")
+        from vjepa_fast.evaluation.report import RESULTS
+
+        if (out / RESULTS).exists():
+            raise ConfigError(f"{out / RESULTS} exists; give another --out or remove it")
+        # Imported here: they need seconds, which --help need not wait for.
+        import torch
+
+        from vjepa_fast.evaluation.attentive_probe import HeadSetting
+        from vjepa_fast.evaluation.frozen import ProbeSettings
+        from vjepa_fast.evaluation.labels import read_labels
+        from vjepa_fast.inference import build
+        from vjepa_fast.interop.files import open_checkpoint
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
+        target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        labels = read_labels(train, val, None if task == "auto" else task, targets.split(",") if targets else ())
+        for note in labels.notes:
+            say("warning", note)
+        if augmented and labels.task == "regression":
+            say("warning", "augmented clips are cropped, sheared and shifted: numbers that say where something is in "
+                           "the picture no longer fit them")
+        opened = apply_config(open_checkpoint(checkpoint), config)
+        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=fields(option or [], "--set"))
+        for note in model.assumed:
+            say("warning", note)
+        width = model.encoder.embed_dim
+        if probe_heads is None:
+            probe_heads = 16 if width % 16 == 0 else model.encoder.num_heads
+        if width % probe_heads:
+            raise ConfigError(f"--probe-heads is {probe_heads}; expected a divisor of the encoder's width, {width}")
+        heads = [HeadSetting(rate, decay, 0.0 if warmup else None, warmup=warmup,
+                             final_weight_decay=1e-6 if style == "vjepa1" else None)
+                 for decay, rate in itertools.product(decays, rates)]
+        settings = ProbeSettings(heads, depth, probe_heads, epochs, batch_size, style == "vjepa2",
+                                 1.0 if style == "vjepa1" else None, augmented, seed)
+        run = _Run(model, labels, settings, target, out)
+        run.features(cache, _rule(model, frames, fps, frame_step, size, segments, views), "attentive" in kinds,
+                     encoder_batch, workers)
+        run.probe(kinds, {"checkpoint": str(opened.path), "weights": model.weights, "dtype": dtype,
+                          "command": sys.argv[1:]})
+
+
+def _rule(model: InferenceModel, frames: int | None, fps: float | None, frame_step: int | None, size: int | None,
+          segments: int, views: int) -> Any:
+    from vjepa_fast.evaluation.views import ClipRule
+    from vjepa_fast.inference_videos import default_sampling
+
+    sampling = default_sampling(model, frames, fps, size, 1)
+    return ClipRule(sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views)
+
+
+def _names(text: str, flag: str, known: tuple[str, ...]) -> list[str]:
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found or any(name not in known for name in found):
+        raise ConfigError(f"{flag} is {text!r}; expected one or several of {', '.join(known)}, separated by commas")
+    return [name for name in known if name in found]
+
+
+def _numbers(text: str, flag: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= number < float("inf") for number in found):
+        raise ConfigError(f"{flag} is {text!r}; expected numbers of at least 0, separated by commas")
+    return list(dict.fromkeys(found))
+
+
+class _Run:
+    def __init__(self, model: InferenceModel, labels: Labels, settings: ProbeSettings, device: Any, out: Path) -> None:
+        self._model, self._labels, self._settings = model, labels, settings
+        self._device, self._out = device, out
+
+    def features(self, cache: Path | None, rule: Any, tokens: bool, batch: int | None, workers: int | None) -> None:
+        """What probes are fitted on, from the disk or computed."""
+        from vjepa_fast.cache_dir import default_cache_dir
+        from vjepa_fast.data.workers import auto_num_workers
+        from vjepa_fast.evaluation.features import FeatureStore, FillProgress
+        from vjepa_fast.evaluation.frozen import FrozenFeatures
+
+        store = FeatureStore(cache or default_cache_dir() / "features", self._model)
+        self._features = FrozenFeatures(store, self._labels, rule, self._settings)
+        self._rule = rule
+        bar: Bar | None = None
+
+        def report(now: FillProgress) -> None:
+            nonlocal bar
+            bar = bar or Bar("encoded", "videos", now.total, now.kept)
+            bar.show(now.done, f"{len(now.broken)} broken")
+
+        try:
+            progress = self._features.fill(
+                self._model, self._device, tokens, batch or (8 if self._device.type == "cuda" else 1),
+                workers or max(1, auto_num_workers(self._device)), report)
+        except KeyboardInterrupt:
+            say("warning", "the features computed so far are kept; the same command goes on")
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+        if progress.broken:
+            path, reason = next(iter(progress.broken.items()))
+            say("warning", f"{len(progress.broken)} videos could not be read and are left out ({path}: {reason}"
+                           f"{', ...' if len(progress.broken) > 1 else ''})")
+        if progress.kept:
+            typer.echo(f"features of {progress.kept} of {progress.total} videos were there already: {store.folder}",
+                       err=True)
+        self._store = store
+
+    def probe(self, kinds: list[str], head: dict[str, Any]) -> None:
+        """Fit, measure, write and show."""
+        from dataclasses import asdict
+
+        from vjepa_fast.evaluation import frozen, report
+        from vjepa_fast.train.files import disk_errors
+
+        labels = self._features.labels
+        results: dict[str, ProbeResult] = {"baseline": frozen.baseline(labels)}
+        if "linear" in kinds:
+            results["linear"] = frozen.linear(self._features)
+        if "knn" in kinds:
+            results["knn"] = frozen.knn(self._features)
+        if "attentive" in kinds:
+            score = "accuracy" if labels.task == "classification" else "R2"
+            bar = Bar("trained", "epochs", self._settings.epochs)
+            try:
+                results["attentive"] = frozen.attentive(
+                    self._features, self._settings, self._device,
+                    lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"))
+            finally:
+                bar.close()
+        with disk_errors(self._out, advice="give the command once more"):
+            self._out.mkdir(parents=True, exist_ok=True)
+        best = max((name for name in results if name != "baseline"),
+                   key=lambda name: frozen.main_score(results[name].scores))
+        if "attentive" in results:
+            report.draw_curves(self._out / report.CURVES, results["attentive"],
+                               "top1" if labels.task == "classification" else "r2")
+        if labels.task == "classification":
+            report.draw_confusion(self._out / report.CONFUSION, labels, results[best].outputs, best)
+        else:
+            report.draw_scatter(self._out / report.SCATTER, labels, results[best].outputs, results[best].scores, best)
+        splits = {name: {"manifest": split.name, "videos": len(split.videos.paths)}
+                  for name, split in (("train", labels.train), ("val", labels.val))}
+        rule = {key: value for key, value in asdict(self._rule).items() if key not in ("version", "seed")}
+        report.write_results(self._out, {
+            **head, "encoder": self._store.hash, "device": str(self._device), "task": labels.task, **splits,
+            "classes": labels.classes, "targets": labels.targets, "clips": rule, "broken": self._features.broken,
+            "seed": self._settings.seed, "best": best}, labels, results)
+        _show(labels, results)
+        typer.echo(f"{self._out}: {', '.join(sorted(path.name for path in self._out.iterdir()))}")
+
+
+def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = results["baseline"].scores
+    names = [name for name, value in first.items() if isinstance(value, float)]
+    by_target = labels.targets if labels.task == "regression" and len(labels.targets) <= 6 else []
+    table = Table(title=f"{len(labels.train.videos.paths)} training and {len(labels.val.videos.paths)} validation "
+                        "videos; 1 is perfect")
+    table.add_column("probe")
+    for name in (*(name.replace("_", " ") for name in names), *(f"r2 of {target}" for target in by_target)):
+        table.add_column(name, justify="right")
+    said = {"baseline": "the training labels alone", "linear": "linear, mean features"}
+    for name, result in results.items():
+        if name == "attentive":
+            one = result.details["heads"][result.details["best_head"]]
+            said[name] = (f"attentive, depth {result.details['depth']}, best of {len(result.details['heads'])} "
+                          f"(lr {one['lr']:g}, decay {one['weight_decay']:g})")
+        elif name == "knn":
+            said[name] = f"{result.details['neighbours']} nearest, mean features"
+        values = [result.scores[key] for key in names]
+        values += [result.scores["r2_by_target"][target] for target in by_target]
+        table.add_row(said[name], *(f"{value:.3f}" for value in values))
+    Console().print(table)

@@ -1,0 +1,228 @@
+"""Features of a frozen encoder, kept on disk, so that a probe is trained on what was computed once.
+
+The folder of an encoder is named by a hash over the bytes of its weights, its config and the dtype; an entry in it by
+a hash over the video file (path, size, time of change) and the rule by which it becomes clips. Whatever changes, other
+names are looked for, and nothing old is ever read for new. Entries lie in .safetensors files that are whole or absent:
+a job that is killed goes on with what is missing.
+
+Entries: `t.<hash>`, all tokens, [views, segments * N, D] in the compute dtype; `m.<hash>`, their mean, fp32 [views, D].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vjepa_fast import __version__
+from vjepa_fast.data.decode.index import DecodeError
+from vjepa_fast.data.pack.pool import Failed, Pool
+from vjepa_fast.errors import UserError
+from vjepa_fast.evaluation.views import ClipRule, read_views
+from vjepa_fast.inference import InferenceModel
+from vjepa_fast.inference_videos import Videos
+from vjepa_fast.train.files import atomic_path, disk_errors, remove_leftovers, write_text
+
+_FORMAT = 1
+_PART_SECONDS, _PART_BYTES = 10.0, 256 * 2**20
+_AGAIN = "give the command once more: what is done is kept"
+TOKENS, MEAN = "t", "m"
+
+
+def encoder_hash(model: InferenceModel) -> str:
+    """Hexadecimal hash of the weights to the bit, the config and the dtype."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, __version__, model.cfg.model_dump(mode="json")]).encode())
+    for name, value in sorted(model.encoder.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video by a rule."""
+
+    videos: Videos
+    number: int
+    rule: ClipRule
+
+    @property
+    def key(self) -> str:
+        """Hash of the video and the rule."""
+        if self.number in self.videos.places:
+            pack, place = self.videos.places[self.number]
+            stat = os.stat(pack.index_file)
+            what = f"{pack.index_file}:{place}:{stat.st_size}:{stat.st_mtime_ns}"
+        else:
+            path = os.path.abspath(self.videos.paths[self.number])
+            try:
+                stat = os.stat(path)
+                what = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+            except OSError:
+                what = path
+        text = json.dumps([what, asdict(self.rule)])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+
+
+@dataclass
+class FillProgress:
+    """How far the features are."""
+
+    total: int
+    done: int = 0
+    kept: int = 0
+    """Of those done, the ones that were there before."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Reason by path."""
+
+
+class FeatureStore:
+    """The features of one encoder.
+
+    Args:
+        root: of all stores.
+        model: whose features they are.
+    """
+
+    def __init__(self, root: Path, model: InferenceModel) -> None:
+        self.hash = encoder_hash(model)
+        self.folder = root / self.hash[:32]
+        self._files: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        self._waiting: dict[str, Tensor] = {}
+        self._written = time.monotonic()
+        with disk_errors(self.folder, "features to", _AGAIN):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        write_text(self.folder / "encoder.json", json.dumps(
+            {"hash": self.hash, "weights": model.weights, "config": model.cfg.model_dump(mode="json")}, indent=1))
+        for part in sorted(self.folder.glob("*.safetensors")):
+            self._open(part)
+
+    def _open(self, part: Path) -> None:
+        try:
+            file = safe_open(part, framework="pt", device="cpu")
+            names = list(file.keys())
+        except (SafetensorError, OSError):
+            # Damaged by something else than a kill: made again.
+            part.unlink(missing_ok=True)
+            return
+        self._files[part] = file
+        self._where.update(dict.fromkeys(names, part))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str) -> Tensor:
+        """An entry, by its whole name."""
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        return tensor
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Written at the latest by `flush`."""
+        self._waiting[name] = value.contiguous().clone()
+        size = sum(one.numel() * one.element_size() for one in self._waiting.values())
+        if time.monotonic() - self._written >= _PART_SECONDS or size >= _PART_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self._written = time.monotonic()
+        if not self._waiting:
+            return
+        # Another process may fill the same store.
+        part = self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors"
+        with disk_errors(part, "features", _AGAIN), atomic_path(part) as temporary:
+            save_file(self._waiting, temporary)
+        self._waiting = {}
+        self._open(part)
+
+    def fill(
+        self, entries: Sequence[Entry], model: InferenceModel, device: torch.device, tokens: bool, batch_size: int,
+        num_workers: int, report: Callable[[FillProgress], None],
+    ) -> FillProgress:
+        """Compute what is missing.
+
+        Args:
+            entries: what is needed.
+            model: on the CPU; moved to the device once the decoding processes are there, which CUDA does not survive.
+            device: where it runs.
+            tokens: all tokens too, not only their means.
+            batch_size: clips in one call.
+            num_workers: decoding processes.
+            report: called after every entry.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        progress = FillProgress(len(entries))
+        keys = [entry.key for entry in entries]
+        left = [number for number, key in enumerate(keys) if not (
+            f"{MEAN}.{key}" in self and (not tokens or f"{TOKENS}.{key}" in self))]
+        progress.done = progress.kept = len(entries) - len(left)
+        if not left:
+            model.to(device)
+            return progress
+
+        def decode(number: int) -> Any:
+            torch.set_num_threads(1)
+            entry = entries[number]
+            try:
+                source = entry.videos.open(entry.number)
+                return read_views(source, entry.rule, entry.videos.paths[entry.number]).numpy()
+            except DecodeError as error:
+                return Failed(str(error))
+
+        try:
+            with Pool(decode, min(num_workers, len(left))) as pool:
+                results = pool.run(left)
+                model.to(device)
+                for number, clips in results:
+                    progress.done += 1
+                    entry = entries[number]
+                    if isinstance(clips, Failed):
+                        progress.broken[entry.videos.paths[entry.number]] = str(clips)
+                    else:
+                        features = encode_views(model, torch.from_numpy(clips), batch_size)
+                        if not progress.kept and progress.done == 1 and tokens:
+                            self._check_room(features, len(left))
+                        self.keep(f"{MEAN}.{keys[number]}", features.float().mean(1))
+                        if tokens:
+                            self.keep(f"{TOKENS}.{keys[number]}", features)
+                    report(progress)
+        finally:
+            self.flush()
+        return progress
+
+    def _check_room(self, features: Tensor, count: int) -> None:
+        needed, free = features.numel() * features.element_size() * count, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(f"the features of {count} videos take {needed / 2**30:.1f} GiB, and {self.folder} has "
+                            f"{free / 2**30:.1f} GiB left; name a --cache with more room, take --dtype bfloat16, fewer "
+                            "segments, views or --augmented, or --probe linear,knn, which keeps means only")
+
+
+def encode_views(model: InferenceModel, clips: Tensor, batch_size: int) -> Tensor:
+    """Tokens [views, segments * N, D] on the CPU of clips uint8 [views, segments, T, H, W, 3]."""
+    flat = clips.flatten(0, 1)
+    parts = [model.encode(flat[start:start + batch_size]).cpu() for start in range(0, len(flat), batch_size)]
+    features = torch.cat(parts)
+    return features.view(clips.shape[0], -1, features.shape[-1])
+
+
+def batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    """The numbers in `order`, `size` at a time; the last batch may be smaller."""
+    for start in range(0, len(order), size):
+        yield list(order[start:start + size])

@@ -1,0 +1,48 @@
+"""k nearest neighbours on pooled features: no training at all, so that what is measured is the features.
+
+Legend: N training and M test samples, D features, C classes or targets.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE = 0.07
+"""Of the vote, as in Wu et al., arXiv 1805.01978, and DINO."""
+_BLOCK = 1024
+
+
+def nearest(x: Tensor, x_test: Tensor, k: int, excluded: bool = False) -> tuple[Tensor, Tensor]:
+    """Cosine similarity [M, k] and number [M, k] of the nearest training samples, nearest first.
+
+    Features are standardised by the training set first, without which one direction that all share decides.
+
+    Args:
+        x: [N, D].
+        x_test: [M, D].
+        k: at most N.
+        excluded: x_test is x, and no sample is its own neighbour; k is then at most N - 1.
+    """
+    mean, scale = x.mean(0), x.std(0).clamp_min(1e-8)
+    train, test = (F.normalize((one - mean) / scale, dim=1) for one in (x, x_test))
+    found = []
+    for start in range(0, len(test), _BLOCK):
+        similarity = test[start:start + _BLOCK] @ train.T
+        if excluded:
+            own = torch.arange(len(similarity))
+            similarity[own, own + start] = float("-inf")
+        found.append(similarity.topk(k, dim=1))
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
+def vote(similarity: Tensor, numbers: Tensor, targets: Tensor) -> Tensor:
+    """[M, C]: the neighbours' targets, weighted by exp(similarity / TEMPERATURE).
+
+    Args:
+        similarity, numbers: [M, k] from `nearest`.
+        targets: [N, C], one-hot for classes.
+    """
+    weights = torch.softmax(similarity.double() / TEMPERATURE, dim=1)
+    return (weights[..., None] * targets.double()[numbers]).sum(1)
