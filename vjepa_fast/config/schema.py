@@ -507,6 +507,9 @@ class TrainConfig(Section):
     cuda_graphs: Switch = False
     """Capture forward, backward and update as CUDA graphs and replay them, where the run allows. `auto`: if that is
     faster in a few steps at the beginning."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp`, each has the whole model and gradients are averaged; `fsdp`, each keeps a shard of
+    every parameter, of the target encoder's too, and of the optimizer's state (FSDP2, ZeRO stage 3)."""
     shard_optimizer: bool = False
     """With several processes, each keeps the optimizer's moments of its share of the parameters only (ZeRO stage 1)."""
     max_steps: Annotated[int, Field(ge=0)] | None = None
@@ -628,3 +631,22 @@ class Config(Section):
             raise ConfigError("img_data.datasets is empty; say what images to train on: a CSV of their paths or a "
                               "folder, as in img_data.datasets=[images.csv], or train on videos alone with "
                               "img_data=null img_mask=null")
+        if self.train.parallel == "fsdp":
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        """Raises ConfigError where something does not go with train.parallel=fsdp."""
+        lengths = sorted(set(self.data.dataset_fpcs))
+        refused = {
+            "train.shard_optimizer is set, but the optimizer's state is sharded with the parameters": (
+                self.train.shard_optimizer, "leave it out"),
+            "train.dtype is float16, whose loss scale each process would choose for itself": (
+                self.train.dtype == "float16", "set train.dtype=bfloat16"),
+            "model.target_precision is float8, whose copies of weights are made of whole parameters": (
+                self.model.target_precision == "float8", "leave it out"),
+            f"data.dataset_fpcs has clips of {lengths} frames, and a process may get none of one length": (
+                len(lengths) > 1, "train on clips of one length"),
+        }
+        for what, (is_so, advice) in refused.items():
+            if is_so:
+                raise ConfigError(f"train.parallel is fsdp and {what}; {advice}, or set train.parallel=ddp")

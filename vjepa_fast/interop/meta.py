@@ -80,6 +80,10 @@ def load_network(module: nn.Module, state: dict[str, Tensor], what: str) -> None
             state.pop(table)
     if differences := shapes.differences(own, state):
         raise UserError(f"the {what} in the checkpoint does not fit the configured model: {differences}")
+    if any(hasattr(tensor, "device_mesh") for tensor in own.values()):
+        from vjepa_fast.train.shards import cut_like
+
+        state = {key: cut_like(own[key], value) for key, value in state.items()}
     module.load_state_dict(state)
 
 
@@ -101,7 +105,8 @@ def load_checkpoint(
     Raises:
         UserError: the file cannot be read or does not fit.
     """
-    checkpoint = read(path)
+    # Of shards only a part is read.
+    checkpoint = read(path, mmap=any(hasattr(parameter, "device_mesh") for parameter in model.parameters()))
     needed = (*NETWORKS, "epoch", *(("opt",) if optimizer is not None else ()))
     missing = [key for key in needed if key not in checkpoint]
     if missing:

@@ -185,8 +185,16 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _may_defer(block: nn.Module) -> bool:
     """Whether nobody looks at what the block gets and returns, and it is ours."""
     ours = type(block).forward is Block.forward and "forward" not in vars(block)
-    return ours and not any(getattr(block, name) for name in _HOOKS) and not any(
+    return ours and not _is_looked_at(block) and not any(
         getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+
+
+def _is_looked_at(module: nn.Module) -> bool:
+    """Whether hooks see what the module gets and returns. Those of FSDP2, which gather its parameters and free them,
+    take that as it comes."""
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    return any(not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
+               for hook in hooks)
 
 
 _BLOCK_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})

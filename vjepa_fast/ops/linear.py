@@ -59,9 +59,9 @@ def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
 class _ShadowLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias: Tensor | None
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias: Tensor | None, gathered: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, low)
+        ctx.save_for_backward(x, weight if gathered else low)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return F.linear(x, low, low_bias)
 
@@ -69,6 +69,8 @@ class _ShadowLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         x, low = ctx.saved_tensors
+        # Of a master that is freed in between this is a copy made anew.
+        low = low.to(x.dtype)
         weight_dtype, bias_dtype = ctx.dtypes
         flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = grad @ low if ctx.needs_input_grad[0] else None
@@ -76,7 +78,7 @@ class _ShadowLinear(torch.autograd.Function):
         grad_bias = None
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = flat_grad.sum(0, dtype=bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 Affine = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -94,24 +96,27 @@ def operands(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Affine:
     return weight, bias, shadow_of(weight, dtype), None if bias is None else shadow_of(bias, dtype)
 
 
-def linear_by(x: Tensor, affine: Affine) -> Tensor:
+def linear_by(x: Tensor, affine: Affine, gathered: bool = False) -> Tensor:
     """`linear`, with the shadows at hand: x [..., I] to [..., O]."""
     weight, bias, low, low_bias = affine
     if low is None:
         return F.linear(x, weight, bias)
-    out: Tensor = _ShadowLinear.apply(x, weight, bias, low, low_bias)
+    out: Tensor = _ShadowLinear.apply(x, weight, bias, low, low_bias, gathered)
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gathered: bool = False) -> Tensor:
     """x @ weight.T + bias in the dtype of x.
 
     Args:
         x: [..., I].
         weight: [O, I], of x's dtype or wider; its gradient has its own dtype.
         bias: [O] or None.
+        gathered: see Linear.
     """
-    return F.linear(x, weight, bias) if x.dtype == weight.dtype else linear_by(x, operands(weight, bias, x.dtype))
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    return linear_by(x, operands(weight, bias, x.dtype), gathered)
 
 
 class Linear(nn.Linear):
@@ -119,11 +124,14 @@ class Linear(nn.Linear):
 
     float8 = False
     """Multiply in float8 where no gradient is wanted; see ops/fp8_linear.py."""
+    gathered = False
+    """The weight is put together for the forward and again for the backward, and freed in between (FSDP2): so is its
+    shadow, which would else stay in memory as a copy of the whole weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.float8 and not torch.is_grad_enabled():
             return fp8_linear(input, self.weight, self.bias)
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.gathered)
 
     def operands(self, dtype: torch.dtype) -> Affine:
         """For linear_by."""

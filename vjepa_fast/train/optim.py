@@ -20,6 +20,7 @@ from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_e
 from vjepa_fast.ops.ema import ema_
 from vjepa_fast.ops.grad_norm import sum_of_squares
 from vjepa_fast.ops.linear import Linear, vouch
+from vjepa_fast.train.shards import cut_like
 
 
 def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str, Any]]:
@@ -395,6 +396,7 @@ class AdamWEMA(torch.optim.AdamW):
         if any(group.get(option) for group in groups for option in ("amsgrad", "maximize")):
             raise ValueError("the saved optimizer uses amsgrad or maximize; AdamWEMA has neither")
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        states = dict(state_dict["state"])
         # torch checks the sizes of the groups; their order is that of the parameters.
         for number, parameter in zip((n for group in groups for n in group["params"]), parameters, strict=False):
             for name in ("exp_avg", "exp_avg_sq"):
@@ -402,15 +404,17 @@ class AdamWEMA(torch.optim.AdamW):
                 if moment is not None and moment.shape != parameter.shape:
                     raise ValueError(f"{name} of parameter {number} is saved with shape {list(moment.shape)}; the "
                                      f"parameter has {list(parameter.shape)}")
+                if moment is not None and isinstance(parameter, DTensor) and not isinstance(moment, DTensor):
+                    states[number] = {**states[number], name: cut_like(parameter, moment)}
         momenta = [group["ema_momentum"] for group in self.param_groups]
         # torch places step counts by these options of the saved groups.
         own = {"fused": True, "foreach": None, "capturable": False, "differentiable": False}
-        super().load_state_dict({**state_dict, "param_groups": [{**group, **own} for group in groups]})
+        super().load_state_dict({**state_dict, "state": states, "param_groups": [{**group, **own} for group in groups]})
         for group, momentum in zip(self.param_groups, momenta, strict=True):
             group.setdefault("ema_momentum", momentum)
         self._plan = None
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)
-                if moment is not None and moment.stride() != parameter.stride():
+                if moment is not None and local_of(moment).stride() != local_of(parameter).stride():
                     state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)

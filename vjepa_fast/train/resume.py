@@ -14,16 +14,18 @@ from vjepa_fast.interop import meta
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.train.distributed import Processes
 from vjepa_fast.train.joint import JointMasks
+from vjepa_fast.train.parallel import is_sharded
 from vjepa_fast.train.progress import RunConsole
 from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, holds_run
 from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
+from vjepa_fast.train.shards import gather
 from vjepa_fast.train.step import TrainStep
 
 _HARMLESS = frozenset({
     "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
     "train.save_every_freq", "train.auto_resume", "train.read_checkpoint", "train.tensorboard", "train.probe",
     "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
-    "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
+    "train.parallel", "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
     "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
     "data.device_prefetch", "data.dali_threads", "img_data.num_workers",
     # How the clips of a step are spread over processes; their number is compared by the trainer.
@@ -155,7 +157,8 @@ class RunCheckpoints:
             UserError: as CheckpointWriter.write.
         """
         self.train_step.optimizer.collect()
-        if not self.processes.is_first:
+        sharded = is_sharded(self.train_step.model)
+        if not self.processes.is_first and not sharded:
             return
         opt, now, outliers = self.cfg.optimization, self.surroundings, self.train_step.outliers
         assert opt.ipe is not None
@@ -170,7 +173,10 @@ class RunCheckpoints:
                 "config": self.cfg.model_dump(mode="json"),
             },
         )
-        self.writer.write(contents, step, also)
+        if sharded:
+            contents = gather(contents, self.processes.is_first)
+        if self.processes.is_first:
+            self.writer.write(contents, step, also, copied=sharded)
 
     def roll_back(self) -> None:
         """Weights, optimizer and target encoder of the last checkpoint of this run; all processes call it."""

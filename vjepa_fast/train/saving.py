@@ -49,7 +49,9 @@ class CheckpointWriter:
             if number > step:
                 path.unlink(missing_ok=True)
 
-    def write(self, contents: dict[str, Any], step: int, also: Path | None = None) -> None:
+    def write(
+        self, contents: dict[str, Any], step: int, also: Path | None = None, copied: bool = False
+    ) -> None:
         """Make `contents` the new latest.pt.
 
         In the background, this first waits for the write before it.
@@ -58,6 +60,7 @@ class CheckpointWriter:
             contents: of the checkpoint; tensors may change once this returns.
             step: steps done.
             also: a second name, under which the checkpoint stays for good.
+            copied: nobody else has these tensors.
 
         Raises:
             UserError: the disk is full or the folder cannot be written, now or in the background before. The checkpoint
@@ -67,8 +70,8 @@ class CheckpointWriter:
         if not self._background:
             self._write(contents, step, also)
             return
-        copied = copy_to_host(contents)
-        self._thread = threading.Thread(target=self._write_and_remember, args=(copied, step, also), name="checkpoint")
+        contents = contents if copied else copy_to_host(contents)
+        self._thread = threading.Thread(target=self._write_and_remember, args=(contents, step, also), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:

@@ -34,7 +34,7 @@ from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
 from vjepa_fast.train.out_of_memory import explain, ran_out
 from vjepa_fast.train.outliers import MAX_OUTLIERS
-from vjepa_fast.train.parallel import data_parallel
+from vjepa_fast.train.parallel import data_parallel, is_sharded, shard, whole_copy
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import RunCheckpoints, Surroundings
@@ -115,7 +115,11 @@ class Trainer:
         torch.manual_seed(cfg.train.seed)
         if cfg.model.compile_model is True:
             require_compiler(self.device)
-        self.model = VJEPA(cfg.model).to(self.device)
+        self.model = VJEPA(cfg.model)
+        sharded = cfg.train.parallel == "fsdp" and self.processes.distributed
+        if sharded:
+            shard(self.model, self.device)
+        self.model.to(self.device)
         masks = StepMasks(
             cfg.mask, fpcs=videos.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
             tubelet_size=cfg.data.tubelet_size, seed=cfg.train.seed, global_batch=self.global_batch,
@@ -125,7 +129,9 @@ class Trainer:
         self.masks: StepMasks | JointMasks = masks
         if cfg.img_data is not None:
             self.masks = add_image_masks(masks, cfg, self.processes.rank, self.processes.world_size)
-        wrapped = data_parallel(self.model, cfg, len(videos.fpcs)) if self.processes.distributed else None
+        wrapped = None
+        if self.processes.distributed and not sharded:
+            wrapped = data_parallel(self.model, cfg, len(videos.fpcs))
         self.train_step = TrainStep(self.model, cfg, wrapped, self.processes.world_size)
         self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
         self._run: StepCallable | None = None
@@ -436,7 +442,11 @@ class Trainer:
                 f"{self.broken_list.path}", highlight=False, soft_wrap=True)
         if summary.exit_code:
             self.console.print("continue with --resume", highlight=False)
-        elif self.cfg.train.probe and self.processes.is_first:
+            return
+        if not self.cfg.train.probe:
+            return
+        model = whole_copy(self.model).to(self.device) if is_sharded(self.model) else self.model
+        if self.processes.is_first:
             from vjepa_fast.evaluation.demo import probe_table
 
-            probe_table(self.cfg, self.model, self.synthetic, self.folder, self.console)
+            probe_table(self.cfg, model, self.synthetic, self.folder, self.console)

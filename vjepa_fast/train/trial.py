@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from vjepa_fast.train.optim import local_of
 from vjepa_fast.train.step import TrainStep
 
 MARGIN = 1.03
@@ -32,11 +33,11 @@ def undone(train_step: TrainStep) -> Iterator[None]:
     """
     model, optimizer, scaler = train_step.model, train_step.optimizer, train_step.scaler
     device = next(model.parameters()).device
-    weights = [*model.parameters(), *model.buffers()]
+    weights = [*map(local_of, model.parameters()), *model.buffers()]
     if train_step.outliers is not None:
         weights += train_step.outliers.state_dict().values()
     saved = [_copy(x) for x in weights]
-    states = {p: {name: _copy(x) for name, x in state.items()} for p, state in optimizer.state.items()}
+    states = {p: {name: _copy(local_of(x)) for name, x in state.items()} for p, state in optimizer.state.items()}
     groups = [dict(group) for group in optimizer.param_groups]
     figures = optimizer.grad_norm, optimizer.skipped
     scale = {} if scaler is None else scaler.state_dict()
@@ -55,7 +56,7 @@ def undone(train_step: TrainStep) -> Iterator[None]:
                     del optimizer.state[p]
                     continue
                 for name, before in states[p].items():
-                    optimizer.state[p][name].copy_(before)
+                    local_of(optimizer.state[p][name]).copy_(before)
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
         optimizer.grad_norm, optimizer.skipped = figures
