@@ -40,11 +40,11 @@ def start(depth: int, count: int = 3) -> list[dict[str, Tensor]]:
 
 
 def trained(states: list[dict[str, Tensor]], settings: list[HeadSetting], kind: str, clip: float | None,
-            decay_all: bool) -> HeadGrid:
+            decay_all: bool, together: int | None = None) -> HeadGrid:
     grid = HeadGrid(states, HEADS)
     x = features()
     train_grid(grid, settings, lambda epoch, numbers: x[numbers] + epoch, labels(kind), EPOCHS, BATCH, 0,
-               GridAdamW(grid, decay_all, clip), lambda epoch, losses: None)
+               GridAdamW(grid, decay_all, clip), lambda epoch, losses: None, together)
     return grid
 
 
@@ -58,6 +58,14 @@ def test_heads_together_are_heads_one_by_one(depth: int, kind: str, clip: float 
         for name, value in together.state_dict(head).items():
             assert not torch.equal(value, state[name]) or name.endswith("bias"), name
             assert (value - alone[name]).norm() <= 1e-12 * alone[name].norm(), name
+
+
+def test_samples_in_parts_are_samples_together() -> None:
+    states = start(3)
+    whole, parts = (trained(states, SETTINGS, "classes", 0.5, True, together) for together in (None, 3))
+    for name, value in whole.parameters.items():
+        assert (value - parts.parameters[name]).norm() <= 1e-12 * value.norm(), name
+    assert HeadGrid.start(20, 24, 3, 4, 4, 0).samples_together(2**30, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("depth", [1, 4])

@@ -126,6 +126,7 @@ def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
 def train_grid(
     grid: HeadGrid, settings: Sequence[HeadSetting], load: Callable[[int, Sequence[int]], Tensor], labels: Tensor,
     epochs: int, batch_size: int, seed: int, optimizer: GridAdamW, after_epoch: Callable[[int, list[float]], None],
+    together: int | None = None,
 ) -> None:
     """Train all heads at once.
 
@@ -139,6 +140,7 @@ def train_grid(
         seed: of the order.
         optimizer: of the grid.
         after_epoch: called with the epoch from 0 and the mean loss of each head.
+        together: samples in memory at once; the gradients of a step are added up over such parts.
     """
     device = labels.device
     steps_per_epoch = math.ceil(len(labels) / batch_size)
@@ -149,10 +151,12 @@ def train_grid(
             step += 1
             rates = torch.tensor([one.at(step, epochs * steps_per_epoch, steps_per_epoch) for one in settings],
                                  dtype=torch.float64).T.to(device)
-            losses = loss_of(grid(load(epoch, numbers)), labels[numbers])
-            losses.sum().backward()
+            part = together or len(numbers)
+            for own in (numbers[start:start + part] for start in range(0, len(numbers), part)):
+                losses = loss_of(grid(load(epoch, own)), labels[own])
+                (losses.sum() * (len(own) / len(numbers))).backward()
+                total += losses.detach() * len(own)
             optimizer.step(rates[0], rates[1])
-            total += losses.detach() * len(numbers)
         after_epoch(epoch, (total / len(labels)).tolist())
 
 

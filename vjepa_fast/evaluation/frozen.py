@@ -213,9 +213,10 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
     if labels.task == "regression":
         centre, spread = own.float().mean(0), own.float().std(0, unbiased=False)
         own = (own.float() - centre) / spread
-    dim = features.train_tokens(0, [0]).shape[-1]
+    num_tokens, dim = features.train_tokens(0, [0]).shape[1:]
     grid = HeadGrid.start(len(settings.heads), dim, settings.num_heads, labels.num_outputs, settings.depth,
                           settings.seed).to(device)
+    together = grid.samples_together(num_tokens, device)
     history = History()
     best: list[dict[str, Any]] = []
     outputs = torch.empty(0)
@@ -226,7 +227,7 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
     def after_epoch(epoch: int, losses: list[float]) -> None:
         nonlocal best, outputs
         outputs = predict(grid, lambda numbers: features.val_tokens(numbers).to(device), len(labels.val.labels),
-                          settings.batch_size, labels.task == "classification")
+                          together, labels.task == "classification")
         outputs = outputs if labels.task == "classification" else outputs * spread + centre
         best = [scores_of(labels, one) for one in outputs]
         history.train_loss.append(losses)
@@ -235,7 +236,7 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
 
     optimizer = GridAdamW(grid, settings.decay_all, settings.clip_norm)
     train_grid(grid, settings.heads, load, own.to(device), settings.epochs, settings.batch_size, settings.seed,
-               optimizer, after_epoch)
+               optimizer, after_epoch, together)
     winner = max(range(len(grid)), key=lambda head: history.val_score[-1][head])
     heads = [{"lr": one.lr, "weight_decay": one.weight_decay, "train_loss": loss, "scores": scores}
              for one, loss, scores in zip(settings.heads, history.train_loss[-1], best, strict=True)]

@@ -25,6 +25,8 @@ from vjepa_fast.models.attentive import EPS, AttentiveClassifier
 
 _POOLER = "pooler."
 _CROSS = "pooler.cross_attention_block."
+_TOGETHER = {"cuda": 2**28, "cpu": 2**25}
+"""Numbers in the input of a block: about twenty times as many are in memory for its backward pass."""
 
 
 class HeadGrid:
@@ -58,6 +60,12 @@ class HeadGrid:
 
     def __len__(self) -> int:
         return len(self.parameters["linear.bias"])
+
+    def samples_together(self, num_tokens: int, device: torch.device) -> int:
+        """Samples whose activations fit into a few GiB, at least 1, by a rule of thumb."""
+        copies = len(self) if self.depth > 1 else 1
+        dim = self.parameters["linear.weight"].shape[-1]
+        return max(1, _TOGETHER["cuda" if device.type == "cuda" else "cpu"] // (copies * num_tokens * dim))
 
     def to(self, device: torch.device) -> HeadGrid:
         """Moves the parameters."""

@@ -7,7 +7,8 @@ frame, 224/256 of the short side; several are squares of the short side, evenly 
 version has clips at random places of the parts, cropped and changed as vjepa_fast.evaluation.augment says.
 
 Where this differs on purpose: what is not augmented is a clip from the middle of each part, where the reference draws a
-place even for validation; and a clip that is shorter than its part by a few frames still ends with that part.
+place even for validation; and clips that overlap have the spacing of all others (the reference's end with one frame
+twice).
 """
 
 from __future__ import annotations
