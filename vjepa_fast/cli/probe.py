@@ -12,6 +12,7 @@ import typer
 from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
+from vjepa_fast.cli.probe_prediction import run_prediction
 from vjepa_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ Examples:
 
   vjepa-fast probe --checkpoint runs/run --train speeds.csv --val speeds_val.csv --probe linear --targets vx,vy
 
+  vjepa-fast probe --checkpoint runs/run --val videos.csv --task horizon
+
 A line of the manifests is "path label": a class number, or numbers to predict, as in "a.mp4 0.25,-1.5". Features are
 computed once and kept; stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
 
@@ -43,14 +46,18 @@ def probe(
     checkpoint: Annotated[Path, typer.Option(
         metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
                                                  ".safetensors file, or a folder of Hugging Face.")],
-    train: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to fit probes on.")],
     val: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to measure on.")],
+    train: Annotated[str | None, typer.Option(
+        metavar="CSV", show_default=False, help="Labelled videos to fit probes on; horizon and surprise fit nothing.",
+    )] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("probe"),
     probes: Annotated[str, typer.Option(
         "--probe", metavar="KINDS", help="attentive, linear (ridge regression on mean features), knn (nearest "
                                          "neighbours of mean features), separated by commas.")] = ",".join(KINDS),
-    task: Annotated[Literal["auto", "classification", "regression"], typer.Option(
-        help="auto: class numbers if all labels are whole numbers.")] = "auto",
+    task: Annotated[Literal["auto", "classification", "regression", "horizon", "surprise"], typer.Option(
+        help="auto: classification if all labels are whole numbers, else regression. horizon: error of predicted "
+             "future features by how far ahead. surprise: whether videos of label 1 are predicted worse than those of "
+             "label 0.")] = "auto",
     targets: Annotated[str | None, typer.Option(
         metavar="NAMES", help="Names of the columns of a regression, separated by commas.")] = None,
     segments: Annotated[int, typer.Option(
@@ -68,6 +75,12 @@ def probe(
     frame_step: Annotated[int | None, typer.Option(
         metavar="N", min=1, help="In place of --fps: every Nth frame, as Meta's evaluations have it (4).",
         show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Frames of a clip that horizon and surprise see; the others are predicted.",
+        show_default="half")] = None,
+    stride: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Clip frames from one window of a video to the next, for horizon and surprise.",
+        show_default="one window; half a window for surprise")] = None,
     size: Annotated[int | None, typer.Option(
         metavar="PX", min=1, help="Height and width of a clip.",
         show_default="those of the checkpoint, else 256")] = None,
@@ -82,8 +95,9 @@ def probe(
     weight_decay: Annotated[str, typer.Option(metavar="LIST", help="Weight decays.")] = _DECAYS,
     warmup: Annotated[float, typer.Option(metavar="EPOCHS", min=0, help="Epochs in which lr rises from 0.")] = 0.0,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the training videos.")] = 20,
-    batch_size: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Videos of a step of attentive probes.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(
+        metavar="N", min=1, help="Videos of a step of attentive probes.",
+        show_default="an eighth of the training videos, 4 to 64")] = None,
     style: Annotated[Literal["vjepa2", "vjepa1"], typer.Option(
         help="vjepa1: biases and norms without weight decay, gradients clipped to a norm of 1.")] = "vjepa2",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights, order and augmentations.")] = 0,
@@ -117,23 +131,42 @@ def probe(
         # Imported here: they need seconds, which --help need not wait for.
         import torch
 
+        from vjepa_fast.data.workers import auto_num_workers
         from vjepa_fast.evaluation.attentive_probe import HeadSetting
         from vjepa_fast.evaluation.frozen import ProbeSettings
         from vjepa_fast.evaluation.labels import read_labels
+        from vjepa_fast.evaluation.prediction import Prediction, load_encoders
         from vjepa_fast.inference import build
+        from vjepa_fast.inference_videos import list_videos
         from vjepa_fast.interop.files import open_checkpoint
 
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
         target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        labels = read_labels(train, val, None if task == "auto" else task, targets.split(",") if targets else ())
+        opened = apply_config(open_checkpoint(checkpoint), config)
+        overrides = fields(option or [], "--set")
+        batch = encoder_batch or (8 if target.type == "cuda" else 1)
+        num_workers = workers or max(1, auto_num_workers(target))
+        if task in ("horizon", "surprise"):
+            videos = list_videos([val])
+            encoders = load_encoders(opened, dtype, overrides)
+            for note in encoders[0].assumed:
+                say("warning", note)
+            rule = _rule(encoders[0], frames, fps, frame_step, size, 1, 1)
+            pair = Prediction.of(*encoders, rule.frames, context)
+            run_prediction(task, pair, val, videos, rule, stride, target, batch, num_workers, out,
+                           {"checkpoint": str(opened.path), "dtype": dtype, "device": str(target)})
+            return
+        if train is None:
+            raise ConfigError("--train is missing; expected labelled videos to fit probes on")
+        asked = task if task in ("classification", "regression") else None
+        labels = read_labels(train, val, asked, targets.split(",") if targets else ())
         for note in labels.notes:
             say("warning", note)
         if augmented and labels.task == "regression":
             say("warning", "augmented clips are cropped, sheared and shifted: numbers that say where something is in "
                            "the picture no longer fit them")
-        opened = apply_config(open_checkpoint(checkpoint), config)
-        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=fields(option or [], "--set"))
+        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=overrides)
         for note in model.assumed:
             say("warning", note)
         width = model.encoder.embed_dim
@@ -144,11 +177,13 @@ def probe(
         heads = [HeadSetting(rate, decay, 0.0 if warmup else None, warmup=warmup,
                              final_weight_decay=1e-6 if style == "vjepa1" else None)
                  for decay, rate in itertools.product(decays, rates)]
+        if batch_size is None:
+            batch_size = max(4, min(64, len(labels.train.videos.paths) // 8))
         settings = ProbeSettings(heads, depth, probe_heads, epochs, batch_size, style == "vjepa2",
                                  1.0 if style == "vjepa1" else None, augmented, seed)
         run = _Run(model, labels, settings, target, out)
         run.features(cache, _rule(model, frames, fps, frame_step, size, segments, views), "attentive" in kinds,
-                     encoder_batch, workers)
+                     batch, num_workers)
         run.probe(kinds, {"checkpoint": str(opened.path), "weights": model.weights, "dtype": dtype,
                           "command": sys.argv[1:]})
 
@@ -184,10 +219,9 @@ class _Run:
         self._model, self._labels, self._settings = model, labels, settings
         self._device, self._out = device, out
 
-    def features(self, cache: Path | None, rule: Any, tokens: bool, batch: int | None, workers: int | None) -> None:
+    def features(self, cache: Path | None, rule: Any, tokens: bool, batch: int, num_workers: int) -> None:
         """What probes are fitted on, from the disk or computed."""
         from vjepa_fast.cache_dir import default_cache_dir
-        from vjepa_fast.data.workers import auto_num_workers
         from vjepa_fast.evaluation.features import FeatureStore, FillProgress
         from vjepa_fast.evaluation.frozen import FrozenFeatures
 
@@ -202,9 +236,7 @@ class _Run:
             bar.show(now.done, f"{len(now.broken)} broken")
 
         try:
-            progress = self._features.fill(
-                self._model, self._device, tokens, batch or (8 if self._device.type == "cuda" else 1),
-                workers or max(1, auto_num_workers(self._device)), report)
+            progress = self._features.fill(self._model, self._device, tokens, batch, num_workers, report)
         except KeyboardInterrupt:
             say("warning", "the features computed so far are kept; the same command goes on")
             raise

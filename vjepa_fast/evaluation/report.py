@@ -41,6 +41,11 @@ def write_results(folder: Path, head: Mapping[str, Any], labels: Labels, probes:
                 torch.save({"classifiers": result.states, "epoch": result.details["epochs"], "vjepa_fast": own},
                            temporary)
     content = {**head, "probes": {name: {"scores": one.scores, **one.details} for name, one in probes.items()}}
+    write_json(folder, content)
+
+
+def write_json(folder: Path, content: Mapping[str, Any]) -> None:
+    """results.json; numbers that JSON does not have become null."""
     write_text(folder / RESULTS, json.dumps(_plain(content), indent=1) + "\n")
 
 
@@ -53,7 +58,8 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     with disk_errors(path, advice="give the command once more"), atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)
 
@@ -101,7 +107,7 @@ def draw_curves(path: Path, result: ProbeResult, score: str) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), fontsize=8)
     figure.suptitle(f"{len(heads)} attentive {'probe' if len(heads) == 1 else 'probes'} of depth "
                     f"{result.details['depth']}", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(path: Path, labels: Labels, outputs: Tensor, name: str) -> None:
@@ -131,7 +137,7 @@ def draw_confusion(path: Path, labels: Labels, outputs: Tensor, name: str) -> No
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=9,
                       color="white" if shares[row, column] > 0.55 else "black")
     axes.set_title(f"{name}: {np.trace(counts)} of {counts.sum()} right", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scatter(path: Path, labels: Labels, outputs: Tensor, scores: Mapping[str, Any], name: str) -> None:
@@ -164,4 +170,4 @@ def draw_scatter(path: Path, labels: Labels, outputs: Tensor, scores: Mapping[st
         axes.set_visible(False)
     left_out = len(labels.targets) - len(shown)
     figure.suptitle(name + (f" ({left_out} more targets in {RESULTS})" if left_out else ""), fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,119 @@
+"""`vjepa-fast probe --task horizon` and `--task surprise`: what is asked of the predictor."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from vjepa_fast.cli.bar import Bar
+from vjepa_fast.cli.console import say
+
+if TYPE_CHECKING:
+    from vjepa_fast.evaluation.prediction import Prediction
+    from vjepa_fast.evaluation.views import ClipRule
+    from vjepa_fast.inference_videos import Videos
+
+
+def run_prediction(
+    task: Literal["horizon", "surprise"], model: Prediction, name: str, videos: Videos, rule: ClipRule,
+    stride: int | None, device: Any, batch_size: int, num_workers: int, out: Path, head: dict[str, Any],
+) -> None:
+    """Measure, write and show.
+
+    Args:
+        task: which.
+        model: on the CPU.
+        name: of the manifest.
+        videos: its content.
+        rule: frames, rate and size of a window.
+        stride: clip frames between windows; None: one window of a video for `horizon`, half a window for `surprise`.
+        device: where the model runs.
+        batch_size: clips together.
+        num_workers: decoding processes.
+        out: folder of the results.
+        head: what results.json begins with.
+    """
+    from vjepa_fast.evaluation import horizon, report, surprise
+    from vjepa_fast.evaluation.prediction import errors_of_videos
+    from vjepa_fast.train.files import disk_errors
+
+    if task == "surprise":
+        all_labels = surprise.read_anomalies(name, videos)
+        stride = stride or max(1, rule.frames // 2)
+    bar = Bar("measured", "videos", len(videos.paths))
+    broken: dict[str, str] = {}
+    found: dict[int, Any] = {}
+    try:
+        for number, errors in errors_of_videos(
+                videos, rule, stride, lambda: model.to(device), batch_size, num_workers,
+                lambda done, broken: bar.show(done, f"{len(broken)} broken"), broken):
+            found[number] = errors if task == "horizon" else surprise.surprise(errors)
+    finally:
+        bar.close()
+    if broken:
+        path, reason = next(iter(broken.items()))
+        say("warning", f"{len(broken)} of {len(videos.paths)} videos were left out ({path}: {reason}"
+                       f"{', ...' if len(broken) > 1 else ''})")
+    order = sorted(found)
+    clips = {key: value for key, value in asdict(rule).items() if key in ("frames", "fps", "frame_step", "size")}
+    tubelet = model.context.encoder.tubelet_size
+    content = {**head, "command": sys.argv[1:], "task": task, "val": {"manifest": name, "videos": len(order)},
+               "clips": {**clips, "context": model.context_tubelets * tubelet, "stride": stride}, "broken": broken,
+               "encoders": {"context": model.context.weights, "target": model.target.weights}}
+    if task == "horizon":
+        scores = horizon.horizon_scores([found[number] for number in order], tubelet / rule.fps if rule.fps else None)
+    else:
+        labels = all_labels[order]
+        scores = surprise.surprise_scores([found[number] for number in order], labels)
+        content["by_video"] = {videos.names[number]: {"label": int(label), **found[number]}
+                               for number, label in zip(order, labels.tolist(), strict=True)}
+    with disk_errors(out, advice="give the command once more"):
+        out.mkdir(parents=True, exist_ok=True)
+    picture = out / f"{task}.png"
+    if task == "horizon":
+        horizon.draw_horizon(picture, scores)
+        _show_horizon(scores)
+    else:
+        surprise.draw_surprise(picture, [found[number] for number in order], labels, scores)
+        _show_surprise(scores)
+    report.write_json(out, {**content, "scores": scores})
+    typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _show_horizon(scores: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Future features of {scores['videos']} videos, L1 distance (0 is perfect)")
+    rows = scores["by_horizon"]
+    for name in ("seconds ahead" if "seconds" in rows[0] else "tubelets ahead", "predicted", "last copied",
+                 "mean of the past", "predicted / copied", "videos nearer than copied"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ahead = f"{row['seconds']:.2f}" if "seconds" in row else str(row["tubelet"])
+        table.add_row(ahead, *(f"{row[key]:.4f}" for key in ("predicted", "copied", "averaged")),
+                      f"{row['ratio']:.3f}", f"{100 * row['share_nearer']:.0f} %")
+    table.add_row("all", "", "", "", f"{scores['ratio']:.3f}", f"{100 * scores['share_nearer']:.0f} %")
+    Console().print(table)
+
+
+def _show_surprise(scores: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vjepa_fast.evaluation.surprise import REDUCTIONS
+
+    table = Table(title=f"{scores['anomalies']} of {scores['videos']} videos are impossible: area under the ROC curve "
+                        "(95 %), 0.5 is chance")
+    table.add_column("error of")
+    for how in REDUCTIONS:
+        table.add_column(how, justify="right")
+    for kind, name in (("predicted", "predicted features"), ("copied", "copied features (motion)")):
+        own = scores["auc"][kind]
+        table.add_row(name, *(f"{own[how]['auc']:.3f} ({own[how]['low']:.2f} to {own[how]['high']:.2f})"
+                              for how in REDUCTIONS))
+    Console().print(table)
