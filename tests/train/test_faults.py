@@ -19,6 +19,7 @@ import torch
 from tests.train.test_trainer import poison
 from tests.train.tiny import tiny_config
 from vjepa_fast.config.schema import Config
+from vjepa_fast.cost import advice
 from vjepa_fast.errors import UserError
 from vjepa_fast.train import distributed, out_of_memory, watchdog
 from vjepa_fast.train.bad_steps import BadSteps
@@ -122,15 +123,16 @@ def test_what_helps_when_memory_runs_out(make: Make) -> None:
 
     trainer._run = full  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"ran out in step 0; predicted for this config: 0.0 GiB a process. "
-                                        r"With model.activation_checkpointing=full: .*grad_accumulation=2, which"):
+                                        r"With train.dtype=.*checkpointing=full: .*grad_accumulation=2, which"):
         trainer.fit()
 
 
 def test_predictions_of_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(out_of_memory, "_GIB", 2**20)
+    for module in (out_of_memory, advice):
+        monkeypatch.setattr(module, "_GIB", 2**20)
     said = out_of_memory.explain(big(), 8, torch.device("cpu"), 3)
     now, *rest = [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
-    assert len(rest) == 3 and all(0 < figure < now for figure in rest)
+    assert len(rest) == 4 and all(0 < figure < now for figure in rest)
     least = out_of_memory.explain(
         big("model.activation_checkpointing=full", "optimization.grad_accumulation=8", "train.dtype=bfloat16"),
         8, torch.device("cpu"), 3)

@@ -22,6 +22,8 @@ Examples:
 
   vjepa-fast plan --recipe vitg16-256 --gpu h100 --gpus 128 --price 2.5 optimization.epochs=100
 
+  vjepa-fast plan --recipe vith16-256 --gpu a100-80gb --gpus 8 --videos 2000000 train.shard_optimizer=true
+
   vjepa-fast plan --config vitl16.yaml --gpu rtx4090 data.batch_size=4 model.use_activation_checkpointing=true
 
 Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
@@ -36,6 +38,9 @@ def plan(
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many; each has its own batch.")] = 1,
     price: Annotated[
         float | None, typer.Option(metavar="X", min=0.0, help="Of one GPU for an hour; then the cost is printed."),
+    ] = None,
+    videos: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="In the data; then how long it takes to go through them."),
     ] = None,
     rates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measured rates of this GPU: gpu_run.json of benchmarks."),
@@ -62,7 +67,8 @@ def plan(
             raise ConfigError(f"{error}; --gpus says how many there are") from None
         steps = draw_masks(cfg, batch_size)
         prediction = predict(cfg, chosen, steps, kernels=not plain, loader_clips_per_s=loader_rate)
-        typer.echo(describe(cfg, prediction, steps, num_gpus=gpus, price=price))
+        typer.echo(describe(
+            cfg, prediction, steps, num_gpus=gpus, price=price, num_videos=videos, kernels=not plain))
 
 
 def _measured(gpu: Gpu, path: Path) -> Gpu:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from vjepa_fast.config.schema import Config
+from vjepa_fast.cost.operations import image_groups
 from vjepa_fast.labels import Tracker, kind_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models import predictor
@@ -170,9 +171,11 @@ def count_step(cfg: Config, masks: Sequence[MaskBatch], kernels: bool) -> dict[s
     with fake_tensors(kernels):
         fake_parameters(model)
         step = TrainStep(model, cfg)
+        images = [*image_groups(cfg), *[False] * len(masks)]
         clips = [
-            torch.empty((b.batch_size, b.grid[0] * cfg.model.tubelet_size, *cfg.model.crop_size, 3), dtype=torch.uint8)
-            for b in masks
+            torch.empty((b.batch_size, b.grid[0] * (1 if image else cfg.model.tubelet_size), *cfg.model.crop_size, 3),
+                        dtype=torch.uint8)
+            for b, image in zip(masks, images, strict=False)
         ]
         # From the second step on there are moments, and shadows that the optimizer wrote.
         step(0, clips, masks)

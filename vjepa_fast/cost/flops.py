@@ -60,22 +60,30 @@ class StepFlops:
         return self.target_encoder + self.context_encoder + self.predictor
 
 
-def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch]) -> StepFlops:
+def step_flops(
+    cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch], images: Sequence[bool] = ()
+) -> StepFlops:
     """Operations of a step.
 
     Args:
         cfg: of the model.
         masks: of each frames-per-clip group.
+        images: which groups are of images, whose patches have one frame; those behind its end are not.
     """
     batches = [masks] if isinstance(masks, MaskBatch) else list(masks)
     size = size_of(cfg)
     whole = [batch.num_tokens for batch in batches for _ in range(batch.batch_size)]
     context = [length for batch in batches for length in batch.context_lengths]
+    of_images = [batch for batch, image in zip(batches, images, strict=False) if image]
     target = [length for batch in batches for length in batch.target_lengths]
     both = [length for batch in batches for length in batch.total_lengths]
     assert cfg.patch_size is not None and cfg.tubelet_size is not None and cfg.num_frames is not None
     tubelet = cfg.tubelet_size if cfg.num_frames > 1 else 1
-    pixels = 3 * tubelet * cfg.patch_size**2
+    pixels = 3 * cfg.patch_size**2
+
+    def patches(all_lengths: list[int], of_images: int) -> int:
+        tokens = (sum(all_lengths) - of_images) * tubelet + of_images
+        return linear(tokens, pixels, size.embed_dim)
 
     def encoder(lengths: list[int]) -> int:
         return transformer(lengths, size.embed_dim, size.depth, size.mlp_ratio, cfg.use_silu, cfg.wide_silu)
@@ -92,7 +100,8 @@ def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch]) -> Step
         + linear(sum(both) if all_tokens else sum(target), cfg.pred_embed_dim, levels * size.embed_dim)
     )
     return StepFlops(
-        target_encoder=linear(sum(whole), pixels, size.embed_dim) + encoder(whole),
-        context_encoder=2 * linear(sum(context), pixels, size.embed_dim) + 3 * encoder(context),
+        target_encoder=patches(whole, sum(b.batch_size * b.num_tokens for b in of_images)) + encoder(whole),
+        context_encoder=2 * patches(context, sum(n for b in of_images for n in b.context_lengths)) + (
+            3 * encoder(context)),
         predictor=3 * predictor,
     )

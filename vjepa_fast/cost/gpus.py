@@ -14,8 +14,10 @@ Assumed until measured on the machine (each replaced by `with_measured`):
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from vjepa_fast.errors import ConfigError
@@ -46,6 +48,8 @@ class Gpu:
     fp32_flops_per_s: float
     """On the ordinary units, data sheet."""
     memory_bytes: float
+    float8_speed: float = 0.0
+    """Of float8 products beside bf16 ones, both with fp32 sums, data sheet; 0: there are none."""
     matmul_share: float = 0.8
     """Of flops_per_s, in matrix products."""
     narrow_matmul_share: float = 0.8
@@ -96,14 +100,17 @@ def _at_length(rates: tuple[int, ...], length: float) -> float:
 
 
 _TABLE = (
-    Gpu("b200", 8.0e12, 2250e12, 80e12, 180e9),
-    Gpu("h200", 4.8e12, 989e12, 67e12, 141e9),
-    Gpu("h100", 3.35e12, 989e12, 67e12, 80e9),
-    Gpu("h100-pcie", 2.0e12, 756e12, 51e12, 80e9),
+    Gpu("b200", 8.0e12, 2250e12, 80e12, 180e9, 2.0),
+    Gpu("h200", 4.8e12, 989e12, 67e12, 141e9, 2.0),
+    Gpu("h100", 3.35e12, 989e12, 67e12, 80e9, 2.0),
+    Gpu("h100-pcie", 2.0e12, 756e12, 51e12, 80e9, 2.0),
     Gpu("a100-80gb", 2.039e12, 312e12, 19.5e12, 80e9),
     Gpu("a100-40gb", 1.555e12, 312e12, 19.5e12, 40e9),
-    Gpu("l40s", 0.864e12, 362e12, 91.6e12, 48e9),
-    Gpu("rtx4090", 1.008e12, 165.2e12, 82.6e12, 24e9),
+    Gpu("l40s", 0.864e12, 362e12, 91.6e12, 48e9, 2.0),
+    Gpu("l4", 0.3e12, 121e12, 30.3e12, 24e9, 2.0),
+    Gpu("rtx5090", 1.792e12, 209.5e12, 104.8e12, 32e9, 2.0),
+    Gpu("rtx4090", 1.008e12, 165.2e12, 82.6e12, 24e9, 2.0),
+    Gpu("rtx4080", 0.717e12, 97.5e12, 48.7e12, 16e9, 2.0),
     Gpu("rtx3090", 0.936e12, 71e12, 35.6e12, 24e9),
 )
 GPUS = {gpu.name: gpu for gpu in _TABLE}
@@ -115,15 +122,25 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         ConfigError: unknown name.
     """
-    if name.lower() not in GPUS:
-        raise ConfigError(f"--gpu is {name!r}; known are {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    key = name.lower().replace("_", "-").replace(" ", "-")
+    if key in GPUS:
+        return GPUS[key]
+    # "a100" and "NVIDIA GeForce RTX 4090" are names of GPUs, too, the first one of several.
+    found = gpu_of_device(name)
+    if found is not None:
+        return found
+    inside = [known for known in GPUS if len(key) > 2 and key in known]
+    nearest = inside or get_close_matches(key.replace("-", ""), GPUS, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ConfigError(f"--gpu is {name!r}; {hint}known are {', '.join(GPUS)}")
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
     """The GPU that torch calls `device_name`, as "NVIDIA H200"; None where the table lacks it."""
-    text = device_name.lower().replace(" ", "").replace("-", "")
-    found = [gpu for gpu in _TABLE if all(word in text for word in gpu.name.split("-"))]
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    # RTX 4090 is two words there, one here.
+    words += [first + second for first, second in zip(words, words[1:], strict=False)]
+    found = [gpu for gpu in _TABLE if all(word in words for word in gpu.name.split("-"))]
     return max(found, key=lambda gpu: len(gpu.name), default=None)
 
 

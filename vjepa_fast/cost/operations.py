@@ -36,6 +36,8 @@ class Operation:
     """Of a matrix product: its narrower side. Of attention: the head dim."""
     length: float = 0.0
     """Of attention: tokens of a sequence, weighted by their work."""
+    float8: bool = False
+    """Of a matrix product: both operands are."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,53 @@ class Loads:
     target: Load
     both: Load
     """Context and target of a sequence together, as the predictor sees them."""
+    image_tokens: float = 0.0
+    """Those of `whole` that are patches of one frame."""
+    image_context: float = 0.0
+    """Those of `context` that are."""
 
     @classmethod
-    def of(cls, steps: Sequence[Sequence[MaskBatch]]) -> Loads:
-        """Means over steps, each a list of one MaskBatch a frames-per-clip group."""
+    def of(cls, steps: Sequence[Sequence[MaskBatch]], images: Sequence[bool] = ()) -> Loads:
+        """Means over steps.
+
+        Args:
+            steps: each a list of one MaskBatch a frames-per-clip group.
+            images: which groups are of images, see image_groups; those behind its end are not.
+        """
         def mean(lengths: str) -> Load:
             return Load.mean([Load.of(n for batch in step for n in getattr(batch, lengths)) for step in steps])
 
         clips = [sum(batch.batch_size for batch in step) for step in steps]
         whole = [Load.of(batch.num_tokens for batch in step for _ in range(batch.batch_size)) for step in steps]
+        of_images = [batch for step in steps for batch, image in zip(step, images, strict=False) if image]
         return cls(sum(clips) / len(steps), Load.mean(whole), mean("context_lengths"), mean("target_lengths"),
-                   mean("total_lengths"))
+                   mean("total_lengths"),
+                   sum(batch.batch_size * batch.num_tokens for batch in of_images) / len(steps),
+                   sum(sum(batch.context_lengths) for batch in of_images) / len(steps))
+
+    def divided(self, count: int) -> Loads:
+        """The mean of so many parts."""
+        def part(load: Load) -> Load:
+            return Load(load.tokens / count, load.squares / count)
+
+        return Loads(self.clips / count, part(self.whole), part(self.context), part(self.target), part(self.both),
+                     self.image_tokens / count, self.image_context / count)
+
+
+def image_groups(cfg: Config) -> list[bool]:
+    """Which frames-per-clip groups of a step are of images, with a patch embedding of their own: those of one frame,
+    and that of img_data, which comes last."""
+    own = cfg.model.img_temporal_dim_size
+    groups = [fpc == own for fpc in dict.fromkeys(cfg.data.dataset_fpcs)]
+    return groups if cfg.img_data is None else [*groups, True]
+
+
+def pixel_values(cfg: Config) -> tuple[int, int]:
+    """Pixel values of a token of a video, and of one of an image."""
+    model = cfg.model
+    assert model.patch_size is not None and model.tubelet_size is not None and model.num_frames is not None
+    of_image = 3 * model.patch_size**2
+    return of_image * (model.tubelet_size if model.num_frames > 1 else 1), of_image
 
 
 @dataclass(frozen=True)
@@ -158,6 +196,14 @@ def blocks_forward(part: str, net: Network, load: Load, s: int, last: float | No
     return out
 
 
+def _in_float8(net: Network, tokens: float, s: int, operations: list[Operation]) -> list[Operation]:
+    """The same with products of operands of one byte, which are made from inputs and fp32 weights at every call."""
+    out = [replace(op, float8=True, num_bytes=op.num_bytes / s) if op.kind == "matmul" else op for op in operations]
+    made = sum(tokens * i * (s + 1) + i * o * (4 + 1) for _, i, o, _ in _linears(net, tokens, tokens))
+    out.append(_memory("target encoder", "float8 operands", net.depth * made, 2 * 4 * net.depth))
+    return out
+
+
 def _linear_backward(part: str, name: str, tokens: float, i: int, o: int, s: int, calls: int = 1) -> list[Operation]:
     """Gradients of input, weight and bias. A half-precision weight gradient is cast for its fp32 master."""
     out = [_product(part, f"{name}, input", tokens, i, o, s, calls),
@@ -189,18 +235,21 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
     """Every operation of a training step on our kernels, with activation checkpointing where the config has it."""
     encoder, predictor = networks_of(cfg)
     model, s = cfg.model, 4 if cfg.model.dtype == "float32" else 2
-    assert model.patch_size is not None and model.tubelet_size is not None and model.num_frames is not None
-    pixels = 3 * (model.tubelet_size if model.num_frames > 1 else 1) * model.patch_size**2
     d, p = encoder.width, predictor.width
     context, target, both = loads.context, loads.target, loads.both
 
-    def patches(part: str, tokens: float, launches: int) -> Operation:
-        return Operation(part, "matmul", "patch embedding", tokens * pixels + 4 * d * pixels + tokens * d * s,
-                         2.0 * tokens * pixels * d, launches, min(pixels, d))
+    def patches(part: str, tokens: float, of_images: float, launches: int) -> list[Operation]:
+        counts = zip(pixel_values(cfg), (tokens - of_images, of_images), strict=True)
+        return [Operation(part, "matmul", "patch embedding", count * pixels + 4 * d * pixels + count * d * s,
+                          2.0 * count * pixels * d, launches, min(pixels, d)) for pixels, count in counts if count]
 
-    out = [patches("patch embedding", loads.whole.tokens, 2), patches("patch embedding", context.tokens, 2),
-           patches(backward_of("patch embedding"), context.tokens, 3)]
-    out += blocks_forward("target encoder", encoder, loads.whole, s)
+    out = patches("patch embedding", loads.whole.tokens, loads.image_tokens, 2)
+    out += patches("patch embedding", context.tokens, loads.image_context, 2)
+    out += patches(backward_of("patch embedding"), context.tokens, loads.image_context, 3)
+    of_targets = blocks_forward("target encoder", encoder, loads.whole, s)
+    if model.target_precision == "float8":
+        of_targets = _in_float8(encoder, loads.whole.tokens, s, of_targets)
+    out += of_targets
     # The final norm of the target encoder is the loss's.
     levels = model.n_output_distillation or 1
     out.append(_memory("target encoder", "last residual", levels * 3 * s * d * loads.whole.tokens, levels))
@@ -231,9 +280,14 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
     # The gradients of those rows are written into zeros.
     out.append(_memory(back, "order", s * p * (4 * both.tokens + 8 * predicted), 7))
     out.append(_memory(back, "final norm", 3 * s * p * predicted, 4))
-    if model.use_activation_checkpointing:
+    if model.checkpointing != "none":
         for name, net, load in (("context encoder", encoder, context), ("predictor", predictor, both)):
             again = blocks_forward(backward_of(name), net, load, s)
+            # Selectively, products and attention are kept; queries, keys and values are copied before they are turned.
+            if model.checkpointing == "selective":
+                again = [op for op in again if op.kind == "memory"]
+                again.append(_memory(backward_of(name), "copies", 2 * 6 * s * net.width * net.depth * load.tokens,
+                                     2 * net.depth))
             out += [replace(op, name=f"{op.name}, again") for op in again]
     slope = 1 if cfg.loss.loss_exp == 1 else 4
     out.append(_memory("loss", "latent loss", predicted * levels * d * (2 * s + slope), 5 * len(heads)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -34,6 +35,13 @@ class Parameters:
 
 def count_parameters(cfg: ModelConfig) -> Parameters:
     """Of encoder, predictor and target encoder."""
+    return _count(cfg.model_dump_json(exclude={"dtype", "activation_checkpointing", "use_activation_checkpointing"}))
+
+
+@cache
+def _count(text: str) -> Parameters:
+    """Of a config without what has no part in it, as JSON: it is asked for again and again with other such values."""
+    cfg = ModelConfig.model_validate_json(text)
     with torch.device("meta"):
         model = VJEPA(cfg)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.counter import count_step
 from vjepa_fast.cost.gpus import Gpu
-from vjepa_fast.cost.operations import Loads, Operation, step_operations
+from vjepa_fast.cost.operations import Loads, Operation, image_groups, step_operations
+from vjepa_fast.errors import ConfigError
 from vjepa_fast.labels import PARTS, backward_of
 from vjepa_fast.masking.batch import MaskBatch
 
@@ -93,7 +94,8 @@ def seconds_of(operation: Operation, gpu: Gpu) -> float:
     """What the kernels of an operation take."""
     by_bytes = operation.num_bytes / gpu.memory_rate()
     if operation.kind == "matmul":
-        return max(by_bytes, operation.flops / gpu.matmul_rate(operation.features))
+        faster = gpu.float8_speed if operation.float8 else 1.0
+        return max(by_bytes, operation.flops / (faster * gpu.matmul_rate(operation.features)))
     if operation.kind == "attention":
         backward = operation.part.endswith("backward") and not operation.name.endswith("again")
         rate = gpu.attention_rate(operation.features, operation.length, "backward" if backward else "forward")
@@ -126,8 +128,14 @@ def predict(
             mean.
         kernels: our kernels; False: plain PyTorch, whose elementwise operators are counted on the first of the steps.
         loader_clips_per_s: given rate of the loader; None: it keeps up.
+
+    Raises:
+        ConfigError: float8 products on a GPU that has none.
     """
-    loads = Loads.of(steps)
+    if cfg.model.target_precision == "float8" and not gpu.float8_speed:
+        raise ConfigError(f"model.target_precision is float8, which {gpu.name} has no matrix units for; `same` works "
+                          "everywhere")
+    loads = Loads.of(steps, image_groups(cfg))
     operations = step_operations(cfg, loads)
     if not kernels:
         operations = plain_operations(cfg, operations, steps[0])

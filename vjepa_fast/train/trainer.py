@@ -279,7 +279,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            raise UserError(explain(self.cfg, self.batch_size, self.device, batch.step)) from error
+            raise UserError(explain(
+                self.cfg, self.batch_size, self.device, batch.step, self.processes.world_size)) from error
 
     def _choose_step(self, batch: Batch, masks: list[MaskBatch]) -> StepCallable:
         """Compiled blocks and CUDA graphs, as configured or as measured on this batch; training is as it would be."""
