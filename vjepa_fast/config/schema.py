@@ -511,7 +511,11 @@ class TrainConfig(Section):
     """With several processes: `ddp`, each has the whole model and gradients are averaged; `fsdp`, each keeps a shard of
     every parameter, of the target encoder's too, and of the optimizer's state (FSDP2, ZeRO stage 3)."""
     shard_optimizer: bool = False
-    """With several processes, each keeps the optimizer's moments of its share of the parameters only (ZeRO stage 1)."""
+    """With several processes, each updates its share of the parameters only, and keeps the optimizer's moments of it
+    (ZeRO stage 1). Not with dtype float16."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are averaged over several processes. bfloat16: half of the bytes, and a rounding of each
+    gradient to 8 bits before and in every sum."""
     max_steps: Annotated[int, Field(ge=0)] | None = None
     """Stop after this many steps; the schedules keep their length."""
     log_every: PositiveInt = 10
@@ -591,6 +595,9 @@ class Config(Section):
                 where = "model" if section is self.model else "data"
                 raise ValueError(f"{where}.{name} is {own} but train.{name} is {value}; set it in train only")
             setattr(section, name, value)
+        if self.train.shard_optimizer and self.train.dtype == "float16":
+            raise ValueError("train.shard_optimizer has no part in the loss scale of train.dtype=float16; set "
+                             "train.dtype=bfloat16, or train.shard_optimizer=false")
         if self.mask.clips_per_mask not in (1, self.data.clips_per_video):
             raise ValueError(f"mask.clips_per_mask is {self.mask.clips_per_mask}, but data.clips_per_video is "
                              f"{self.data.clips_per_video}; expected that number, or 1 for masks of its own for every "

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop import shapes
 from vjepa_fast.interop.mask_collator import MaskCollator as MaskCollator
 from vjepa_fast.models.jepa import VJEPA
+from vjepa_fast.train.optim import AdamWEMA
 
 PREFIX = "module.backbone."
 STRIPPED = ("_orig_mod.", "module.", "backbone.")
@@ -141,11 +143,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Pa
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path}: the optimizer state does not fit the configured model ({error})") from error
+    # Ours has looked for itself, and may have kept parts.
+    own_kind = isinstance(optimizer, AdamWEMA)
     for group, choice in zip(optimizer.param_groups, own, strict=True):
         group.update(choice)
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape and not own_kind:
                     raise UserError(f"checkpoint {path}: the optimizer state does not fit the configured model ({name} "
                                     f"is {list(value.shape)} for a parameter of {list(parameter.shape)})")
             state = optimizer.state.get(parameter, {})
@@ -183,12 +187,19 @@ def to_checkpoint(
                         "_growth_tracker": 0}
     else:
         scaler_state = None
-    networks = {
-        key: {PREFIX + name: value for name, value in getattr(model, key).state_dict().items()} for key in NETWORKS}
+    networks = {key: {PREFIX + name: _by_itself(value) for name, value in getattr(model, key).state_dict().items()}
+                for key in NETWORKS}
     return {
         **networks, "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss, "batch_size": batch_size,
         "world_size": world_size, "lr": lr, **({"vjepa_fast": extra} if extra is not None else {}),
     }
+
+
+def _by_itself(x: Tensor) -> Tensor:
+    """A tensor that does not keep others alive, and in a file: those of its storage."""
+    if isinstance(x, DTensor) or x.untyped_storage().nbytes() == x.numel() * x.element_size():
+        return x
+    return x.to("cpu", copy=True)
 
 
 def save_checkpoint(path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer, **entries: Any) -> None:

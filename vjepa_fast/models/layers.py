@@ -6,7 +6,7 @@ Legend: L tokens of all sequences, D width, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 import torch
@@ -101,7 +101,11 @@ class Block(nn.Module):
     Attributes:
         compiled: run the parts around attention compiled; see vjepa_fast.models.regions. A block with hooks or foreign
             modules inside runs eagerly all the same.
+        before: called before the weights are read, which may still be on their way from another process. A hook would
+            do too, but blocks with hooks add up for themselves.
     """
+
+    before: Callable[[], None] | None = None
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
@@ -132,6 +136,8 @@ class Block(nn.Module):
             defer: leave the last addition to the norm that reads the output, which saves a pass over the tokens
                 forward and two backward; the result is then (x, branch), whose sum is the output.
         """
+        if self.before is not None:
+            self.before()
         scales = self._drop_scales(x, packing, rows)
         if self.compiled and _may_compile(self, x, rows):
             x, branch = self._compiled_forward(x, packing, rope, branch, rows, scales)

@@ -12,7 +12,7 @@ predictor width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,14 @@ class Predictor(nn.Module):
 
     Unlike the reference, RoPE uses the true height and width of the grid, so that non-square clips work.
 
+    Attributes:
+        before: called before what lies outside of the blocks is read; see Block.
+
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set.
     """
+
+    before: Callable[[], None] | None = None
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -173,6 +178,8 @@ class Predictor(nn.Module):
     ) -> tuple[Tensor, int]:
         """Normed output of the blocks, of all context and then all target tokens, or of the latter; and where the
         target tokens begin."""
+        if self.before is not None:
+            self.before()
         dtype = self.dtype
         if len(self.mask_tokens):
             tokens = self.predictor_embed(context.to(dtype))

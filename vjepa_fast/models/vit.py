@@ -5,7 +5,7 @@ Legend: B clips, T frames, H W pixels, N tokens of a clip, K kept tokens, L toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,6 +173,7 @@ class VisionTransformer(nn.Module):
     Attributes:
         levels: numbers of the blocks whose features training uses, ascending.
         output_dim: their width side by side.
+        before: called before what lies outside of the blocks is read; see Block.
 
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set.
@@ -182,6 +183,8 @@ class VisionTransformer(nn.Module):
         ConfigError: sizes that do not go together.
         ValueError: out_layers that the encoder does not have, or in V-JEPA 2.1 without a norm after them.
     """
+
+    before: Callable[[], None] | None = None
 
     def __init__(self, cfg: ModelConfig, out_layers: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -346,6 +349,8 @@ class VisionTransformer(nn.Module):
         return _side_by_side(outputs), packing
 
     def _embed(self, clips: Tensor, rows: Tensor | None, grid: Grid) -> Tensor:
+        if self.before is not None:
+            self.before()
         embed, offset = self.patch_embed, None
         if self.is_image(clips):
             assert self.patch_embed_img is not None

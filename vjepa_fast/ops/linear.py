@@ -37,7 +37,7 @@ def _state(master: Tensor) -> tuple[int, int, int]:
     return _num_optimizer_steps, master._version, master.data_ptr()
 
 
-def vouch(master: nn.Parameter, shadow: Tensor) -> None:
+def vouch(master: Tensor, shadow: Tensor) -> None:
     """Declare `shadow` equal to `master` rounded to its dtype, until the master changes."""
     master._vf_shadow = (_state(master), shadow)  # type: ignore[attr-defined]
 
@@ -48,11 +48,36 @@ def forget(master: nn.Parameter) -> None:
         del master._vf_shadow
 
 
+BEHIND = ("fp32 weights are out of date on this process, which updates a share of them only; call the optimizer's "
+          "refresh() first, on all processes")
+
+
+def set_behind(master: Tensor) -> None:
+    """Declare a master out of date, until it is written to: of its vouched shadow alone the values are right."""
+    master._vf_behind = master._version  # type: ignore[attr-defined]
+
+
+def clear_behind(master: Tensor) -> None:
+    """Take `set_behind` back."""
+    master._vf_behind = None  # type: ignore[attr-defined]
+
+
+def is_behind(master: Tensor) -> bool:
+    """Whether a master is declared out of date."""
+    return getattr(master, "_vf_behind", None) == master._version
+
+
 def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """The master in the compute dtype: the vouched shadow if it is valid, else a fresh copy."""
+    """The master in the compute dtype: the vouched shadow if it is valid, else a fresh copy.
+
+    Raises:
+        RuntimeError: there is no valid shadow, and the master is out of date.
+    """
     state, shadow = getattr(master, "_vf_shadow", (None, None))
     if shadow is not None and shadow.dtype == dtype and state == _state(master):
         return shadow
+    if is_behind(master):
+        raise RuntimeError(BEHIND)
     return master.detach().to(dtype)
 
 

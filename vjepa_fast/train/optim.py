@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._shadows: dict[Tensor, Tensor] = {}
         self._dtype = COMPUTE_DTYPES[model.cfg.dtype]
         layers = [m for m in model.modules() if isinstance(m, Linear)] if self._dtype != torch.float32 else []
-        self._shadowed = {p for layer in layers for p in layer.parameters() if not isinstance(p, DTensor)}
+        self._shadowed: set[Tensor] = {p for layer in layers for p in layer.parameters() if not isinstance(p, DTensor)}
         for parameter, target in self._targets.items():
             if local_of(parameter).shape != local_of(target).shape:
                 raise ValueError(f"a parameter of the encoder has the local shape {list(local_of(parameter).shape)}, "
@@ -216,8 +217,15 @@ class AdamWEMA(torch.optim.AdamW):
         """Whether this process updates a parameter."""
         return True
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For backwards whose gradients are not exchanged yet, where the optimizer does that. Here it does not."""
+        return nullcontext()
+
+    def refresh(self) -> None:
+        """Bring the weights up to date, and wait for it; all processes call it. Here they are always."""
+
     def collect(self) -> None:
-        """Make `state_dict` whole on the first process; all processes call it. Here it is whole already."""
+        """Make `state_dict` whole on the first process, and `refresh`; all processes call it."""
 
     @property
     def layout(self) -> object:
@@ -233,7 +241,7 @@ class AdamWEMA(torch.optim.AdamW):
         """
         for master, shadow in self._shadows.items():
             shadow.copy_(master)
-            vouch(master, shadow)  # type: ignore[arg-type]
+            vouch(master, shadow)
 
     def init_state(self) -> None:
         """Make the moments of all parameters that can have a gradient.
@@ -243,7 +251,7 @@ class AdamWEMA(torch.optim.AdamW):
         """
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.requires_grad:
+                if parameter.requires_grad and self.owns(parameter):
                     self._state_of(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,7 +302,7 @@ class AdamWEMA(torch.optim.AdamW):
         signature: list[Any] = [len(group["params"]) for group in self.param_groups]
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             state, target = self.state.get(parameter, {}), self._targets.get(parameter)
-            signature += (parameter.grad is None, place_of(parameter), id(state.get("exp_avg")),
+            signature += (self._has_grad(parameter), place_of(parameter), id(state.get("exp_avg")),
                           id(state.get("exp_avg_sq")), None if target is None else place_of(target))
         return signature
 
@@ -303,18 +311,20 @@ class AdamWEMA(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 target = self._targets.get(parameter)
-                if not self.owns(parameter) or (parameter.grad is None and target is None):
+                has_grad = self._has_grad(parameter)
+                if not self.owns(parameter) or (not has_grad and target is None):
                     continue
                 parameters.append(parameter)
-                state = self._state_of(parameter) if parameter.grad is not None else {}
+                state = self._state_of(parameter) if has_grad else {}
                 operands.groups.append(number)
-                operands.params.append(local_of(parameter))
+                operands.params.append(self._part(parameter, parameter))
                 operands.exp_avgs.append(local_of(state["exp_avg"]) if state else None)
                 operands.exp_avg_sqs.append(local_of(state["exp_avg_sq"]) if state else None)
                 operands.steps.append(local_of(state["step"]) if state else None)
-                operands.targets.append(None if target is None else local_of(target))
-                operands.shadows.append(self._shadow(parameter))
-                operands.target_shadows.append(None if target is None else self._shadow(target))
+                copies = self._shadow(parameter), None if target is None else self._shadow(target)
+                operands.targets.append(None if target is None else self._part(target, parameter))
+                for column, copy in zip((operands.shadows, operands.target_shadows), copies, strict=True):
+                    column.append(None if copy is None else self._part(copy, parameter))
         operands.grads = [None] * len(parameters)
         return _Plan([], parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
 
@@ -362,8 +372,15 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
-    @staticmethod
-    def _grad_of(parameter: Tensor) -> Tensor | None:
+    def _part(self, x: Tensor, parameter: Tensor) -> Tensor:
+        """What this process updates of a parameter it owns, or of a tensor like it: its target, a copy, a moment."""
+        return local_of(x)
+
+    def _has_grad(self, parameter: Tensor) -> bool:
+        return parameter.grad is not None
+
+    def _grad_of(self, parameter: Tensor) -> Tensor | None:
+        """Of the part."""
         grad = parameter.grad
         if grad is None:
             return None
@@ -409,6 +426,7 @@ class AdamWEMA(torch.optim.AdamW):
         momenta = [group["ema_momentum"] for group in self.param_groups]
         # torch places step counts by these options of the saved groups.
         own = {"fused": True, "foreach": None, "capturable": False, "differentiable": False}
+        states = self._cut(states, [number for group in groups for number in group["params"]])
         super().load_state_dict({**state_dict, "state": states, "param_groups": [{**group, **own} for group in groups]})
         for group, momentum in zip(self.param_groups, momenta, strict=True):
             group.setdefault("ema_momentum", momentum)
@@ -416,5 +434,11 @@ class AdamWEMA(torch.optim.AdamW):
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)
-                if moment is not None and local_of(moment).stride() != local_of(parameter).stride():
+                # A part of a parameter is flat.
+                if moment is not None and moment.shape == parameter.shape and (
+                        local_of(moment).stride() != local_of(parameter).stride()):
                     state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
+
+    def _cut(self, state: dict[int, dict[str, Tensor]], numbers: list[int]) -> dict[int, dict[str, Tensor]]:
+        """What this process keeps of a whole state; numbers of the parameters, in their order."""
+        return state

@@ -1,4 +1,4 @@
-"""The model of a run wrapped for several processes: whole in each of them (DDP), or in shards (FSDP2).
+"""The model of a run on several processes: whole in each (DDP; ZeRO, which needs no wrapper), or in shards (FSDP2).
 
 FSDP2 is used as torchtitan does: every transformer block is a unit whose parameters are gathered before it runs and
 freed after, forward and backward, and what is left is one more, gathered for the whole step. The target encoder is cut
@@ -10,44 +10,78 @@ MixedPrecisionPolicy would send half as many bytes, and round everything that is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vjepa_fast.config.schema import Config
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.linear import Linear
+from vjepa_fast.train.optim import AdamWEMA
+from vjepa_fast.train.zero import ShardedAdamWEMA
 
 
-def data_parallel(model: VJEPA, cfg: Config, num_groups: int) -> DistributedDataParallel:
-    """A model whose gradients are averaged over all processes.
+def data_parallel(model: VJEPA, cfg: Config, num_groups: int) -> DistributedDataParallel | None:
+    """A model whose gradients are averaged over all processes; None where the optimizer does that.
+
+    The target encoder has no gradients, so it has no part in it.
 
     Args:
         model: on the device of this process.
         cfg: of the run.
         num_groups: frames-per-clip groups of videos.
     """
+    if cfg.train.shard_optimizer:
+        return None
     # Nobody must wait for a gradient that never comes.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, without_gradient(model, cfg, num_groups))
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=num_groups > 1)
+    # The search for unused parameters walks through the graph at each step.
+    wrapped = DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=bool(optional(model, cfg, num_groups)))
+    if cfg.train.grad_dtype == "bfloat16":
+        # Under its own name torch takes this hook with NCCL only, though gloo adds bfloat16 up too.
+        wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(None, bucket))  # type: ignore[arg-type]
+    return wrapped
 
 
-def shard(model: VJEPA, device: torch.device) -> None:
+def optimizer_of(model: VJEPA, cfg: Config, num_groups: int) -> Callable[..., AdamWEMA]:
+    """What makes the optimizer of one of several processes, for TrainStep. Args as data_parallel."""
+    if not cfg.train.shard_optimizer:
+        return AdamWEMA
+    return partial(
+        ShardedAdamWEMA, without_gradient=without_gradient(model, cfg, num_groups),
+        optional=optional(model, cfg, num_groups), grad_dtype=getattr(torch, cfg.train.grad_dtype))
+
+
+def optional(model: VJEPA, cfg: Config, num_groups: int) -> list[str]:
+    """Parameters that a step may do without: mask tokens of frames-per-clip groups that none of its clips is of."""
+    if num_groups == 1 or cfg.model.mask_token_by == "mask":
+        return []
+    return [f"predictor.mask_tokens.{index}" for index in range(len(model.predictor.mask_tokens))]
+
+
+def shard(model: VJEPA, device: torch.device, grad_dtype: str = "float32") -> None:
     """Keep this process's shard of every parameter only, in place; parameters become DTensors. A collective.
 
     Args:
         model: the same on all processes, also where it lies: a unit at a time is moved to the device.
         device: of this process.
+        grad_dtype: in which gradients travel and are added up.
     """
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, grad_dtype))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     for blocks in (model.encoder.blocks, model.target_encoder.blocks, model.predictor.predictor_blocks):
         for block in blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, Linear):
             module.gathered = True

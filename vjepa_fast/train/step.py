@@ -8,7 +8,7 @@ encoder still moves, as with the reference's GradScaler; there is a scaler only 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,6 @@ from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.outliers import LossOutliers
 from vjepa_fast.train.schedules import Schedules, context_scale
-from vjepa_fast.train.zero import ShardedAdamWEMA
 
 
 @dataclass
@@ -51,10 +50,12 @@ class TrainStep:
         cfg: optimization, loss; the model's own dtype.
         data_parallel: `model` wrapped for several processes.
         num_processes: how many there are.
+        make_optimizer: of the model, with lr, betas, eps and weight_decay.
     """
 
     def __init__(
-        self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1
+        self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1,
+        make_optimizer: Callable[..., AdamWEMA] = AdamWEMA,
     ) -> None:
         self.model = model
         self.loss = cfg.loss
@@ -65,8 +66,7 @@ class TrainStep:
         self.num_micro = cfg.optimization.grad_accumulation
         self.schedules = Schedules(cfg.optimization)
         opt = cfg.optimization
-        kind = ShardedAdamWEMA if cfg.train.shard_optimizer and data_parallel is not None else AdamWEMA
-        self.optimizer = kind(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
+        self.optimizer = make_optimizer(model, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
         device = next(model.parameters()).device
         self.outliers = LossOutliers(opt, device) if opt.loss_reg_std_mult is not None else None
         """Finds steps to skip; None: all are taken."""
@@ -135,10 +135,7 @@ class TrainStep:
         micro_batches = self._split(groups, batches)
         for index, (some_clips, some_masks) in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            sync = contextlib.nullcontext()
-            if isinstance(self.forward, DistributedDataParallel) and not last:
-                sync = self.forward.no_sync()  # type: ignore[assignment]
-            with sync:
+            with contextlib.nullcontext() if last else self._no_sync():
                 output = self.forward(some_clips, some_masks)
                 # Data parallelism averages gradients; the loss weights already add up to 1 over all processes.
                 loss = output.loss * self.num_processes
@@ -148,6 +145,12 @@ class TrainStep:
         assert total is not None
         return total, replace(
             output, loss=output.loss.detach(), packed_predictions=output.packed_predictions.detach())
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """For a backward whose gradients are kept until that of the last micro-batch."""
+        if isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return self.optimizer.no_sync()
 
     def _split(self, groups: list[Tensor], batches: list[MaskBatch]) -> list[tuple[list[Tensor], list[MaskBatch]]]:
         if self.num_micro == 1:

@@ -32,9 +32,10 @@ from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
+from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.out_of_memory import explain, ran_out
 from vjepa_fast.train.outliers import MAX_OUTLIERS
-from vjepa_fast.train.parallel import data_parallel, is_sharded, shard, whole_copy
+from vjepa_fast.train.parallel import data_parallel, is_sharded, optimizer_of, shard, whole_copy
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import RunCheckpoints, Surroundings
@@ -118,7 +119,7 @@ class Trainer:
         self.model = VJEPA(cfg.model)
         sharded = cfg.train.parallel == "fsdp" and self.processes.distributed
         if sharded:
-            shard(self.model, self.device)
+            shard(self.model, self.device, cfg.train.grad_dtype)
         self.model.to(self.device)
         masks = StepMasks(
             cfg.mask, fpcs=videos.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
@@ -129,10 +130,10 @@ class Trainer:
         self.masks: StepMasks | JointMasks = masks
         if cfg.img_data is not None:
             self.masks = add_image_masks(masks, cfg, self.processes.rank, self.processes.world_size)
-        wrapped = None
-        if self.processes.distributed and not sharded:
-            wrapped = data_parallel(self.model, cfg, len(videos.fpcs))
-        self.train_step = TrainStep(self.model, cfg, wrapped, self.processes.world_size)
+        whole = self.processes.distributed and not sharded
+        self.train_step = TrainStep(
+            self.model, cfg, data_parallel(self.model, cfg, len(videos.fpcs)) if whole else None,
+            self.processes.world_size, optimizer_of(self.model, cfg, len(videos.fpcs)) if whole else AdamWEMA)
         self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
         self._run: StepCallable | None = None
         surroundings = Surroundings(self.batch_size, self.global_batch, self._global_images, self.backend)

@@ -33,6 +33,7 @@ def undone(train_step: TrainStep) -> Iterator[None]:
     """
     model, optimizer, scaler = train_step.model, train_step.optimizer, train_step.scaler
     device = next(model.parameters()).device
+    optimizer.refresh()
     weights = [*map(local_of, model.parameters()), *model.buffers()]
     if train_step.outliers is not None:
         weights += train_step.outliers.state_dict().values()
@@ -46,6 +47,7 @@ def undone(train_step: TrainStep) -> Iterator[None]:
         yield
     finally:
         optimizer.zero_grad(set_to_none=True)
+        optimizer.refresh()
         with torch.no_grad():
             # In place, so that nobody who knows an address is misled; the version counters tell that copies of
             # parameters in half precision are out of date.

@@ -1,14 +1,18 @@
-"""Optimizer state that is spread over the processes (ZeRO stage 1).
+"""An optimizer whose work is shared by the processes (ZeRO).
 
-Every process has all weights and, from data parallelism, all gradients, but keeps the moments of its share of the
-parameters only, 8 bytes a parameter over the number of processes. It updates its share and moves the target encoder
-there; then each share is broadcast. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
-Models", SC 2020, stage P_os.
+Each process averages the gradients of its share of the parameters, as the backward produces them, keeps the moments of
+this share, updates it and moves the target encoder there; then the shares are brought together while the next step
+begins. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020: stage P_os
+in what is kept from step to step; whole gradients are there only while their bucket is on its way, as with P_g.
+
+Bytes a parameter and process, of n: 4 for weights, 4 for targets, 8 / n for moments, 4 / n for gradients; in half
+precision 2 more for each of weights and targets. The masters of other shares are not freed, they are out of date.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,101 +20,178 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vjepa_fast.models.jepa import VJEPA
+from vjepa_fast.train.exchange import Gradients, Weights, all_gather
+from vjepa_fast.train.flat import make_buckets
 from vjepa_fast.train.optim import AdamWEMA
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamWEMA(AdamWEMA):
-    """AdamWEMA of which each process keeps a share. The update is that of AdamWEMA, but for the order of sums in the
-    norm of the gradients.
+    """AdamWEMA that also averages the gradients over the processes, of which each updates a share.
+
+    The model needs no wrapper. The update is that of AdamWEMA, but for the order of sums in the norm of the gradients.
 
     `state_dict` is a whole one after `collect`, on the first process; any process loads a whole one and keeps its
-    share, so that checkpoints are the same with and without.
+    share, so that checkpoints are the same with and without, at any number of processes.
 
     Args:
-        model: as AdamWEMA, the same on all processes; gradients are averaged by data parallelism.
+        model: as AdamWEMA; all processes begin with the weights of the first one.
         values: as AdamWEMA.
+        without_gradient: names of trained parameters that no step uses.
+        optional: names of parameters that some steps do not use.
+        grad_dtype: in which gradients travel and are added up.
     """
 
-    def __init__(self, model: VJEPA, **values: Any) -> None:
+    def __init__(
+        self, model: VJEPA, *, without_gradient: Collection[str] = (), optional: Collection[str] = (),
+        grad_dtype: torch.dtype = torch.float32, **values: Any,
+    ) -> None:
+        # First, so that all else sees the weights where they stay.
+        self._rank = dist.get_rank()
+        self._buckets = make_buckets(model, without_gradient, self._rank, dist.get_world_size())
+        for bucket in self._buckets:
+            for flat in bucket.flats:
+                dist.broadcast(flat.data, 0)
         super().__init__(model, **values)
-        self._rank, size = dist.get_rank(), dist.get_world_size()
         self._all = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._owner: dict[Tensor, int] = {}
-        loads = [0] * size
-        # The largest first, each to whoever has least.
-        for parameter in sorted(self._all, key=Tensor.numel, reverse=True):
-            self._owner[parameter] = loads.index(min(loads))
-            loads[self._owner[parameter]] += parameter.numel()
-        self._collected: dict[int, dict[str, Tensor]] = {}
+        self._bucketed = {parameter for bucket in self._buckets for parameter in bucket.parameters}
+        self._parts = {parameter: part for bucket in self._buckets for parameter, part in bucket.parts.items()}
+        self._keep_halves()
+        self._weights = Weights(model, self._buckets)
+        chosen = [parameter for name, parameter in model.named_parameters() if name in optional]
+        self._gradients = Gradients(self._buckets, grad_dtype, chosen)
+        self._present: set[Tensor] = set()
+        self._grads: dict[Tensor, Tensor] = {}
+        self._collected: dict[int, dict[str, Tensor]] | None = None
+
+    def _keep_halves(self) -> None:
+        """Half-precision copies in flat buffers, of the layers within blocks."""
+        self._shadowed = set()
+        if self._dtype == torch.float32:
+            return
+        for bucket in self._buckets:
+            for flat in bucket.flats if bucket.blocks else ():
+                # In float8 a target's layers multiply with what they make of the masters.
+                if flat is bucket.weights or self.model.cfg.target_precision != "float8":
+                    self._shadows |= flat.keep_half(self._dtype)
+        self._shadowed |= self._shadows.keys()
 
     def owns(self, parameter: Tensor) -> bool:
-        """Whether this process keeps the moments of a parameter and updates it."""
-        return self._owner[parameter] == self._rank
+        """Whether this process updates a part of a parameter; what has no gradient is kept by all."""
+        return parameter in self._parts or parameter not in self._bucketed
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For backwards whose gradients are added to those of the next."""
+        return self._gradients.paused()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """As AdamWEMA.step; a collective. Gradients of other shares are dropped."""
+        """As AdamWEMA.step; a collective.
+
+        Raises:
+            RuntimeError: a parameter has no gradient on any process, and is not one of those that may have none.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in self._all:
-            if not self.owns(parameter):
-                parameter.grad = None
+        # Of a network that the step did not run.
+        self._weights.wait()
+        shares, self._present = self._gradients.finish()
+        for bucket, share in zip(self._buckets, shares, strict=True):
+            self._grads |= bucket.own(share)
         super().step()
-        for rank in range(dist.get_world_size()):
-            share = [parameter for parameter in self._all if self._owner[parameter] == rank]
-            targets = [self._targets[parameter] for parameter in share if parameter in self._targets]
-            _broadcast([*share, *targets], rank)
+        self._grads = {}
+        self._collected = None
+        self._weights.start()
         return loss
 
+    def refresh(self) -> None:
+        """Bring the fp32 weights of all shares up to date on all processes; a collective.
+
+        A step in half precision leaves those of other shares as they were. Who reads them gets a RuntimeError until
+        then, or until something else is loaded into them.
+        """
+        self._weights.refresh()
+
     def collect(self) -> None:
-        """Bring the moments of all shares to the memory of the first process's host; a collective."""
+        """`refresh`, and bring the moments of all shares to the memory of the first process's host; a collective."""
+        self.refresh()
+        device = self._buckets[0].weights.data.device
+        steps = torch.full((len(self._all),), -1.0, device=device)
         for number, parameter in enumerate(self._all):
-            if not parameter.requires_grad:
-                continue
-            state = self.state.get(parameter) if self.owns(parameter) else None
-            # A parameter that never had a gradient has no moments.
-            there = torch.tensor([int(bool(state))], device=parameter.device)
-            dist.broadcast(there, self._owner[parameter])
-            if not int(there):
-                continue
-            if state is None:
-                state = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.empty_like(parameter),
-                         "exp_avg_sq": torch.empty_like(parameter)}
+            if self.state.get(parameter):
+                steps[number] = self.state[parameter]["step"]
+        # A parameter that never had a gradient has no moments.
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        counts = dict(zip(self._all, steps.cpu(), strict=True))
+        collected: dict[Tensor, dict[str, Tensor]] = {p: {"step": n} for p, n in counts.items() if n >= 0}
+        for bucket in self._buckets:
             for name in _MOMENTS:
-                dist.broadcast(state[name], self._owner[parameter])
-            if self._rank == 0 and not self.owns(parameter):
-                self._collected[number] = {name: state[name].cpu() for name in _MOMENTS}
+                whole = torch.zeros_like(bucket.weights.data)
+                for parameter, place in bucket.own(whole[bucket.share]).items():
+                    if self.state.get(parameter):
+                        place.copy_(self.state[parameter][name])
+                all_gather(whole, whole[bucket.share])
+                if self._rank == 0:
+                    for parameter, view in zip(bucket.parameters, bucket.weights.views(whole), strict=True):
+                        if parameter in collected:
+                            collected[parameter][name] = view.to("cpu", copy=True)
+        self._collected = {n: collected[p] for n, p in enumerate(self._all) if p in collected}
 
     def state_dict(self) -> dict[str, Any]:
-        """As AdamWEMA.state_dict; of the other shares what `collect` brought, which is handed over."""
-        whole = super().state_dict()
-        whole["state"] = dict(sorted({**whole["state"], **self._collected}.items()))
-        self._collected = {}
+        """As AdamWEMA.state_dict, on the first process after `collect`, which has to be called for each.
+
+        Raises:
+            RuntimeError: it was not called, or this is another process.
+        """
+        if self._collected is None or self._rank != 0:
+            raise RuntimeError("the state of the optimizer is spread over the processes; call collect() on all of "
+                               "them, then state_dict() on the first")
+        whole = {**super().state_dict(), "state": self._collected}
+        self._collected = None
         return whole
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As AdamWEMA.load_state_dict; the moments of other shares are dropped."""
-        super().load_state_dict(state_dict)
-        for parameter in self._all:
-            if not self.owns(parameter):
-                self.state.pop(parameter, None)
+    def write_shadows(self) -> None:
+        """As AdamWEMA.write_shadows.
+
+        Raises:
+            RuntimeError: weights are out of date, see `refresh`.
+        """
+        self._weights.check_readable(self.model)
+        super().write_shadows()
+
+    def _part(self, x: Tensor, parameter: Tensor) -> Tensor:
+        if parameter not in self._parts:
+            return x
+        return x.detach().view(-1)[self._parts[parameter]]
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            part = self._part(parameter, parameter)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(part)
+        return state
+
+    def _has_grad(self, parameter: Tensor) -> bool:
+        return parameter in self._present
+
+    def _grad_of(self, parameter: Tensor) -> Tensor | None:
+        return self._grads[parameter] if parameter in self._present else None
 
     def _sum_of_squares(self, gradients: Any, shards: Any) -> Tensor:
         total = super()._sum_of_squares(gradients, shards)
         dist.all_reduce(total)
         return total
 
-
-def _broadcast(tensors: list[Tensor], rank: int) -> None:
-    """In one message for each dtype."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        some = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
-        dist.broadcast(flat, rank)
-        if rank != dist.get_rank():
-            parts = flat.split([tensor.numel() for tensor in some])
-            torch._foreach_copy_(some, [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)])
+    def _cut(self, state: dict[int, dict[str, Tensor]], numbers: list[int]) -> dict[int, dict[str, Tensor]]:
+        kept = {}
+        for number, parameter in zip(numbers, self._all, strict=False):
+            part = self._parts.get(parameter)
+            if part is not None and state.get(number):
+                kept[number] = {**state[number], **{
+                    name: state[number][name].reshape(-1)[part].clone() for name in _MOMENTS}}
+        return kept
