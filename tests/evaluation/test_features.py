@@ -14,7 +14,7 @@ import torch
 
 import vjepa_fast as vf
 from vjepa_fast.evaluation import features, views
-from vjepa_fast.evaluation.features import Entry, FeatureStore
+from vjepa_fast.evaluation.features import Entry, FeatureStore, entries_of
 from vjepa_fast.evaluation.views import ClipRule
 from vjepa_fast.inference import InferenceModel
 from vjepa_fast.inference_videos import list_videos
@@ -34,7 +34,7 @@ def fill(store: FeatureStore, model: InferenceModel, entries: list[Entry]) -> fe
 
 def test_entries_are_the_features_of_segments_and_views(model: InferenceModel, videos: Path, tmp_path: Path) -> None:
     listed = list_videos([str(videos)])
-    entries = [Entry(listed, number, RULE) for number in (0, 1)]
+    entries = entries_of(listed, [RULE])[0][:2]
     store = FeatureStore(tmp_path / "store", model)
     assert fill(store, model, entries).kept == 0
     again = FeatureStore(tmp_path / "store", model)
@@ -50,12 +50,17 @@ def test_entries_are_the_features_of_segments_and_views(model: InferenceModel, v
 def test_nothing_old_is_read_for_new(checkpoint: Path, model: InferenceModel, videos: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes((videos / "0.mp4").read_bytes())
-    first = Entry(list_videos([str(path)]), 0, RULE).key
+
+    def key(rule: ClipRule = RULE) -> str:
+        return entries_of(list_videos([str(path)]), [rule])[0][0].key
+
+    first = key()
+    assert key() == first
     for change in ({"frames": 6}, {"fps": 4.0}, {"size": (32, 32)}, {"segments": 1}, {"views": 1}, {"version": 0},
                    {"frame_step": 2}, {"seed": 1}):
-        assert Entry(list_videos([str(path)]), 0, replace(RULE, **change)).key != first, change
+        assert key(replace(RULE, **change)) != first, change
     os.utime(path, ns=(1, 1))
-    assert Entry(list_videos([str(path)]), 0, RULE).key != first
+    assert key() != first
     # The same weights in another file are the same encoder; others are another, and so is another dtype.
     other = vf.load(checkpoint, predictor=False)
     assert features.encoder_hash(other) == features.encoder_hash(model)
@@ -67,7 +72,7 @@ def test_nothing_old_is_read_for_new(checkpoint: Path, model: InferenceModel, vi
 
 
 def test_a_damaged_part_is_made_again(model: InferenceModel, videos: Path, tmp_path: Path) -> None:
-    entries = [Entry(list_videos([str(videos)]), 0, RULE)]
+    entries = entries_of(list_videos([str(videos)]), [RULE])[0][:1]
     store = FeatureStore(tmp_path, model)
     fill(store, model, entries)
     (part,) = store.folder.glob("*.safetensors")
@@ -85,10 +90,9 @@ def test_broken_videos_are_named_and_tried_again(model: InferenceModel, videos: 
     broken.write_bytes(b"no video")
     listed = list_videos([str(broken), str(videos / "0.mp4")])
     store = FeatureStore(tmp_path / "store", model)
-    entries = [Entry(listed, number, RULE) for number in range(2)]
-    assert list(fill(store, model, entries).broken) == [str(broken)]
+    assert list(fill(store, model, *entries_of(listed, [RULE])).broken) == [str(broken)]
     broken.write_bytes((videos / "1.mp4").read_bytes())
-    after = fill(store, model, [Entry(listed, number, RULE) for number in range(2)])
+    after = fill(store, model, *entries_of(listed, [RULE]))
     assert (after.kept, after.broken) == (1, {})
 
 
@@ -105,7 +109,7 @@ videos = list_videos([sys.argv[2]])
 model = vf.load(sys.argv[1], predictor=False)
 store = features.FeatureStore(__import__("pathlib").Path(sys.argv[3]), model)
 rule = ClipRule(8, 8.0, None, (64, 64), segments=2, views=3)
-entries = [features.Entry(videos, number, rule) for number in range(len(videos.paths))]
+(entries,) = features.entries_of(videos, [rule])
 
 def report(progress):
     print(progress.done, flush=True)
@@ -129,11 +133,14 @@ def test_killed_and_started_again(checkpoint: Path, model: InferenceModel, video
     process.wait()
     process.stdout.close()
     listed = list_videos([str(videos)])
-    entries = [Entry(listed, number, RULE) for number in range(len(listed.paths))]
+    (entries,) = entries_of(listed, [RULE])
     store = FeatureStore(tmp_path / "killed", model)
-    (store.folder / f".x.{process.pid}.tmp.safetensors").write_bytes(b"half of a part")
+    old, new = (store.folder / f".{name}.{process.pid}.tmp.safetensors" for name in ("old", "new"))
+    for leftover in (old, new):
+        leftover.write_bytes(b"half of a part")
+    os.utime(old, (1, 1))
     store = FeatureStore(tmp_path / "killed", model)
-    assert not list(store.folder.glob(".*"))
+    assert list(store.folder.glob(".*")) == [new]
     progress = fill(store, model, entries)
     # A video is two entries in two parts: the last one may lack the second.
     assert progress.done == 8 and progress.kept in (2, 3)

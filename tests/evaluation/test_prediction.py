@@ -97,6 +97,13 @@ def test_area_under_the_curve() -> None:
     assert low < surprise.area_under_curve(scores, which) < high and 0.15 < high - low < 0.4
 
 
+def test_pairs() -> None:
+    labels = torch.tensor([False, True, True, False, False, False, False, True, True])
+    scores = torch.tensor([1.0, 2.0, 1.0, 3.0, 9.0, 9.0, 4.0, 4.0, 0.0])
+    assert surprise.paired_accuracy(scores, labels) == pytest.approx((1 + 0 + 0.5) / 3)
+    assert surprise.paired_accuracy(scores[4:6], labels[4:6]) is None
+
+
 def test_surprise_of_a_video() -> None:
     errors = torch.tensor([[[1.0, 3.0]], [[2.0, 8.0]]])
     found = surprise.surprise({"predicted": errors, "copied": errors / 2, "averaged": errors})
@@ -132,9 +139,9 @@ def test_surprise_command(checkpoint: Path, videos: Path, tmp_path: Path) -> Non
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     val.write_text(f"{broken} 1\n" + "".join(f"{videos / f'{n}.mp4'} {n % 2}\n" for n in range(6)))
-    result = run("--checkpoint", checkpoint, "--val", val, "--task", "surprise", "--out", out)
+    result = run("--checkpoint", checkpoint, "--val", val, "--task", "surprise", "--out", out, "--pairs")
     assert result.exit_code == 0, result.output
-    assert "1 of 7 videos were left out" in result.output
+    assert "1 of 7 videos were left out" in result.output and "pairs are left out" in result.output
     found = json.loads((out / "results.json").read_text())
     assert (found["scores"]["videos"], found["scores"]["anomalies"]) == (6, 3)
     scores = {path: one["predicted"]["worst window"] for path, one in found["by_video"].items()}

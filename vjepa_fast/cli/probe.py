@@ -81,6 +81,9 @@ def probe(
     stride: Annotated[int | None, typer.Option(
         metavar="N", min=1, help="Clip frames from one window of a video to the next, for horizon and surprise.",
         show_default="one window; half a window for surprise")] = None,
+    pairs: Annotated[bool, typer.Option(
+        "--pairs", help="For surprise: every two lines of the manifest are a possible and an impossible version of the "
+                        "same.")] = False,
     size: Annotated[int | None, typer.Option(
         metavar="PX", min=1, help="Height and width of a clip.",
         show_default="those of the checkpoint, else 256")] = None,
@@ -154,7 +157,7 @@ def probe(
                 say("warning", note)
             rule = _rule(encoders[0], frames, fps, frame_step, size, 1, 1)
             pair = Prediction.of(*encoders, rule.frames, context)
-            run_prediction(task, pair, val, videos, rule, stride, target, batch, num_workers, out,
+            run_prediction(task, pair, val, videos, rule, stride, pairs, target, batch, num_workers, out,
                            {"checkpoint": str(opened.path), "dtype": dtype, "device": str(target)})
             return
         if train is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def run_prediction(
     task: Literal["horizon", "surprise"], model: Prediction, name: str, videos: Videos, rule: ClipRule,
-    stride: int | None, device: Any, batch_size: int, num_workers: int, out: Path, head: dict[str, Any],
+    stride: int | None, pairs: bool, device: Any, batch_size: int, num_workers: int, out: Path, head: dict[str, Any],
 ) -> None:
     """Measure, write and show.
 
@@ -31,6 +31,7 @@ def run_prediction(
         videos: its content.
         rule: frames, rate and size of a window.
         stride: clip frames between windows; None: one window of a video for `horizon`, half a window for `surprise`.
+        pairs: videos 2k and 2k + 1 of the manifest show the same, as it should be and not.
         device: where the model runs.
         batch_size: clips together.
         num_workers: decoding processes.
@@ -68,7 +69,9 @@ def run_prediction(
         scores = horizon.horizon_scores([found[number] for number in order], tubelet / rule.fps if rule.fps else None)
     else:
         labels = all_labels[order]
-        scores = surprise.surprise_scores([found[number] for number in order], labels)
+        if pairs and broken:
+            say("warning", "pairs are left out where videos are missing, as it is unknown which belong together")
+        scores = surprise.surprise_scores([found[number] for number in order], labels, pairs and not broken)
         content["by_video"] = {videos.names[number]: {"label": int(label), **found[number]}
                                for number, label in zip(order, labels.tolist(), strict=True)}
     with disk_errors(out, advice="give the command once more"):
@@ -116,4 +119,6 @@ def _show_surprise(scores: dict[str, Any]) -> None:
         own = scores["auc"][kind]
         table.add_row(name, *(f"{own[how]['auc']:.3f} ({own[how]['low']:.2f} to {own[how]['high']:.2f})"
                               for how in REDUCTIONS))
+        if own[REDUCTIONS[0]].get("paired_accuracy") is not None:
+            table.add_row("  pairs told apart", *(f"{own[how]['paired_accuracy']:.3f}" for how in REDUCTIONS))
     Console().print(table)

@@ -10,13 +10,14 @@ Entries: `t.<hash>`, all tokens, [views, segments * N, D] in the compute dtype; 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation.views import ClipRule, read_views
 from vjepa_fast.inference import InferenceModel
 from vjepa_fast.inference_videos import Videos
-from vjepa_fast.train.files import atomic_path, disk_errors, remove_leftovers, write_text
+from vjepa_fast.train.files import atomic_path, disk_errors, write_text
 
 _FORMAT = 1
 _PART_SECONDS, _PART_BYTES = 10.0, 256 * 2**20
+_LEFTOVER_SECONDS = 3600.0
 _AGAIN = "give the command once more: what is done is kept"
 TOKENS, MEAN = "t", "m"
 
@@ -52,28 +54,45 @@ def encoder_hash(model: InferenceModel) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A video by a rule."""
+    """A video by a rule.
+
+    Attributes:
+        videos, number: which video.
+        rule: how it becomes clips.
+        key: hash over the file and the rule.
+    """
 
     videos: Videos
     number: int
     rule: ClipRule
+    key: str
 
-    @property
-    def key(self) -> str:
-        """Hash of the video and the rule."""
-        if self.number in self.videos.places:
-            pack, place = self.videos.places[self.number]
-            stat = os.stat(pack.index_file)
-            what = f"{pack.index_file}:{place}:{stat.st_size}:{stat.st_mtime_ns}"
-        else:
-            path = os.path.abspath(self.videos.paths[self.number])
-            try:
-                stat = os.stat(path)
-                what = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
-            except OSError:
-                what = path
-        text = json.dumps([what, asdict(self.rule)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+
+def entries_of(videos: Videos, rules: Sequence[ClipRule]) -> list[list[Entry]]:
+    """An entry for every video, by every rule; each file is looked at once."""
+    files = [_file(videos, number) for number in range(len(videos.paths))]
+    found = []
+    for rule in rules:
+        text = json.dumps(asdict(rule))
+        found.append([Entry(videos, number, rule, hashlib.sha256(f"{text}\0".encode() + file).hexdigest()[:40])
+                      for number, file in enumerate(files)])
+    return found
+
+
+def _file(videos: Videos, number: int) -> bytes:
+    """Path, size and time of change of what a video is read from."""
+    place = ""
+    path = os.path.abspath(videos.paths[number])
+    if number in videos.places:
+        pack, own = videos.places[number]
+        path, place = os.path.abspath(pack.index_file), str(own)
+    try:
+        stat = os.stat(path)
+        place += f"\0{stat.st_size}\0{stat.st_mtime_ns}"
+    except OSError:
+        # It will be told when it is read.
+        place += "\0missing"
+    return os.fsencode(path) + b"\0" + place.encode()
 
 
 @dataclass
@@ -105,10 +124,11 @@ class FeatureStore:
         self._written = time.monotonic()
         with disk_errors(self.folder, "features to", _AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder)
+            _remove_old_leftovers(self.folder)
         write_text(self.folder / "encoder.json", json.dumps(
             {"hash": self.hash, "weights": model.weights, "config": model.cfg.model_dump(mode="json")}, indent=1))
-        for part in sorted(self.folder.glob("*.safetensors")):
+        # Names with a dot are still being written.
+        for part in sorted(self.folder.glob("[!.]*.safetensors")):
             self._open(part)
 
     def _open(self, part: Path) -> None:
@@ -214,15 +234,17 @@ class FeatureStore:
                             "segments, views or --augmented, or --probe linear,knn, which keeps means only")
 
 
+def _remove_old_leftovers(folder: Path) -> None:
+    """Of killed jobs; younger ones may be another job's that is at work."""
+    for leftover in folder.glob(".*.tmp*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
+
+
 def encode_views(model: InferenceModel, clips: Tensor, batch_size: int) -> Tensor:
     """Tokens [views, segments * N, D] on the CPU of clips uint8 [views, segments, T, H, W, 3]."""
     flat = clips.flatten(0, 1)
     parts = [model.encode(flat[start:start + batch_size]).cpu() for start in range(0, len(flat), batch_size)]
     features = torch.cat(parts)
     return features.view(clips.shape[0], -1, features.shape[-1])
-
-
-def batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The numbers in `order`, `size` at a time; the last batch may be smaller."""
-    for start in range(0, len(order), size):
-        yield list(order[start:start + size])

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation.attentive_probe import GridAdamW, HeadSetting, History, predict, train_grid
-from vjepa_fast.evaluation.features import MEAN, TOKENS, Entry, FeatureStore, FillProgress
+from vjepa_fast.evaluation.features import MEAN, TOKENS, Entry, FeatureStore, FillProgress, entries_of
 from vjepa_fast.evaluation.head_grid import HeadGrid
-from vjepa_fast.evaluation.labels import Labels, Split
+from vjepa_fast.evaluation.labels import Labels
 from vjepa_fast.evaluation.linear_probe import Ridge
 from vjepa_fast.evaluation.metrics import classification_scores, confusion, r2_scores
 from vjepa_fast.evaluation.neighbours import nearest, vote
@@ -91,13 +91,12 @@ class FrozenFeatures:
 
     def __init__(self, store: FeatureStore, labels: Labels, rule: ClipRule, settings: ProbeSettings) -> None:
         self.store, self.labels = store, labels
-        self._val_rule = rule
         plain = replace(rule, views=1)
-        self._train_rules = [plain] if settings.augmented == 0 else [
+        rules = [plain] if settings.augmented == 0 else [
             replace(plain, version=version, seed=settings.seed) for version in range(settings.augmented)]
+        self._train = entries_of(labels.train.videos, rules)
+        (self._val,) = entries_of(labels.val.videos, [rule])
         self.broken: dict[str, str] = {}
-        self._train_keys: list[list[str]] = []
-        self._val_keys: list[str] = []
 
     def fill(
         self, model: InferenceModel, device: torch.device, tokens: bool, batch_size: int, num_workers: int,
@@ -108,48 +107,42 @@ class FrozenFeatures:
         Raises:
             UserError: the disk is full, or none of the videos of a split can be read.
         """
-        entries = [Entry(split.videos, number, rule) for split, rules in self._needed()
-                   for rule in rules for number in range(len(split.videos.paths))]
         # A video that is in both manifests is one entry where the rules agree.
-        entries = list({entry.key: entry for entry in entries}.values())
+        entries = list({entry.key: entry for own in (*self._train, self._val) for entry in own}.values())
         progress = self.store.fill(entries, model, device, tokens, batch_size, num_workers, report)
         self.broken = progress.broken
         self.labels = replace(self.labels, train=self.labels.train.without(set(self.broken)),
                               val=self.labels.val.without(set(self.broken)))
         if self.labels.task == "classification" and len(self.labels.train.labels.unique()) < 2:
             raise UserError(f"the videos of {self.labels.train.name!r} that can be read are all of one class")
-        self._train_keys = [self._keys(self.labels.train, rule) for rule in self._train_rules]
-        self._val_keys = self._keys(self.labels.val, self._val_rule)
+        self._train = [self._readable(own) for own in self._train]
+        self._val = self._readable(self._val)
         return progress
 
-    def _needed(self) -> list[tuple[Split, list[ClipRule]]]:
-        return [(self.labels.train, self._train_rules), (self.labels.val, [self._val_rule])]
-
-    @staticmethod
-    def _keys(split: Split, rule: ClipRule) -> list[str]:
-        return [Entry(split.videos, number, rule).key for number in range(len(split.videos.paths))]
+    def _readable(self, entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if entry.videos.paths[entry.number] not in self.broken]
 
     def train_tokens(self, epoch: int, numbers: Sequence[int]) -> Tensor:
         """[B, N, D] of some training videos, in the version of the epoch."""
-        keys = self._train_keys[epoch % len(self._train_keys)]
-        return torch.stack([self.store.read(f"{TOKENS}.{keys[number]}")[0] for number in numbers])
+        own = self._train[epoch % len(self._train)]
+        return torch.stack([self.store.read(f"{TOKENS}.{own[number].key}")[0] for number in numbers])
 
     def val_tokens(self, numbers: Sequence[int]) -> Tensor:
         """[B, views, N, D] of some validation videos."""
-        return torch.stack([self.store.read(f"{TOKENS}.{self._val_keys[number]}") for number in numbers])
+        return torch.stack([self.store.read(f"{TOKENS}.{self._val[number].key}") for number in numbers])
 
     def train_means(self) -> Tensor:
         """fp32 [versions * N, D], version by version."""
-        return torch.cat([self.store.read(f"{MEAN}.{key}") for keys in self._train_keys for key in keys])
+        return torch.cat([self.store.read(f"{MEAN}.{entry.key}") for own in self._train for entry in own])
 
     def train_labels(self) -> Tensor:
         """Labels of `train_means`."""
         labels = self.labels.train.labels
-        return labels.repeat(len(self._train_keys), *[1] * (labels.ndim - 1))
+        return labels.repeat(len(self._train), *[1] * (labels.ndim - 1))
 
     def val_means(self) -> Tensor:
         """fp32 [N, views, D]."""
-        return torch.stack([self.store.read(f"{MEAN}.{key}") for key in self._val_keys])
+        return torch.stack([self.store.read(f"{MEAN}.{entry.key}") for entry in self._val])
 
 
 def scores_of(labels: Labels, outputs: Tensor) -> dict[str, Any]:
@@ -242,6 +235,7 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
              for one, loss, scores in zip(settings.heads, history.train_loss[-1], best, strict=True)]
     details = {"depth": settings.depth, "num_heads": settings.num_heads, "epochs": settings.epochs,
                "batch_size": settings.batch_size, "augmented": settings.augmented, "best_head": winner, "heads": heads,
+               "output_scale": spread.tolist(), "output_shift": centre.tolist(),
                "note": "the best head is chosen on the validation set after the last epoch, as in the reference",
                "train_loss_by_epoch": history.train_loss, "val_score_by_epoch": history.val_score}
     return ProbeResult(best[winner], outputs[winner], details, history,

@@ -31,6 +31,7 @@ from vjepa_fast.inference import InferenceModel, build
 from vjepa_fast.inference_videos import Videos, middle_box
 from vjepa_fast.interop.files import Checkpoint
 
+_MAX_BYTES = 2 * 2**30
 KINDS = ("predicted", "copied", "averaged")
 
 
@@ -162,6 +163,9 @@ def read_windows(source: Source, rule: ClipRule, stride: int | None) -> tuple[Te
         raise DecodeError(f"it has {source.num_frames} frames, fewer than a window of {length}")
     starts = ([max(0, source.num_frames - length) // 2] if stride is None
               else window_starts(source.num_frames, length, stride * step))
+    size = len(starts) * rule.frames * rule.size[0] * rule.size[1] * 3
+    if size > _MAX_BYTES:
+        raise DecodeError(f"its {len(starts)} windows take {size / 2**30:.1f} GiB; give a larger --stride, or cut it")
     numbers = [window_frames(start, source.num_frames, rule.frames, step) for start in starts]
     box = middle_box(source.height, source.width, *rule.size)
     requests = [ClipRequest(source, own, box, rule.size, False) for own in numbers]

@@ -36,6 +36,8 @@ def write_results(folder: Path, head: Mapping[str, Any], labels: Labels, probes:
         if result.states:
             path = folder / PROBE
             own = {"config": {}, "probe_heads": result.details["num_heads"], "best_head": result.details["best_head"],
+                   "targets": labels.targets, "output_scale": result.details["output_scale"],
+                   "output_shift": result.details["output_shift"],
                    "labels": {str(place): str(number) for place, number in enumerate(labels.classes)}}
             with disk_errors(path, advice="give the command once more"), atomic_path(path) as temporary:
                 torch.save({"classifiers": result.states, "epoch": result.details["epochs"], "vjepa_fast": own},

@@ -85,6 +85,23 @@ def interval(scores: Tensor, labels: Tensor, seed: int = 0) -> tuple[float, floa
     return low, high
 
 
+def paired_accuracy(scores: Tensor, labels: Tensor) -> float | None:
+    """Share of neighbouring videos 2k and 2k + 1, one of each label, of which that with label 1 scores higher; ties
+    count half. None where there is no such pair.
+
+    Args:
+        scores: [N], in the order of the manifest.
+        labels: bool [N].
+    """
+    count = len(scores) // 2 * 2
+    pairs, kinds = scores[:count].view(-1, 2), labels[:count].view(-1, 2)
+    mixed = kinds[:, 0] != kinds[:, 1]
+    if not bool(mixed.any()):
+        return None
+    difference = torch.where(kinds[mixed, 1], pairs[mixed, 1] - pairs[mixed, 0], pairs[mixed, 0] - pairs[mixed, 1])
+    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
+
+
 def roc(scores: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
     """False and true positive rates as the threshold falls, from (0, 0) to (1, 1)."""
     false, true = [0.0], [0.0]
@@ -95,12 +112,15 @@ def roc(scores: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
     return false, true
 
 
-def surprise_scores(by_video: list[dict[str, dict[str, float]]], labels: Tensor) -> dict[str, Any]:
+def surprise_scores(
+    by_video: list[dict[str, dict[str, float]]], labels: Tensor, pairs: bool = False
+) -> dict[str, Any]:
     """Area under the ROC curve of every measure, with its 95 % interval.
 
     Args:
         by_video: from `surprise`.
         labels: bool [N].
+        pairs: also paired_accuracy; by_video holds all videos of the manifest then.
 
     Raises:
         UserError: the videos that could be read have one label.
@@ -114,6 +134,8 @@ def surprise_scores(by_video: list[dict[str, dict[str, float]]], labels: Tensor)
             scores = torch.tensor([one[kind][how] for one in by_video], dtype=torch.float64)
             low, high = interval(scores, labels)
             found["auc"][kind][how] = {"auc": area_under_curve(scores, labels), "low": low, "high": high}
+            if pairs:
+                found["auc"][kind][how]["paired_accuracy"] = paired_accuracy(scores, labels)
     return found
 
 
