@@ -29,7 +29,7 @@ def model(checkpoint: Path) -> InferenceModel:
 
 
 def fill(store: FeatureStore, model: InferenceModel, entries: list[Entry]) -> features.FillProgress:
-    return store.fill(entries, model, CPU, True, 2, 1, lambda progress: None)
+    return store.fill(entries, model, CPU, [True] * len(entries), 2, 1, lambda progress: None)
 
 
 def test_entries_are_the_features_of_segments_and_views(model: InferenceModel, videos: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def report(progress):
     if progress.done == 3:
         time.sleep(600)
 
-store.fill(entries, model, torch.device("cpu"), True, 2, 1, report)
+store.fill(entries, model, torch.device("cpu"), [True] * len(entries), 2, 1, report)
 """
 
 

@@ -51,7 +51,7 @@ def test_classes(
     again = of(checkpoint, manifests, tmp_path / "again", *QUICK, "--segments", 2, "--views", 3, "--augmented", 2,
                "--depth", 2)
     assert again.exit_code == 0, again.output
-    assert "features of 14 of 14 videos were there already" in again.output
+    assert "features of 20 of 20 videos were there already" in again.output
     assert json.loads((tmp_path / "again" / "results.json").read_text())["probes"] == found["probes"]
 
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
+from vjepa_fast.cli.probe_labels import ProbeRun
 from vjepa_fast.cli.probe_prediction import run_prediction
 from vjepa_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vjepa_fast.evaluation.frozen import ProbeResult, ProbeSettings
-    from vjepa_fast.evaluation.labels import Labels
     from vjepa_fast.inference import InferenceModel
 
 EPILOG = """
@@ -43,6 +41,7 @@ _LRS, _DECAYS = "5e-3,3e-3,1e-3,3e-4,1e-4", "0.01,0.1,0.4,0.8"
 
 
 def probe(
+    ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Option(
         metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
                                                  ".safetensors file, or a folder of Hugging Face.")],
@@ -60,6 +59,9 @@ def probe(
              "label 0.")] = "auto",
     targets: Annotated[str | None, typer.Option(
         metavar="NAMES", help="Names of the columns of a regression, separated by commas.")] = None,
+    eval_config: Annotated[Path | None, typer.Option(
+        metavar="FILE", show_default=False, help="Meta's YAML of a video classification, for whatever is not said "
+                                                 "here: clips, probes, schedules.")] = None,
     segments: Annotated[int, typer.Option(
         metavar="N", min=1, help="Clips of a video in time, whose tokens a probe sees together.")] = 1,
     views: Annotated[int, typer.Option(
@@ -87,12 +89,15 @@ def probe(
     size: Annotated[int | None, typer.Option(
         metavar="PX", min=1, help="Height and width of a clip.",
         show_default="those of the checkpoint, else 256")] = None,
+    out_layers: Annotated[str | None, typer.Option(
+        metavar="LIST", help="Blocks of the encoder, from 0, whose tokens a probe sees together.",
+        show_default="the last")] = None,
     depth: Annotated[int, typer.Option(
         metavar="N", min=1, help="Blocks of an attentive probe, the last one cross-attention: 1 in V-JEPA 1, 4 in "
                                  "V-JEPA 2.")] = 1,
     probe_heads: Annotated[int | None, typer.Option(
         metavar="N", min=1, help="Attention heads of an attentive probe.",
-        show_default="16, or the encoder's if 16 does not divide its width")] = None,
+        show_default="16, or the encoder's with --style vjepa1 or where 16 does not divide its width")] = None,
     lr: Annotated[str, typer.Option(
         metavar="LIST", help="Learning rates; with every weight decay a probe, all trained at once.")] = _LRS,
     weight_decay: Annotated[str, typer.Option(metavar="LIST", help="Weight decays.")] = _DECAYS,
@@ -124,6 +129,24 @@ def probe(
     """Fit probes on the features of a frozen encoder, and measure what they read out of new videos."""
     with exit_codes():
         kinds = _names(probes, "--probe", KINDS)
+        grid = None
+        if eval_config is not None:
+            from vjepa_fast.evaluation.eval_yaml import read_eval_yaml
+
+            said = read_eval_yaml(eval_config)
+            # What is given on the command line counts more.
+            free = {name: value for name, value in said.options.items() if _is_default(ctx, name)}
+            if _is_default(ctx, "lr") and _is_default(ctx, "weight_decay") and _is_default(ctx, "warmup"):
+                grid = said.heads
+            segments, views = free.get("segments", segments), free.get("views", views)
+            frames, size, depth = free.get("frames", frames), free.get("size", size), free.get("depth", depth)
+            frame_step = free.get("frame_step", frame_step) if fps is None else None
+            probe_heads, epochs = free.get("probe_heads", probe_heads), free.get("epochs", epochs)
+            batch_size, style = free.get("batch_size", batch_size), free.get("style", style)
+            out_layers, weights = free.get("out_layers", out_layers), free.get("weights", weights)
+            for note in said.notes:
+                if not (augmented and "--augmented" in note):
+                    say("warning", note)
         rates, decays = _numbers(lr, "--lr"), _numbers(weight_decay, "--weight-decay")
         if fps is not None and frame_step is not None:
             raise ConfigError("--fps and --frame-step are given; expected one of them")
@@ -174,30 +197,54 @@ def probe(
             say("warning", note)
         width = model.encoder.embed_dim
         if probe_heads is None:
-            probe_heads = 16 if width % 16 == 0 else model.encoder.num_heads
+            probe_heads = 16 if width % 16 == 0 and style == "vjepa2" else model.encoder.num_heads
         if width % probe_heads:
             raise ConfigError(f"--probe-heads is {probe_heads}; expected a divisor of the encoder's width, {width}")
-        heads = [HeadSetting(rate, decay, 0.0 if warmup else None, warmup=warmup,
-                             final_weight_decay=1e-6 if style == "vjepa1" else None)
-                 for decay, rate in itertools.product(decays, rates)]
+        heads = grid or [HeadSetting(rate, decay, 0.0 if warmup else None, warmup=warmup,
+                                     final_weight_decay=1e-6 if style == "vjepa1" else None)
+                         for decay, rate in itertools.product(decays, rates)]
         if batch_size is None:
             batch_size = max(4, min(64, len(labels.train.videos.paths) // 8))
         settings = ProbeSettings(heads, depth, probe_heads, epochs, batch_size, style == "vjepa2",
                                  1.0 if style == "vjepa1" else None, augmented, seed)
-        run = _Run(model, labels, settings, target, out)
-        run.features(cache, _rule(model, frames, fps, frame_step, size, segments, views), "attentive" in kinds,
-                     batch, num_workers)
+        run = ProbeRun(model, labels, settings, target, out)
+        rule = _rule(model, frames, fps, frame_step, size, segments, views, _layers(model, out_layers))
+        run.features(cache, rule, kinds, batch, num_workers)
         run.probe(kinds, {"checkpoint": str(opened.path), "weights": model.weights, "dtype": dtype,
                           "command": sys.argv[1:]})
 
 
 def _rule(model: InferenceModel, frames: int | None, fps: float | None, frame_step: int | None, size: int | None,
-          segments: int, views: int) -> Any:
+          segments: int, views: int, layers: tuple[int, ...] | None = None) -> Any:
     from vjepa_fast.evaluation.views import ClipRule
     from vjepa_fast.inference_videos import default_sampling
 
     sampling = default_sampling(model, frames, fps, size, 1)
-    return ClipRule(sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views)
+    return ClipRule(sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views,
+                    layers=layers)
+
+
+def _is_default(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
+
+
+def _layers(model: InferenceModel, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    import torch
+
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--out-layers is {text!r}; expected whole numbers, separated by commas") from None
+    encoder = model.encoder
+    try:
+        model.encode(torch.zeros(1, encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3, dtype=torch.uint8),
+                     layers)
+    except ValueError as error:
+        raise ConfigError(f"--out-layers is {text!r}: {error}") from None
+    return layers
 
 
 def _names(text: str, flag: str, known: tuple[str, ...]) -> list[str]:
@@ -215,111 +262,3 @@ def _numbers(text: str, flag: str) -> list[float]:
     if not found or not all(0 <= number < float("inf") for number in found):
         raise ConfigError(f"{flag} is {text!r}; expected numbers of at least 0, separated by commas")
     return list(dict.fromkeys(found))
-
-
-class _Run:
-    def __init__(self, model: InferenceModel, labels: Labels, settings: ProbeSettings, device: Any, out: Path) -> None:
-        self._model, self._labels, self._settings = model, labels, settings
-        self._device, self._out = device, out
-
-    def features(self, cache: Path | None, rule: Any, tokens: bool, batch: int, num_workers: int) -> None:
-        """What probes are fitted on, from the disk or computed."""
-        from vjepa_fast.cache_dir import default_cache_dir
-        from vjepa_fast.evaluation.features import FeatureStore, FillProgress
-        from vjepa_fast.evaluation.frozen import FrozenFeatures
-
-        store = FeatureStore(cache or default_cache_dir() / "features", self._model)
-        self._features = FrozenFeatures(store, self._labels, rule, self._settings)
-        self._rule = rule
-        bar: Bar | None = None
-
-        def report(now: FillProgress) -> None:
-            nonlocal bar
-            bar = bar or Bar("encoded", "videos", now.total, now.kept)
-            bar.show(now.done, f"{len(now.broken)} broken")
-
-        try:
-            progress = self._features.fill(self._model, self._device, tokens, batch, num_workers, report)
-        except KeyboardInterrupt:
-            say("warning", "the features computed so far are kept; the same command goes on")
-            raise
-        finally:
-            if bar is not None:
-                bar.close()
-        if progress.broken:
-            path, reason = next(iter(progress.broken.items()))
-            say("warning", f"{len(progress.broken)} videos could not be read and are left out ({path}: {reason}"
-                           f"{', ...' if len(progress.broken) > 1 else ''})")
-        if progress.kept:
-            typer.echo(f"features of {progress.kept} of {progress.total} videos were there already: {store.folder}",
-                       err=True)
-        self._store = store
-
-    def probe(self, kinds: list[str], head: dict[str, Any]) -> None:
-        """Fit, measure, write and show."""
-        from dataclasses import asdict
-
-        from vjepa_fast.evaluation import frozen, report
-        from vjepa_fast.train.files import disk_errors
-
-        labels = self._features.labels
-        results: dict[str, ProbeResult] = {"baseline": frozen.baseline(labels)}
-        if "linear" in kinds:
-            results["linear"] = frozen.linear(self._features)
-        if "knn" in kinds:
-            results["knn"] = frozen.knn(self._features)
-        if "attentive" in kinds:
-            score = "accuracy" if labels.task == "classification" else "R2"
-            bar = Bar("trained", "epochs", self._settings.epochs)
-            try:
-                results["attentive"] = frozen.attentive(
-                    self._features, self._settings, self._device,
-                    lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"))
-            finally:
-                bar.close()
-        with disk_errors(self._out, advice="give the command once more"):
-            self._out.mkdir(parents=True, exist_ok=True)
-        best = max((name for name in results if name != "baseline"),
-                   key=lambda name: frozen.main_score(results[name].scores))
-        if "attentive" in results:
-            report.draw_curves(self._out / report.CURVES, results["attentive"],
-                               "top1" if labels.task == "classification" else "r2")
-        if labels.task == "classification":
-            report.draw_confusion(self._out / report.CONFUSION, labels, results[best].outputs, best)
-        else:
-            report.draw_scatter(self._out / report.SCATTER, labels, results[best].outputs, results[best].scores, best)
-        splits = {name: {"manifest": split.name, "videos": len(split.videos.paths)}
-                  for name, split in (("train", labels.train), ("val", labels.val))}
-        rule = {key: value for key, value in asdict(self._rule).items() if key not in ("version", "seed")}
-        report.write_results(self._out, {
-            **head, "encoder": self._store.hash, "device": str(self._device), "task": labels.task, **splits,
-            "classes": labels.classes, "targets": labels.targets, "clips": rule, "broken": self._features.broken,
-            "seed": self._settings.seed, "best": best}, labels, results)
-        _show(labels, results)
-        typer.echo(f"{self._out}: {', '.join(sorted(path.name for path in self._out.iterdir()))}")
-
-
-def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    first = results["baseline"].scores
-    names = [name for name, value in first.items() if isinstance(value, float)]
-    by_target = labels.targets if labels.task == "regression" and len(labels.targets) <= 6 else []
-    table = Table(title=f"{len(labels.train.videos.paths)} training and {len(labels.val.videos.paths)} validation "
-                        "videos; 1 is perfect")
-    table.add_column("probe")
-    for name in (*(name.replace("_", " ") for name in names), *(f"r2 of {target}" for target in by_target)):
-        table.add_column(name, justify="right")
-    said = {"baseline": "the training labels alone", "linear": "linear, mean features"}
-    for name, result in results.items():
-        if name == "attentive":
-            one = result.details["heads"][result.details["best_head"]]
-            said[name] = (f"attentive, depth {result.details['depth']}, best of {len(result.details['heads'])} "
-                          f"(lr {one['lr']:g}, decay {one['weight_decay']:g})")
-        elif name == "knn":
-            said[name] = f"{result.details['neighbours']} nearest, mean features"
-        values = [result.scores[key] for key in names]
-        values += [result.scores["r2_by_target"][target] for target in by_target]
-        table.add_row(said[name], *(f"{value:.3f}" for value in values))
-    Console().print(table)

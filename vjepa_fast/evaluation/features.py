@@ -170,8 +170,8 @@ class FeatureStore:
         self._open(part)
 
     def fill(
-        self, entries: Sequence[Entry], model: InferenceModel, device: torch.device, tokens: bool, batch_size: int,
-        num_workers: int, report: Callable[[FillProgress], None],
+        self, entries: Sequence[Entry], model: InferenceModel, device: torch.device, tokens: Sequence[bool],
+        batch_size: int, num_workers: int, report: Callable[[FillProgress], None],
     ) -> FillProgress:
         """Compute what is missing.
 
@@ -179,7 +179,7 @@ class FeatureStore:
             entries: what is needed.
             model: on the CPU; moved to the device once the decoding processes are there, which CUDA does not survive.
             device: where it runs.
-            tokens: all tokens too, not only their means.
+            tokens: of each entry, all tokens too, not only their mean.
             batch_size: clips in one call.
             num_workers: decoding processes.
             report: called after every entry.
@@ -189,8 +189,8 @@ class FeatureStore:
         """
         progress = FillProgress(len(entries))
         keys = [entry.key for entry in entries]
-        left = [number for number, key in enumerate(keys) if not (
-            f"{MEAN}.{key}" in self and (not tokens or f"{TOKENS}.{key}" in self))]
+        left = [number for number, (key, whole) in enumerate(zip(keys, tokens, strict=True)) if not (
+            f"{MEAN}.{key}" in self and (not whole or f"{TOKENS}.{key}" in self))]
         progress.done = progress.kept = len(entries) - len(left)
         if not left:
             model.to(device)
@@ -205,6 +205,7 @@ class FeatureStore:
             except DecodeError as error:
                 return Failed(str(error))
 
+        checked = False
         try:
             with Pool(decode, min(num_workers, len(left))) as pool:
                 results = pool.run(left)
@@ -215,11 +216,12 @@ class FeatureStore:
                     if isinstance(clips, Failed):
                         progress.broken[entry.videos.paths[entry.number]] = str(clips)
                     else:
-                        features = encode_views(model, torch.from_numpy(clips), batch_size)
-                        if not progress.kept and progress.done == 1 and tokens:
-                            self._check_room(features, len(left))
+                        features = encode_views(model, torch.from_numpy(clips), batch_size, entry.rule.layers)
+                        if tokens[number] and not checked:
+                            checked = True
+                            self._check_room(features, sum(tokens[other] for other in left))
                         self.keep(f"{MEAN}.{keys[number]}", features.float().mean(1))
-                        if tokens:
+                        if tokens[number]:
                             self.keep(f"{TOKENS}.{keys[number]}", features)
                     report(progress)
         finally:
@@ -242,9 +244,12 @@ def _remove_old_leftovers(folder: Path) -> None:
                 leftover.unlink()
 
 
-def encode_views(model: InferenceModel, clips: Tensor, batch_size: int) -> Tensor:
-    """Tokens [views, segments * N, D] on the CPU of clips uint8 [views, segments, T, H, W, 3]."""
-    flat = clips.flatten(0, 1)
-    parts = [model.encode(flat[start:start + batch_size]).cpu() for start in range(0, len(flat), batch_size)]
+def encode_views(
+    model: InferenceModel, clips: Tensor, batch_size: int, layers: tuple[int, ...] | None = None
+) -> Tensor:
+    """Tokens [views, segments * layers * N, D] on the CPU of clips uint8 [views, segments, T, H, W, 3]."""
+    flat, parts = clips.flatten(0, 1), []
+    for own in flat.split(batch_size):
+        parts.append((model.encode(own) if layers is None else torch.cat(model.encode(own, layers), 1)).cpu())
     features = torch.cat(parts)
     return features.view(clips.shape[0], -1, features.shape[-1])

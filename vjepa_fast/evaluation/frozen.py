@@ -2,8 +2,8 @@
 
 Three kinds of probes. `attentive`: a grid of attentive probes on all tokens, the reference's. `linear`: ridge
 regression on the mean of the tokens, the penalty chosen by leave-one-out on the training set. `knn`: the nearest
-training samples by the mean of the tokens, how many chosen the same way. The last two have no randomness and take
-seconds.
+training samples by the mean of the tokens, how many chosen the same way. The last two have no randomness, take
+seconds, and see plain clips (with several versions of a video, one that is left out would still be there).
 """
 
 from __future__ import annotations
@@ -94,28 +94,36 @@ class FrozenFeatures:
         plain = replace(rule, views=1)
         rules = [plain] if settings.augmented == 0 else [
             replace(plain, version=version, seed=settings.seed) for version in range(settings.augmented)]
-        self._train = entries_of(labels.train.videos, rules)
+        self._plain, *versions = entries_of(labels.train.videos, [plain, *rules])
+        self._train = versions
         (self._val,) = entries_of(labels.val.videos, [rule])
         self.broken: dict[str, str] = {}
 
     def fill(
-        self, model: InferenceModel, device: torch.device, tokens: bool, batch_size: int, num_workers: int,
+        self, model: InferenceModel, device: torch.device, kinds: Sequence[str], batch_size: int, num_workers: int,
         report: Callable[[FillProgress], None],
     ) -> FillProgress:
-        """Compute what is missing; see FeatureStore.fill.
+        """Compute what is missing for some kinds of probes; see FeatureStore.fill.
 
         Raises:
             UserError: the disk is full, or none of the videos of a split can be read.
         """
         # A video that is in both manifests is one entry where the rules agree.
-        entries = list({entry.key: entry for own in (*self._train, self._val) for entry in own}.values())
-        progress = self.store.fill(entries, model, device, tokens, batch_size, num_workers, report)
+        entries: dict[str, Entry] = {}
+        whole: set[str] = set()
+        if "attentive" in kinds:
+            entries |= {entry.key: entry for own in (*self._train, self._val) for entry in own}
+            whole = set(entries)
+        if set(kinds) != {"attentive"}:
+            entries |= {entry.key: entry for own in (self._plain, self._val) for entry in own}
+        progress = self.store.fill(list(entries.values()), model, device, [key in whole for key in entries], batch_size,
+                                   num_workers, report)
         self.broken = progress.broken
         self.labels = replace(self.labels, train=self.labels.train.without(set(self.broken)),
                               val=self.labels.val.without(set(self.broken)))
         if self.labels.task == "classification" and len(self.labels.train.labels.unique()) < 2:
             raise UserError(f"the videos of {self.labels.train.name!r} that can be read are all of one class")
-        self._train = [self._readable(own) for own in self._train]
+        self._train, self._plain = [self._readable(own) for own in self._train], self._readable(self._plain)
         self._val = self._readable(self._val)
         return progress
 
@@ -132,13 +140,8 @@ class FrozenFeatures:
         return torch.stack([self.store.read(f"{TOKENS}.{self._val[number].key}") for number in numbers])
 
     def train_means(self) -> Tensor:
-        """fp32 [versions * N, D], version by version."""
-        return torch.cat([self.store.read(f"{MEAN}.{entry.key}") for own in self._train for entry in own])
-
-    def train_labels(self) -> Tensor:
-        """Labels of `train_means`."""
-        labels = self.labels.train.labels
-        return labels.repeat(len(self._train), *[1] * (labels.ndim - 1))
+        """fp32 [N, D], of plain clips."""
+        return torch.cat([self.store.read(f"{MEAN}.{entry.key}") for entry in self._plain])
 
     def val_means(self) -> Tensor:
         """fp32 [N, views, D]."""
@@ -171,14 +174,14 @@ def baseline(labels: Labels) -> ProbeResult:
 def linear(features: FrozenFeatures) -> ProbeResult:
     """Ridge regression on means."""
     labels = features.labels
-    ridge = Ridge.fit(features.train_means(), _targets(labels, features.train_labels()))
+    ridge = Ridge.fit(features.train_means(), _targets(labels, labels.train.labels))
     outputs = torch.stack([ridge(view) for view in features.val_means().unbind(1)]).mean(0)
     return ProbeResult(scores_of(labels, outputs), outputs)
 
 
 def knn(features: FrozenFeatures) -> ProbeResult:
     """Nearest neighbours on means."""
-    labels, x, own = features.labels, features.train_means(), features.train_labels()
+    labels, x, own = features.labels, features.train_means(), features.labels.train.labels
     targets = _targets(labels, own)
     tried = [k for k in NEIGHBOURS if k < len(x)]
     similarity, numbers = nearest(x, x, max(tried), excluded=True)

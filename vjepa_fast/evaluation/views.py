@@ -42,6 +42,7 @@ class ClipRule:
         views: crops of each, whose answers are averaged.
         version: number of the augmented version; None is without augmentation.
         seed: of the augmentations.
+        layers: blocks whose tokens a probe sees, one after another; None: the last.
     """
 
     frames: int
@@ -52,6 +53,7 @@ class ClipRule:
     views: int = 1
     version: int | None = None
     seed: int = 0
+    layers: tuple[int, ...] | None = None
 
 
 def read_views(source: Source, rule: ClipRule, name: str) -> Tensor:
