@@ -11,7 +11,8 @@ import typer
 
 from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
-from vjepa_fast.config import dump
+from vjepa_fast.config import Config, dump
+from vjepa_fast.errors import ConfigError
 
 EPILOG = """
 Examples:
@@ -25,6 +26,8 @@ Examples:
   torchrun --nproc-per-node 8 -m vjepa_fast train --config vitl16.yaml --out runs/vitl16
 
   srun vjepa-fast train --config vitl16.yaml --out runs/vitl16 --resume  (SLURM: one process a task)
+
+  vjepa-fast train --config vitl16.yaml --submit partition=gpu,nodes=2,gpus_per_node=8,timeout_min=1440
 
   vjepa-fast train --config vitl16.yaml --print-config > resolved.yaml
 
@@ -52,6 +55,12 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole resolved config as YAML, and stop."),
     ] = False,
+    submit: Annotated[
+        str | None,
+        typer.Option("--submit", metavar="K=V,...",
+                     help="Run as a SLURM job that goes on by itself after its time limit: partition=gpu,nodes=2,"
+                          "gpus_per_node=8,timeout_min=1440. Or in the background of this machine: cluster=local."),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Record where the time of a few steps goes.")] = False,
 ) -> None:
     """Pretrain from a recipe or a config file. With nothing else: the demo, on videos that it makes itself."""
@@ -68,8 +77,23 @@ def train(
             sys.stdout.flush()
             return
         cfg.check_trainable()
+        if submit is not None:
+            _submit(cfg, submit, nproc, resume, profile)
+            return
         # Imported here: torch takes seconds, which --help and --print-config need not wait for.
         from vjepa_fast.train import runs
 
         code = runs.run(cfg, nproc=nproc, resume=resume, profile=profile)
     raise typer.Exit(code)
+
+
+def _submit(cfg: Config, text: str, nproc: int, resume: bool, profile: bool) -> None:
+    from vjepa_fast import submit
+
+    if nproc > 1:
+        raise ConfigError("--nproc is for processes that this command starts; how many the job of --submit has, "
+                          "gpus_per_node or tasks_per_node says")
+    options = submit.parse(text)
+    job, folder = submit.submit(cfg, options, resume, profile)
+    typer.echo(f"job {job.job_id} of {submit.num_processes(options)} processes is submitted\n"
+               f"run folder {folder}\noutput in {job.paths.stdout} and {job.paths.stderr}")
