@@ -133,18 +133,19 @@ class Runner:
 
 def start_tasks(
     runner: Runner, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None,
-    first_patches: list[tuple[Patch, tuple[Any, ...]]] | None = None
+    first_patches: list[tuple[Patch, tuple[Any, ...]]] | None = None, count: int = 2
 ) -> list[Run]:
-    """Two processes with what srun sets for two tasks; `patches` are run in the second."""
+    """Processes with what srun sets for so many tasks; `patches` are run in all but the first."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     runs = []
-    for rank, own in enumerate((first_patches or [], patches or [])):
+    for rank in range(count):
+        own = (patches if rank else first_patches) or []
         variables = {
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
-            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7",
-            "MASTER_PORT": str(port),
+            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(count),
+            "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": str(count),
+            "SLURM_JOB_ID": "7", "MASTER_PORT": str(port),
         }
         runs.append(runner.start(*argv, patches=[(set_environment, (variables,)), *own]))
     return runs
@@ -168,7 +169,12 @@ def losses(folder: Path) -> list[str]:
 
 def weights(folder: Path) -> dict[str, Any]:
     """Networks and optimizer state of the last checkpoint."""
-    checkpoint = torch.load(folder / "latest.pt", weights_only=True)
+    from vjepa_fast.interop.dcp import Folder
+    from vjepa_fast.train.run_folder import newest_checkpoint
+
+    path = newest_checkpoint(folder)
+    assert path is not None
+    checkpoint = Folder(path).contents() if path.is_dir() else torch.load(path, weights_only=True)
     return {key: checkpoint[key] for key in ("encoder", "predictor", "target_encoder", "opt")}
 
 
@@ -221,6 +227,73 @@ def kill_in_checkpoint(number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save
+
+
+def before_each_tensor(act: Callable[[int, int, Any], None]) -> None:
+    """Calls `act(checkpoint, tensor, file)` before each tensor that is written to a folder of shards; both are counted
+    from 1."""
+    from vjepa_fast.train.sharded import ShardedWriter
+
+    write, save = ShardedWriter.write, torch.save
+    count = [0, 0]
+
+    def counted(self: ShardedWriter, *args: Any, **kwargs: Any) -> None:
+        # In the background it is still the one before that is written.
+        self.wait()
+        count[:] = count[0] + 1, 0
+        write(self, *args, **kwargs)
+
+    def watched(contents: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        count[1] += 1
+        act(count[0], count[1], file)
+        save(contents, file, *args, **kwargs)
+
+    ShardedWriter.write = counted  # type: ignore[method-assign]
+    torch.save = watched
+
+
+def kill_in_shards(number: int, tensor: int) -> None:
+    """Patch: SIGKILL in the given checkpoint before the given tensor of this process, half of which is written."""
+
+    def act(checkpoint: int, place: int, file: Any) -> None:
+        if (checkpoint, place) >= (number, tensor):
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_each_tensor(act)
+
+
+def full_disk_in_shards(number: int) -> None:
+    """Patch: the disk is full from the middle of the given checkpoint on."""
+    import errno
+
+    def act(checkpoint: int, place: int, file: Any) -> None:
+        if checkpoint >= number and place > 20:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before_each_tensor(act)
+
+
+def record_clips(folder: Path) -> None:
+    """Patch: step, number and masks of each clip that a process trains on, in a file of its own."""
+    from vjepa_fast.train.trainer import Trainer
+
+    original = Trainer.run_step
+
+    def run_step(self: Trainer, batch: Any) -> Any:
+        with (folder / f"clips_{os.getpid()}").open("a") as file:
+            for ids, masks in zip(batch.sample_ids, self._masks_of(batch), strict=True):
+                for place, sample in enumerate(ids.tolist()):
+                    lists = [
+                        flat.split(lengths)[place + mask * len(ids)].tolist() for mask in range(masks.num_masks)
+                        for flat, lengths in ((masks.context_ids, masks.context_lengths),
+                                              (masks.target_ids, masks.target_lengths))]
+                    file.write(f"{batch.step} {sample} {lists}\n")
+        return original(self, batch)
+
+    Trainer.run_step = run_step  # type: ignore[method-assign]
 
 
 def full_disk_in_checkpoint(number: int) -> None:
@@ -298,7 +371,7 @@ def read_only_at_checkpoint(number: int) -> None:
     calls = []
 
     def replace(source: Any, target: Any) -> None:
-        if Path(target).name == "latest.pt":
+        if Path(target).name == "latest.pt" or Path(target).suffix == ".dcp":
             calls.append(1)
             if len(calls) >= number:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))

@@ -1,11 +1,12 @@
 """Kills runs at random moments, resumes them, and compares with a run that nobody killed.
 
-    python -m tests.e2e.random_kills --kills 100
+    python -m tests.e2e.random_kills --kills 100 [--format sharded]
 
-Half of the runs are one process, half two (the two tasks of srun). A kill is SIGKILL of one process or of all, at a
-random time or in the middle of a checkpoint. After each, the run resumes until the next kill; it has to go on from a
-step at most one interval before the last step that was logged. At the end losses, weights and optimizer state are those
-of the run that was left alone, to the bit.
+Half of the runs are one process, half two (the two tasks of srun; with sharded checkpoints the parameters are sharded
+too). A kill is SIGKILL of one process or of all, at a random time or in the middle of a checkpoint. After each, the run
+resumes until the next kill; it has to go on from a step at most one interval before the last step that was logged (two
+with --background, where the checkpoint may still have been on its way). At the end losses, weights and optimizer state
+are those of the run that was left alone, to the bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.e2e.harness import (
     equal,
     kill_after,
     kill_in_checkpoint,
+    kill_in_shards,
     losses,
     no_leftovers,
     start_tasks,
@@ -38,6 +40,7 @@ from vjepa_fast.train.metrics import read_csv
 
 INTERVAL = 3
 """Steps between checkpoints, as in CONFIG."""
+BACKGROUND = "train.async_checkpoint=true"
 
 
 class Campaign:
@@ -49,10 +52,14 @@ class Campaign:
         out: run folder.
         num_processes: 1 or 2.
         changes: overrides.
+        sharded: checkpoints are, which both processes write.
     """
 
-    def __init__(self, runner: Runner, config: Path, out: Path, num_processes: int, changes: list[str]) -> None:
-        self.runner, self.out, self.num_processes = runner, out, num_processes
+    def __init__(
+        self, runner: Runner, config: Path, out: Path, num_processes: int, changes: list[str], sharded: bool = False
+    ) -> None:
+        self.runner, self.out, self.num_processes, self.sharded = runner, out, num_processes, sharded
+        self.limit = INTERVAL * (2 if BACKGROUND in changes else 1)
         self.arguments = ["--config", config, "--out", out, "--resume", *changes]
 
     def start(self, last_step: int, patches: list[Any] | None = None) -> list[Run]:
@@ -71,16 +78,20 @@ class Campaign:
         before = self.logged()
         done = before[-1] if before else 0
         kind = rng.choice(["one", "all", "checkpoint"])
-        if kind == "checkpoint":
-            patch: Any = (kill_in_checkpoint, (rng.randint(1, 2),))
+        if kind == "checkpoint" and self.sharded:
+            # Of about 150 tensors, and in the first process run.pt behind them.
+            patch: Any = (kill_in_shards, (rng.randint(1, 2), rng.randint(1, 160 // self.num_processes)))
+        elif kind == "checkpoint":
+            patch = (kill_in_checkpoint, (rng.randint(1, 2),))
         else:
             patch = (kill_after, (min(last_step - 1, done + rng.randrange(1, 2 * INTERVAL)), rng.uniform(0, 0.05)))
-        if kind == "checkpoint" and self.num_processes == 2:
-            # The first process writes.
+        # Of a single file the first process is the writer.
+        in_first = kind == "checkpoint" and (not self.sharded or rng.random() < 0.5)
+        if in_first and self.num_processes == 2:
             runs = start_tasks(self.runner, *self.arguments, "--max-steps", last_step, first_patches=[patch])
         else:
             runs = self.start(last_step, [patch])
-        killed = runs[0] if kind == "checkpoint" else runs[-1]
+        killed = runs[0] if in_first else runs[-1]
         killed.process.join(TIMEOUT)
         for run in runs:
             if run is not killed and kind == "all":
@@ -96,12 +107,13 @@ class Campaign:
         return kind
 
     def check(self, stdout: str, done: int) -> None:
-        """Resuming went on from a step at most one interval before what was logged."""
+        """Resuming went on from a step at most an interval, or two, before what was logged."""
         resumed = 0
         for line in stdout.splitlines():
             if line.startswith("continuing "):
                 resumed = int(line.rsplit(" ", 1)[1])
-        assert resumed >= done - INTERVAL, f"lost more than one interval: step {done} was logged, {resumed} went on"
+        assert resumed >= done - self.limit, (
+            f"lost more than {self.limit} steps: step {done} was logged, {resumed} went on")
 
     def logged(self) -> list[int]:
         """Steps done, by the log."""
@@ -109,7 +121,8 @@ class Campaign:
 
 
 def run_kills(runner: Runner, config: Path, folder: Path, num_kills: int, num_processes: int, seed: int,
-              say: Callable[[str], None] = lambda text: None, changes: tuple[str, ...] = ()) -> None:
+              say: Callable[[str], None] = lambda text: None, changes: tuple[str, ...] = (),
+              sharded: bool = False) -> None:
     """Kills, and the comparison at the end.
 
     Raises:
@@ -117,8 +130,10 @@ def run_kills(runner: Runner, config: Path, folder: Path, num_kills: int, num_pr
     """
     rng = random.Random(seed)
     settings = ["model.drop_path_rate=0.2", "train.log_every=1", *changes]
+    if sharded:
+        settings += ["train.checkpoint_format=sharded", "train.parallel=fsdp"]
     last_step = INTERVAL * (num_kills + 3)
-    campaign = Campaign(runner, config, folder / f"killed-{num_processes}", num_processes, settings)
+    campaign = Campaign(runner, config, folder / f"killed-{num_processes}", num_processes, settings, sharded)
     for number in range(num_kills):
         # Never at the end, where a run has nothing left to be killed in.
         done = (campaign.logged() or [0])[-1]
@@ -142,6 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--background", action="store_true", help=BACKGROUND)
+    parser.add_argument("--format", choices=["meta", "sharded"], default="meta", help="train.checkpoint_format")
     arguments = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -153,10 +170,13 @@ def main() -> None:
         config.write_text(CONFIG.format(csv=folder / "list.csv", cache=folder / "cache"))
         runner = Runner(folder / "streams")
         half = arguments.kills // 2
-        run_kills(runner, config, folder, arguments.kills - half, 1, arguments.seed, print)
-        run_kills(runner, config, folder, half, 2, arguments.seed + 1, print)
-    print(f"{arguments.kills} kills, every resume went on, at most {INTERVAL} steps lost, the same losses and weights "
-          f"to the bit; {time.monotonic() - begun:.0f} s")
+        changes = (BACKGROUND,) if arguments.background else ()
+        for count, kills in ((1, arguments.kills - half), (2, half)):
+            run_kills(runner, config, folder, kills, count, arguments.seed + count - 1, print, changes,
+                      arguments.format == "sharded")
+    lost = INTERVAL * (2 if changes else 1)
+    print(f"{arguments.kills} kills, every resume went on, at most {lost} steps lost, the same losses and weights to "
+          f"the bit; {time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":

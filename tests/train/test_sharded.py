@@ -22,7 +22,8 @@ from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 
 STEPS = 20
-BASE = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20")
+BASE = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20",
+        "train.checkpoint_format=meta")
 BFLOAT16_STEPS = 6
 BFLOAT16 = (f"train.max_steps={BFLOAT16_STEPS}", "train.dtype=bfloat16", "model.activation_checkpointing=selective",
             "model.drop_path_rate=0.2")

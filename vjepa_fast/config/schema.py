@@ -526,6 +526,9 @@ class TrainConfig(Section):
     turns out to be damaged."""
     async_checkpoint: bool = False
     """Copy what a checkpoint holds to the host's memory, and write it from there while training goes on."""
+    checkpoint_format: Literal["meta", "sharded"] | None = None
+    """`meta`: one file in the reference's layout, latest.pt; `sharded`: step<N>.dcp folders, to which every process
+    writes its part. None: sharded with parallel=fsdp, else meta."""
     save_every_freq: int = -1
     """Epochs between the checkpoints that are kept for good as e<epoch>.pt; -1: none."""
     auto_resume: bool = False
@@ -620,6 +623,11 @@ class Config(Section):
             raise ValueError(f"img_data.batch_size {self.img_data.batch_size} times rank_ratio "
                              f"{self.img_data.rank_ratio:g} is {share:g} images for each process; expected a whole "
                              "number, at least 1")
+
+    @property
+    def sharded_checkpoints(self) -> bool:
+        """Whether checkpoints are folders of shards."""
+        return (self.train.checkpoint_format or ("sharded" if self.train.parallel == "fsdp" else "meta")) == "sharded"
 
     def check_trainable(self) -> None:
         """What only training needs.

@@ -2,8 +2,8 @@
 
 Read are: training checkpoints of facebookresearch/jepa and vjepa2 and ours (app/vjepa/train.py:331-345), released
 weights, action-conditioned checkpoints (app/vjepa_droid), attentive probes (evals/video_classification_frozen), bare
-state dicts, run folders, our .safetensors files, and folders or files of Hugging Face transformers. Keys lose the
-prefixes of data parallelism, wrappers and compilation. Nothing that a file holds is run.
+state dicts, run folders, our folders of shards, our .safetensors files, and folders or files of Hugging Face
+transformers. Keys lose the prefixes of data parallelism, wrappers and compilation. Nothing that a file holds is run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vjepa_fast.errors import ConfigError, UserError
-from vjepa_fast.interop import huggingface, meta
+from vjepa_fast.interop import dcp, huggingface, meta
 from vjepa_fast.interop.huggingface_config import from_hf_config
 from vjepa_fast.interop.huggingface_probe import classifier_from_hf
-from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1
+from vjepa_fast.train.run_folder import (
+    LATEST,
+    LATEST_OF_V1,
+    SHARDS,
+    newest_checkpoint,
+    previous_checkpoints,
+)
 
 State = dict[str, Tensor]
 Layout = Literal["meta", "hf", "fast"]
@@ -82,8 +88,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """What a file or folder holds.
 
     Args:
-        path: see the module docstring for what is known. Of a run folder, latest.pt is read, or the
-            <write_tag>-latest.pth.tar of V-JEPA 1.
+        path: see the module docstring for what is known. Of a run folder, latest.pt is read or the newest step<N>.dcp,
+            or the <write_tag>-latest.pth.tar of V-JEPA 1.
 
     Raises:
         UserError: it does not exist, cannot be read, wants to run code, or holds nothing of V-JEPA.
@@ -99,8 +105,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open_folder(path: Path) -> Checkpoint:
     if (path / "config.json").exists():
         return _open_hf(path)
-    if (path / LATEST).exists():
-        return _open_pickle(path / LATEST)
+    if dcp.is_dcp(path):
+        return _open_shards(path)
+    newest = newest_checkpoint(path)
+    if newest is not None:
+        return _open_shards(newest) if newest.is_dir() else _open_pickle(newest)
     if (path / WEIGHTS_FILE).exists():
         return _open_safetensors(path / WEIGHTS_FILE)
     of_v1 = sorted(path.glob(f"*{LATEST_OF_V1}"))
@@ -109,13 +118,27 @@ def _open_folder(path: Path) -> Checkpoint:
                         "files")
     if of_v1:
         return _open_pickle(of_v1[0])
-    raise UserError(f"folder {path} holds no checkpoint: expected {LATEST} (a run), *{LATEST_OF_V1} (a run of V-JEPA "
-                    f"1), {WEIGHTS_FILE}, or config.json beside the weights (Hugging Face); give the file itself if it "
-                    "has another name")
+    raise UserError(f"folder {path} holds no checkpoint: expected {LATEST} or step<N>{SHARDS} (a run), "
+                    f"*{LATEST_OF_V1} (a run of V-JEPA 1), {WEIGHTS_FILE}, or config.json beside the weights (Hugging "
+                    "Face); give the file itself if it has another name")
+
+
+def _open_shards(path: Path) -> Checkpoint:
+    if wrong := dcp.damage(path):
+        others = [other for _, other in previous_checkpoints(path.parent) if other != path and other.is_dir()]
+        whole = next((other for other in others if dcp.damage(other) is None), None)
+        raise UserError(f"checkpoint {path} cannot be read: {wrong}"
+                        + (f"; the newest whole one beside it is {whole}" if whole is not None else ""))
+    # Without the optimizer's state, which is most of it.
+    return _sort(path, dcp.Folder(path).contents(lambda name: not name.startswith("opt.")))
 
 
 def _open_pickle(path: Path) -> Checkpoint:
-    contents = meta.read(path, mmap=True)
+    return _sort(path, meta.read(path, mmap=True))
+
+
+def _sort(path: Path, contents: dict[str, Any]) -> Checkpoint:
+    """What a dictionary in one of the reference's layouts holds."""
     found = Checkpoint(path, "meta", {})
     for key in ENCODERS:
         if _is_state(contents.get(key)):

@@ -26,6 +26,8 @@ from vjepa_fast.train.optim import AdamWEMA
 PREFIX = "module.backbone."
 STRIPPED = ("_orig_mod.", "module.", "backbone.")
 NETWORKS = ("encoder", "predictor", "target_encoder")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Tensors of the optimizer's state that are as large as their parameter."""
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +110,20 @@ def load_checkpoint(
         UserError: the file cannot be read or does not fit.
     """
     # Of shards only a part is read.
-    checkpoint = read(path, mmap=any(hasattr(parameter, "device_mesh") for parameter in model.parameters()))
+    mmap = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return load_contents(read(path, mmap=mmap), path, model, optimizer, scaler)
+
+
+def load_contents(
+    checkpoint: dict[str, Any], path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Any]:
+    """As load_checkpoint, of the contents of a file.
+
+    Args:
+        checkpoint: what was read; its tensors are taken out.
+        path: for messages.
+    """
     needed = (*NETWORKS, "epoch", *(("opt",) if optimizer is not None else ()))
     missing = [key for key in needed if key not in checkpoint]
     if missing:

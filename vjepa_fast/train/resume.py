@@ -12,12 +12,14 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop import meta
 from vjepa_fast.masking.sampler import StepMasks
+from vjepa_fast.train import sharded
 from vjepa_fast.train.distributed import Processes
 from vjepa_fast.train.joint import JointMasks
 from vjepa_fast.train.parallel import is_sharded
 from vjepa_fast.train.progress import RunConsole
-from vjepa_fast.train.run_folder import LATEST, LATEST_OF_V1, holds_run
+from vjepa_fast.train.run_folder import LATEST_OF_V1, SHARDS, holds_run, newest_checkpoint
 from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
+from vjepa_fast.train.sharded import ShardedWriter
 from vjepa_fast.train.shards import gather
 from vjepa_fast.train.step import TrainStep
 
@@ -25,7 +27,7 @@ _HARMLESS = frozenset({
     "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
     "train.save_every_freq", "train.auto_resume", "train.read_checkpoint", "train.tensorboard", "train.probe",
     "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
-    "train.parallel", "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
+    "train.parallel", "train.checkpoint_format", "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
     "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
     "data.device_prefetch", "data.dali_threads", "img_data.num_workers",
     # How the clips of a step are spread over processes; their number is compared by the trainer.
@@ -63,7 +65,7 @@ class Position:
     loss: float = float("nan")
     """Of the checkpoint."""
     saved_step: int | None = None
-    """Of the latest.pt in the run folder, if the run goes on from it."""
+    """Of the newest checkpoint in the run folder, if the run goes on from it."""
 
 
 class RunCheckpoints:
@@ -81,7 +83,7 @@ class RunCheckpoints:
         writer: of the files; there once `start` has returned.
     """
 
-    writer: CheckpointWriter
+    writer: CheckpointWriter | ShardedWriter
 
     def __init__(
         self, cfg: Config, folder: Path, train_step: TrainStep, masks: StepMasks | JointMasks,
@@ -101,12 +103,15 @@ class RunCheckpoints:
         """
         position = self._start(resume)
         train = self.cfg.train
-        self.writer = CheckpointWriter(self.folder, train.keep_last, train.async_checkpoint, position.saved_step)
+        kind = ShardedWriter if self.cfg.sharded_checkpoints else CheckpointWriter
+        newest = newest_checkpoint(self.folder)
+        step_of_file = None if newest is None or newest.suffix == SHARDS else position.saved_step
+        self.writer = kind(self.folder, train.keep_last, train.async_checkpoint, step_of_file)
         return position
 
     def _start(self, resume: bool) -> Position:
         cfg = self.cfg
-        latest, of_v1 = self.folder / LATEST, self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
+        latest, of_v1 = newest_checkpoint(self.folder), self.folder / f"{cfg.train.name}{LATEST_OF_V1}"
         resumed = resume and holds_run(self.folder)
         if resumed:
             path = choose_whole(self.folder, self.processes, self._say)
@@ -146,7 +151,7 @@ class RunCheckpoints:
         return position
 
     def save(self, step: int, loss: float, also: Path | None) -> None:
-        """Write latest.pt; all processes call it, the first one writes.
+        """Write a checkpoint; all processes call it. Of a single file the first one is the writer.
 
         Args:
             step: steps done.
@@ -157,8 +162,8 @@ class RunCheckpoints:
             UserError: as CheckpointWriter.write.
         """
         self.train_step.optimizer.collect()
-        sharded = is_sharded(self.train_step.model)
-        if not self.processes.is_first and not sharded:
+        in_shards = isinstance(self.writer, ShardedWriter) or is_sharded(self.train_step.model)
+        if not self.processes.is_first and not in_shards:
             return
         opt, now, outliers = self.cfg.optimization, self.surroundings, self.train_step.outliers
         assert opt.ipe is not None
@@ -173,20 +178,25 @@ class RunCheckpoints:
                 "config": self.cfg.model_dump(mode="json"),
             },
         )
-        if sharded:
-            contents = gather(contents, self.processes.is_first)
+        if not in_shards or isinstance(self.writer, ShardedWriter):
+            self.writer.write(contents, step, also)
+            return
+        contents = gather(contents, self.processes.is_first)
         if self.processes.is_first:
-            self.writer.write(contents, step, also, copied=sharded)
+            self.writer.write(contents, step, also, copied=True)
 
     def roll_back(self) -> None:
         """Weights, optimizer and target encoder of the last checkpoint of this run; all processes call it."""
         self.writer.wait()
         self.processes.wait()
-        self._set_outliers(self._load(self.folder / LATEST)["vjepa_fast"])
+        path = newest_checkpoint(self.folder)
+        assert path is not None
+        self._set_outliers(self._load(path)["vjepa_fast"])
 
     def _load(self, path: Path) -> dict[str, Any]:
         step = self.train_step
-        return meta.load_checkpoint(path, step.model, step.optimizer, step.scaler)
+        read = sharded.load if path.is_dir() else meta.load_checkpoint
+        return read(path, step.model, step.optimizer, step.scaler)
 
     def _set_outliers(self, own: dict[str, Any]) -> None:
         if self.train_step.outliers is not None and own.get("last_losses") is not None:

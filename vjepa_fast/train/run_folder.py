@@ -12,18 +12,37 @@ from vjepa_fast.train.files import write_text
 LATEST = "latest.pt"
 LATEST_OF_V1 = "-latest.pth.tar"
 """What V-JEPA 1's training script adds to the name of a run where ours and V-JEPA 2's write latest.pt."""
+SHARDS = ".dcp"
+"""Ends the names of checkpoints that are folders of shards (vjepa_fast.interop.dcp)."""
+MANIFEST = "manifest.json"
+"""File of such a folder that is written last."""
 LAUNCHED_BY = "launched_by.txt"
 """File in the run folder that says which launch made or resumed the run."""
 
 
 def previous_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """step<N>.pt files with their N, the newest first."""
-    names = ((re.fullmatch(r"step(\d+)\.pt", path.name), path) for path in folder.glob("step*.pt"))
+    """step<N>.pt files and step<N>.dcp folders with their N, the newest first."""
+    names = ((re.fullmatch(rf"step(\d+)(\.pt|{re.escape(SHARDS)})", path.name), path) for path in folder.glob("step*"))
     return sorted(((int(found[1]), path) for found, path in names if found), reverse=True)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """latest.pt or the newest step<N>.dcp, whichever was written last; None: there is neither."""
+    latest = folder / LATEST
+    shards = next((path for _, path in previous_checkpoints(folder) if path.suffix == SHARDS), None)
+    if shards is None or not latest.exists():
+        return shards or (latest if latest.exists() else None)
+    return max(latest, shards, key=written_at)
+
+
+def written_at(path: Path) -> int:
+    """When a checkpoint was written, in ns; a folder when it was complete, whatever names it has got since."""
+    manifest = path / MANIFEST
+    return (manifest if manifest.exists() else path).stat().st_mtime_ns
+
+
 def holds_run(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from: latest.pt or one before it."""
+    """Whether there is a checkpoint to go on from: latest.pt, one before it, or one of shards."""
     return (folder / LATEST).exists() or bool(previous_checkpoints(folder))
 
 

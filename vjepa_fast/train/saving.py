@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from vjepa_fast.errors import UserError
+from vjepa_fast.interop import dcp
 from vjepa_fast.train.checkpoint import write_atomically
 from vjepa_fast.train.distributed import Processes
-from vjepa_fast.train.files import atomic_path, disk_errors
-from vjepa_fast.train.run_folder import LATEST, previous_checkpoints
+from vjepa_fast.train.files import atomic_path, disk_errors, remove
+from vjepa_fast.train.run_folder import LATEST, SHARDS, newest_checkpoint, previous_checkpoints, written_at
 
 
 class CheckpointWriter:
@@ -47,7 +48,7 @@ class CheckpointWriter:
         """Delete what a run that has gone back to an earlier step left of its later ones."""
         for number, path in previous_checkpoints(self.folder):
             if number > step:
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def write(
         self, contents: dict[str, Any], step: int, also: Path | None = None, copied: bool = False
@@ -96,14 +97,15 @@ class CheckpointWriter:
     def _write(self, contents: dict[str, Any], step: int, also: Path | None) -> None:
         latest = self.folder / LATEST
         if self._step is not None and self._keep_last > 1 and latest.exists():
-            _link(latest, self.folder / f"step{self._step}.pt")
+            link(latest, self.folder / f"step{self._step}.pt")
         # First, so that there is room; what is left is at least latest.pt.
-        for _, path in previous_checkpoints(self.folder)[max(0, self._keep_last - 1) :]:
-            path.unlink(missing_ok=True)
+        kept = self._keep_last - 1 if latest.exists() else self._keep_last
+        for _, path in previous_checkpoints(self.folder)[kept:]:
+            remove(path)
         write_atomically(latest, contents)
         self._step = step
         if also is not None:
-            _link(latest, also)
+            link(latest, also)
 
 
 def copy_to_host(value: Any) -> Any:
@@ -125,10 +127,12 @@ def copy_to_host(value: Any) -> Any:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, after reading all of it; None if nothing is.
+    """What is wrong with a checkpoint, a file or a folder of shards, after reading all of it; None if nothing is.
 
     torch.save writes a zip archive, which holds a CRC-32 of each tensor; torch.load does not look at them.
     """
+    if path.suffix == SHARDS or path.is_dir():
+        return dcp.damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -141,16 +145,22 @@ def damage(path: Path) -> str | None:
 
 
 def choose_whole(folder: Path, processes: Processes, say: Callable[[str], None]) -> Path:
-    """latest.pt, or the newest checkpoint of the run folder that is whole, which is then said.
+    """The newest checkpoint of the run folder, or the newest that is whole, which is then said.
 
     Raises:
         UserError: none is.
     """
-    latest = folder / LATEST
-    # One process reads the file, not all at once.
-    wrong = damage(latest) if processes.is_first else None
+    latest = newest_checkpoint(folder) or folder / LATEST
+    if latest.suffix == SHARDS:
+        wrong = dcp.damage(latest, (processes.rank, processes.world_size))
+    else:
+        # One process reads the file, not all at once.
+        wrong = damage(latest) if processes.is_first else None
     if not processes.largest(int(wrong is not None)):
         return latest
+    if wrong is None and processes.is_first:
+        # Another process has found it.
+        wrong = damage(latest)
     whole = newest_whole(folder)
     if whole is None:
         raise UserError(f"checkpoint {latest} cannot be continued: {wrong or 'it is damaged'}; and {folder} holds no "
@@ -162,21 +172,22 @@ def choose_whole(folder: Path, processes: Processes, say: Callable[[str], None])
 
 def check_whole(path: Path) -> None:
     """Raises:
-        UserError: the file is damaged. Files of torch before 1.6, which have no checksums, are not checked.
+        UserError: the checkpoint is damaged. Files of torch before 1.6, which have no checksums, are not checked.
     """
-    wrong = damage(path) if zipfile.is_zipfile(path) else None
+    wrong = damage(path) if path.is_dir() or zipfile.is_zipfile(path) else None
     if wrong is not None:
         raise UserError(f"checkpoint {path} cannot be read: {wrong}")
 
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest undamaged checkpoint of a run folder beside latest.pt."""
-    found = [path for _, path in previous_checkpoints(folder)] + list(folder.glob("e*.pt"))
-    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = [path for _, path in previous_checkpoints(folder)]
+    found += [*folder.glob("e*.pt"), *folder.glob(f"e*{SHARDS}")]
+    found.sort(key=written_at, reverse=True)
     return next((path for path in found if damage(path) is None), None)
 
 
-def _link(path: Path, name: Path) -> None:
+def link(path: Path, name: Path) -> None:
     """A second name for a file; where the file system has no hard links, a copy."""
     name.unlink(missing_ok=True)
     try:

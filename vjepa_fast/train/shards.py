@@ -15,9 +15,9 @@ def cut_like(own: Tensor, whole: Tensor) -> Tensor:
     the shard is read.
 
     Args:
-        own, whole: of the same shape.
+        own, whole: of the same shape; a shard already is handed back.
     """
-    if not isinstance(own, DTensor):
+    if not isinstance(own, DTensor) or isinstance(whole, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
     local = whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]

@@ -39,7 +39,7 @@ from vjepa_fast.train.parallel import data_parallel, is_sharded, optimizer_of, s
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
 from vjepa_fast.train.resume import RunCheckpoints, Surroundings
-from vjepa_fast.train.run_folder import LATEST, choose_folder
+from vjepa_fast.train.run_folder import choose_folder, newest_checkpoint
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
@@ -308,7 +308,7 @@ class Trainer:
         return self.masks(batch.step, batch.sample_ids, batch.group_ids, self.device)
 
     def save(self) -> None:
-        """Write latest.pt, and e<epoch>.pt where one is due; only the first process writes."""
+        """Write a checkpoint, and the one that stays for good where it is due; all processes call it."""
         self.watchdog.at(self.step, Phase.CHECKPOINT)
         self.broken_list.write(self.loader.broken())
         self.checkpoints.save(self.step, self._recent_loss, self._kept_for_good())
@@ -432,7 +432,8 @@ class Trainer:
         if math.isfinite(summary.clips_per_s):
             figures += [f"{summary.clips_per_s:.1f} clips/s", f"data wait {100 * summary.data_wait:.1f} %"]
         curve = self.folder / "loss.png"
-        written = [f"checkpoint {self.folder / LATEST}"] if self._saved_step is not None else []
+        newest = newest_checkpoint(self.folder) if self._saved_step is not None else None
+        written = [f"checkpoint {newest}"] if newest is not None else []
         written += [f"curve {curve}"] if curve.exists() else []
         self.console.print(
             f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}"
