@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.batch import MaskBatch
@@ -20,6 +21,7 @@ from vjepa_fast.ops.linear import shadow_of
 from vjepa_fast.train import distributed, exchange, flat, parallel
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.step import TrainStep
+from vjepa_fast.train.trial import undone
 from vjepa_fast.train.zero import ShardedAdamWEMA
 
 STEPS = {"float32": 20, "bfloat16": 20, "accumulated": 6, "groups": 6, "rounded": 6}
@@ -66,6 +68,9 @@ def train_step(case: str, kind: str) -> TrainStep:
     model, groups = VJEPA(cfg.model), len(cfg.data.dataset_fpcs)
     if kind == "one":
         return TrainStep(model, cfg)
+    if kind == "fsdp":
+        parallel.shard(model, torch.device("cpu"), cfg.train.grad_dtype)
+        return TrainStep(model, cfg, None, dist.get_world_size())
     return TrainStep(model, cfg, parallel.data_parallel(model, cfg, groups), dist.get_world_size(),
                      parallel.optimizer_of(model, cfg, groups))
 
@@ -75,7 +80,8 @@ def train(case: str, kind: str, ids: range) -> dict[str, Any]:
     cfg = config(case, kind == "zero")
     losses = [float(step(number, *batch(cfg, number, ids)).loss) for number in range(STEPS[case])]
     step.optimizer.collect()
-    weights = {name: value.clone() for name, value in step.model.state_dict().items()}
+    weights = {name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+               for name, value in step.model.state_dict().items()}
     return {"losses": losses, "weights": weights}
 
 
@@ -86,7 +92,8 @@ def process(rank: int, folder: Path) -> int:
     share = CLIPS // dist.get_world_size()
     ids = range(rank * share, (rank + 1) * share)
     results = {f"{case} {kind}": train(case, kind, ids) for case in CASES for kind in ("ddp", "zero")}
-    results["seen"] = {"counts": counts(ids), "order": order(ids), "raised": raised(ids)}
+    results["rounded fsdp"] = train("rounded", "fsdp", ids)
+    results["seen"] = {"counts": counts(ids), "order": order(ids), "raised": raised(ids), "tried": tried(ids)}
     torch.save(results, folder / f"{rank}.pt")
     return 0
 
@@ -184,6 +191,23 @@ def raised(ids: range) -> dict[str, str]:
     return before | {f"{name}, refreshed": text for name, text in look().items()}
 
 
+def tried(ids: range) -> dict[str, bool]:
+    """What a step of a run is like after steps that were undone."""
+    cfg, step = config("bfloat16", True), train_step("bfloat16", "zero")
+    step(0, *batch(cfg, 0, ids))
+    step.optimizer.refresh()
+    moments = [{name: x.clone() for name, x in state.items()} for state in step.optimizer.state.values()]
+    weights = [x.clone() for x in step.model.parameters()]
+    losses = []
+    with undone(step):
+        losses += [step(number, *batch(cfg, number, ids)).loss for number in (1, 2)]
+    same = {"weights": all(map(torch.equal, weights, step.model.parameters())), "moments": all(
+        torch.equal(x, state[name]) for before, state in zip(moments, step.optimizer.state.values(), strict=True)
+        for name, x in before.items())}
+    losses += [step(number, *batch(cfg, number, ids)).loss for number in (1, 2)]
+    return same | {"losses": torch.equal(torch.stack(losses[:2]), torch.stack(losses[2:]))}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("exchange")
@@ -216,8 +240,9 @@ def test_as_one_process(case: str, ranks: list[dict[str, Any]]) -> None:
 
 def test_rounded_gradients(ranks: list[dict[str, Any]]) -> None:
     """Close to unrounded ones, and not the same."""
-    for kind in ("ddp", "zero"):
-        rounded, exact = ranks[0][f"rounded {kind}"], ranks[0][f"float32 {kind}"]
+    exact = ranks[0]["float32 ddp"]
+    for kind in ("ddp", "zero", "fsdp"):
+        rounded = ranks[0][f"rounded {kind}"]
         differences = [abs(x - y) / y for x, y in zip(rounded["losses"], exact["losses"], strict=False)]
         assert len(differences) == 6 and 0 < max(differences) <= 1e-4
 
@@ -244,6 +269,11 @@ def test_nobody_reads_what_is_out_of_date(ranks: list[dict[str, Any]]) -> None:
         assert "out of date" in said[name], name
         assert said[f"{name}, refreshed"] == "nothing"
     assert "call collect() on all" in said["optimizer"]
+
+
+def test_undone_steps_leave_no_trace(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["seen"]["tried"] == {"weights": True, "moments": True, "losses": True}
 
 
 def test_alone() -> None:

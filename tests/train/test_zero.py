@@ -39,18 +39,24 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
         torch.save(networks, folder / name / f"model_r{rank}.pt")
     # A checkpoint of shares goes on as one of whole states, and the other way round.
     for name, of in (("zero", "ddp"), ("ddp", "zero")):
-        cfg = cfgs[name].model_copy(deep=True)
-        cfg.train.max_steps, cfg.train.read_checkpoint = STEPS + 3, folder / of / "latest.pt"
-        out = folder / f"{of}_then_{name}"
-        out.mkdir(exist_ok=True)
-        Trainer(cfg, folder=out).fit()
+        go_on(cfgs[name], folder / of / "latest.pt", folder / f"{of}_then_{name}")
     return 0
+
+
+def go_on(cfg: Config, checkpoint: Path, out: Path) -> None:
+    cfg = cfg.model_copy(deep=True)
+    cfg.train.max_steps, cfg.train.read_checkpoint = STEPS + 3, checkpoint
+    out.mkdir(exist_ok=True)
+    Trainer(cfg, folder=out).fit()
 
 
 @pytest.fixture(scope="module")
 def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    assert distributed.launch(partial(train_all, cfgs=configs(video_csv, folder / "cache"), folder=folder), 2) == 0
+    cfgs = configs(video_csv, folder / "cache")
+    assert distributed.launch(partial(train_all, cfgs=cfgs, folder=folder), 2) == 0
+    # One process goes on from shares too.
+    go_on(cfgs["zero"], folder / "zero" / "latest.pt", folder / "zero_then_one")
     return folder
 
 
@@ -87,6 +93,7 @@ def test_same_checkpoints(folder: Path) -> None:
 
 
 def test_goes_on_with_and_without(folder: Path) -> None:
-    after = [torch.load(folder / name / "latest.pt", weights_only=True)["encoder"]
-             for name in ("zero_then_ddp", "ddp_then_zero")]
-    assert far(*after) <= 1e-6
+    first, *others = (torch.load(folder / name / "latest.pt", weights_only=True)["encoder"]
+                      for name in ("zero_then_ddp", "ddp_then_zero", "zero_then_one"))
+    for other in others:
+        assert far(first, other) <= 1e-6

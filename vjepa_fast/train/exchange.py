@@ -27,14 +27,24 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+IN_FLIGHT = 2
+"""Buckets on their way while another is sent, which waits for the one before them. So whole gradients of a few blocks
+are in memory, not those of all, and the network is busy all the same."""
+
+
 @dataclass
 class _Sent:
     """A bucket on its way."""
 
     work: dist.Work
-    whole: Tensor
-    """Kept until it has arrived."""
+    whole: Tensor | None
+    """Until it has arrived."""
     share: Tensor
+
+    def arrive(self) -> None:
+        if self.whole is not None:
+            self.work.wait()
+            self.whole = None
 
 
 class Gradients:
@@ -96,6 +106,8 @@ class Gradients:
         share = whole.new_empty(bucket.share.stop - bucket.share.start)
         work = reduce_scatter(share, whole, async_op=True)
         self._sent.append(_Sent(work, whole, share))
+        if number >= IN_FLIGHT:
+            self._sent[number - IN_FLIGHT].arrive()
 
     def finish(self) -> tuple[list[Tensor], set[Tensor]]:
         """Wait for everything.
@@ -118,7 +130,7 @@ class Gradients:
             present |= {p for p, anywhere in zip(self.optional, used.tolist(), strict=True) if anywhere}
         shares, num_processes = [], dist.get_world_size()
         for bucket, flight in zip(self.buckets, sent, strict=True):
-            flight.work.wait()
+            flight.arrive()
             shares.append(flight.share.to(bucket.weights.data.dtype).div_(num_processes))
         absent = [p for bucket in self.buckets for p in bucket.parameters if p not in present]
         if set(absent) - set(self.optional):
