@@ -11,7 +11,9 @@ import torch
 from tests.train.test_distributed import column
 from tests.train.tiny import tiny_config
 from vjepa_fast.config.schema import Config
+from vjepa_fast.data.loader import Batch
 from vjepa_fast.train import distributed
+from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 
 STEPS = 20
@@ -31,16 +33,33 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
     for name, cfg in cfgs.items():
         (folder / name).mkdir(exist_ok=True)
         trainer = Trainer(cfg, folder=folder / name)
+        last = remember_last(trainer)
         trainer.fit()
         optimizer = trainer.train_step.optimizer
         kept = sum(value.numel() for state in optimizer.state.values() for value in state.values())
         (folder / name / f"kept_r{rank}").write_text(str(kept))
         networks = {key: value.clone() for key, value in trainer.model.state_dict().items()}
         torch.save(networks, folder / name / f"model_r{rank}.pt")
+        # Weights that are out of date when a run goes back.
+        trainer.run_step(last[0])
+        trainer.checkpoints.roll_back()
+        torch.save(trainer.model.state_dict(), folder / name / f"back_r{rank}.pt")
     # A checkpoint of shares goes on as one of whole states, and the other way round.
     for name, of in (("zero", "ddp"), ("ddp", "zero")):
         go_on(cfgs[name], folder / of / "latest.pt", folder / f"{of}_then_{name}")
     return 0
+
+
+def remember_last(trainer: Trainer) -> list[Batch]:
+    last: list[Batch] = []
+    original = trainer.run_step
+
+    def run_step(batch: Batch) -> StepResult:
+        last[:] = [batch]
+        return original(batch)
+
+    trainer.run_step = run_step  # type: ignore[method-assign]
+    return last
 
 
 def go_on(cfg: Config, checkpoint: Path, out: Path) -> None:
@@ -74,6 +93,13 @@ def test_same_training(dtype: str, folder: Path) -> None:
     shares = [torch.load(zero / f"model_r{rank}.pt") for rank in range(2)]
     assert all(torch.equal(shares[0][key], shares[1][key]) for key in shares[0])
     assert far(shares[0], torch.load(ddp / "model_r0.pt")) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["", "_bfloat16"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_goes_back(rank: int, dtype: str, folder: Path) -> None:
+    there, back = (torch.load(folder / f"zero{dtype}" / f"{name}_r{rank}.pt") for name in ("model", "back"))
+    assert all(torch.equal(there[key], back[key]) for key in there)
 
 
 def test_each_process_keeps_its_share(folder: Path) -> None:

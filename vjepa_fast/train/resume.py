@@ -202,6 +202,8 @@ class RunCheckpoints:
 
     def _load(self, path: Path) -> dict[str, Any]:
         step = self.train_step
+        # What is loaded is held against the weights that are there.
+        step.optimizer.refresh()
         read = sharded.load if path.is_dir() else meta.load_checkpoint
         return read(path, step.model, step.optimizer, step.scaler)
 

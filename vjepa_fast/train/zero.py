@@ -138,15 +138,16 @@ class ShardedAdamWEMA(AdamWEMA):
                     for parameter, view in zip(bucket.parameters, bucket.weights.views(whole), strict=True):
                         if parameter in collected:
                             collected[parameter][name] = view.to("cpu", copy=True)
-        self._collected = {n: collected[p] for n, p in enumerate(self._all) if p in collected}
+        self._collected = {n: collected[p] for n, p in enumerate(self._all) if p in collected and self._rank == 0}
 
     def state_dict(self) -> dict[str, Any]:
-        """As AdamWEMA.state_dict, on the first process after `collect`, which has to be called for each.
+        """As AdamWEMA.state_dict, after `collect`, which has to be called for each; without moments, but on the first
+        process.
 
         Raises:
-            RuntimeError: it was not called, or this is another process.
+            RuntimeError: it was not called.
         """
-        if self._collected is None or self._rank != 0:
+        if self._collected is None:
             raise RuntimeError("the state of the optimizer is spread over the processes; call collect() on all of "
                                "them, then state_dict() on the first")
         whole = {**super().state_dict(), "state": self._collected}
