@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 import vjepa_fast as vf
 from vjepa_fast.cache_dir import default_cache_dir
+from vjepa_fast.data.generated import SYNTHETIC_SIZE
 from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.evaluation.demo import read_split
 from vjepa_fast.interop.meta import load_checkpoint
 from vjepa_fast.train.run_folder import LATEST
-from vjepa_fast.train.trainer import SYNTHETIC_SIZE
 
 
 @torch.no_grad()

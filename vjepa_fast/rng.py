@@ -47,6 +47,7 @@ class Stream(IntEnum):
     DROP_PATH = 10
     MASK_PATCHES = 11
     MASK_FRAMES = 12
+    PHYSICS = 13
 
 
 def pack_tag(stream: int, *, group: int = 0, mask: int = 0, attempt: int = 0, block: int = 0) -> int:

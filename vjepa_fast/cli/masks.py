@@ -130,11 +130,11 @@ def _group_of(cfg: Config, fpcs: list[int]) -> Callable[[np.ndarray], np.ndarray
     if not data.datasets:
         raise ConfigError(f"data.dataset_fpcs is {data.dataset_fpcs}, and the datasets decide which clips have how "
                           "many frames; name them in data.datasets, or give one number, as in data.dataset_fpcs=[16]")
+    from vjepa_fast.data.generated import GENERATED
     from vjepa_fast.data.manifest import read_manifest
     from vjepa_fast.data.sampling import choose_videos
-    from vjepa_fast.train.trainer import SYNTHETIC, SYNTHETIC_SIZE
 
-    sizes = [SYNTHETIC_SIZE[0] if name == SYNTHETIC else len(read_manifest(name)[0]) for name in data.datasets]
+    sizes = [GENERATED[name].num_train if name in GENERATED else len(read_manifest(name)[0]) for name in data.datasets]
     groups = np.array([fpcs.index(fpc) for fpc in data.dataset_fpcs])
     return lambda ids: groups[choose_videos(
         ids, sizes, data.datasets_weights, data.seed, data.shuffle, data.clips_per_video)[0]]

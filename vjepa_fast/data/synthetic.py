@@ -62,11 +62,11 @@ class VideoLabels:
     class_id: int
 
 
-class _Uniforms:
+class Uniforms:
     """The numbers of one video, taken one after another from its own random stream."""
 
-    def __init__(self, seed: int, split: int, video: int) -> None:
-        tags = np.array([pack_tag(Stream.SYNTHETIC, group=split, block=block) for block in range(128)])
+    def __init__(self, seed: int, split: int, video: int, stream: Stream = Stream.SYNTHETIC) -> None:
+        tags = np.array([pack_tag(stream, group=split, block=block) for block in range(128)])
         self._values = unit(random_words(seed, video, 0, tags)).reshape(-1)
         self._used = 0
 
@@ -78,6 +78,7 @@ class _Uniforms:
         return self._values[self._used - count:self._used].reshape(shape)
 
     def between(self, low: float, high: float) -> float:
+        """Uniform in [low, high)."""
         return low + (high - low) * float(self.take(1)[0])
 
 
@@ -110,7 +111,7 @@ def make_synthetic(folder: Path, num_train: int, num_val: int, seed: int = 0, *,
         (folder / _MARKER).unlink(missing_ok=True)
         for split, (manifest, count) in enumerate(((made.train_csv, num_train), (made.val_csv, num_val))):
             _make_split(manifest, split, count, seed, size, num_frames, fps)
-        _write_text(folder / _MARKER, json.dumps(recipe))
+        write_text(folder / _MARKER, json.dumps(recipe))
     except OSError as error:
         raise UserError(
             f"the synthetic clips cannot be written to {folder}: {error.strerror}; free some space or name another "
@@ -148,7 +149,8 @@ def _read_marker(folder: Path) -> Any:
         return None
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Renamed into place when it is whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -160,21 +162,21 @@ def _make_split(manifest: Path, split: int, count: int, seed: int, size: int, nu
     entries = {}
     for video in range(count):
         frames, labels = render(seed, split, video, size, num_frames)
-        _encode(folder / f"{video:05d}.mp4", frames, fps)
+        encode(folder / f"{video:05d}.mp4", frames, fps)
         entries[f"{folder.name}/{video:05d}.mp4"] = {
             "class_id": labels.class_id, "shape": SHAPES[labels.class_id],
             "position": labels.position.round(6).tolist(), "velocity": labels.velocity.round(6).tolist()}
-    _write_text(_labels_of(manifest), json.dumps(entries))
-    _write_text(manifest, "".join(f"{path} {entry['class_id']}\n" for path, entry in entries.items()))
+    write_text(_labels_of(manifest), json.dumps(entries))
+    write_text(manifest, "".join(f"{path} {entry['class_id']}\n" for path, entry in entries.items()))
 
 
 def render(seed: int, split: int, video: int, size: int, num_frames: int) -> tuple[np.ndarray, VideoLabels]:
     """Frames of one video, uint8 [num_frames, size, size, 3], and its labels."""
-    draw = _Uniforms(seed, split, video)
+    draw = Uniforms(seed, split, video)
     class_id = int(draw.between(0, len(SHAPES)))
     radius = np.array([draw.between(*_MAIN_RADIUS), draw.between(*_SMALL_RADIUS)])
     position, velocity = _simulate(draw, radius, num_frames)
-    frames = np.repeat(_background(draw, size)[None], num_frames, axis=0)
+    frames = np.repeat(background(draw, size)[None], num_frames, axis=0)
     # Back to front; the main object is anywhere in the order.
     for number in np.argsort(draw.take(_NUM_OBJECTS)):
         shape = class_id if number == 0 else int(draw.between(0, len(SHAPES)))
@@ -183,7 +185,7 @@ def render(seed: int, split: int, video: int, size: int, num_frames: int) -> tup
     return frames, labels
 
 
-def _simulate(draw: _Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+def _simulate(draw: Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions and velocities, float64 [num_frames, objects, 2], of discs in the unit square with wrap-around."""
     candidates = draw.take(_NUM_OBJECTS, 8, 2)
     place = candidates[:, 0].copy()
@@ -224,7 +226,7 @@ def _collide(place: np.ndarray, motion: np.ndarray, mass: np.ndarray, radius: np
     motion[b] += mass[a] * impulse
 
 
-def _background(draw: _Uniforms, size: int) -> np.ndarray:
+def background(draw: Uniforms, size: int) -> np.ndarray:
     """uint8 [size, size, 3], dark: smooth noise and a grating."""
     cells = draw.take(_TEXTURE_CELLS, _TEXTURE_CELLS, 3) - 0.5
     at = (np.arange(size) + 0.5) / size * (_TEXTURE_CELLS - 1)
@@ -236,7 +238,7 @@ def _background(draw: _Uniforms, size: int) -> np.ndarray:
     return (255 * (_BACKGROUND + 0.1 * smooth + 0.02 * grating[..., None]) + 0.5).astype(np.uint8)
 
 
-def _paint(frames: np.ndarray, draw: _Uniforms, centre: np.ndarray, radius: float, shape: int) -> None:
+def _paint(frames: np.ndarray, draw: Uniforms, centre: np.ndarray, radius: float, shape: int) -> None:
     """Draws one object into uint8 [T, size, size, 3], antialiased, with stripes that move along with it."""
     size = frames.shape[1]
     colour = (255 * _BACKGROUND + draw.between(*_CONTRAST) + 20 * (2 * draw.take(3) - 1)).astype(np.float32)
@@ -270,7 +272,8 @@ def _distance(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(np.abs(u) - 1.15, np.abs(v) - bar), np.maximum(np.abs(v) - 1.15, np.abs(u) - bar))
 
 
-def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
+def encode(path: Path, frames: np.ndarray, fps: int) -> None:
+    """An H.264 file of uint8 [T, H, W, 3], renamed into place when it is whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with av.open(str(temporary), "w", format="mp4") as container:
         # The same bytes on every processor: with AVX-512 x264 even differs from one run to the next.
