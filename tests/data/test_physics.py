@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vjepa_fast as vf
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.decode.index import build_index
 from vjepa_fast.data.decode.pyav import decode_frames
@@ -176,3 +177,9 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_names_in_datasets() -> None:
     assert set(GENERATED) == {"synthetic:", "physics:"}
+
+
+@pytest.mark.parametrize("value", ["[physics:]", "physics:", '["physics:"]'])
+def test_a_name_with_a_colon_needs_no_quotes(value: str) -> None:
+    cfg = vf.load_recipe("demo", [f"data.datasets={value}"])
+    assert cfg.data.datasets == ["physics:"]

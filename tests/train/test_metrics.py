@@ -14,7 +14,6 @@ import torch
 
 from vjepa_fast.errors import UserError
 from vjepa_fast.train import files
-from vjepa_fast.train.health import effective_rank, health_figures
 from vjepa_fast.train.metrics import COLUMNS, MetricsLog, _running_mean, plot_loss, read_csv
 
 
@@ -108,17 +107,6 @@ def test_picture(tmp_path: Path) -> None:
     plot_loss(log.csv_path, log.jsonl_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "log_r0.csv", "metrics.jsonl"}
-
-
-def test_health() -> None:
-    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
-    healthy = health_figures(x, x[:, :1].expand(-1, 8))
-    assert 0.9 < healthy["target_std"] < 1.1
-    assert 7 < healthy["target_rank"] <= 8
-    assert healthy["prediction_rank"] == pytest.approx(1, abs=0.05)
-    collapsed = health_figures(torch.ones(500, 8), x)
-    assert (collapsed["target_std"], collapsed["target_rank"]) == (0, 1)
-    assert math.isnan(effective_rank(x * math.nan))
 
 
 def test_a_log_of_the_reference_is_kept_beside_ours(tmp_path: Path) -> None:

@@ -33,7 +33,11 @@ def _as_pair(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    """One name for a list of one. To YAML, `synthetic:` without quotes is a mapping with an empty value."""
+    values = value if isinstance(value, list) else [value] if isinstance(value, (str, dict)) else None
+    if values is None:
+        return value
+    return [f"{next(iter(v))}:" if isinstance(v, dict) and list(v.values()) == [None] else v for v in values]
 
 
 def _takes_bool(annotation: Any) -> bool:
@@ -279,7 +283,8 @@ class DataConfig(Section):
     """Which clips, and how they are read."""
 
     datasets: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """One or several of: CSV, .npy, folder, glob, pack, or `synthetic:` for the clips that the demo makes itself."""
+    """One or several of: CSV, .npy, folder, glob, pack, or `synthetic:` for the clips that the demo makes itself,
+    `physics:` for those of vjepa_fast.data.physics."""
     datasets_weights: list[float] | None = None
     dataset_fpcs: Annotated[list[PositiveInt], Field(min_length=1)] = [16]
     """Frames per clip, one entry a dataset; one entry serves all."""

@@ -21,7 +21,7 @@ def _synthetic(folder: Path) -> Path:
 
 
 def _physics(folder: Path) -> Path:
-    return make_physics(folder, 400, 200, 100).train_csv
+    return make_physics(folder, 400, 200).train_csv
 
 
 @dataclass(frozen=True)

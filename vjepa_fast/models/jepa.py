@@ -42,6 +42,8 @@ class JEPAOutput:
     final_norm: FinalNorm
     """A copy of the target encoder's last norm, which the loss applies to those rows; of several, side by side."""
     masks: list[MaskBatch]
+    context: Tensor
+    """[sum of context lengths, D]: what the context encoder gave to the predictor, detached."""
     levels: int = 1
     """How many depths of the encoder D is made of."""
 
@@ -178,12 +180,14 @@ class VJEPA(nn.Module):
                 predictions = self.predictor.forward_packed(context, batches, targets=targets, images=images)
             predictions = label_backward(predictions, "predictor")
         with label("loss"):
-            output = self._with_loss(predictions, features, rows, batches)
+            output = self._with_loss(predictions, features, rows, batches, context.detach())
             if of_context is not None:
                 output.loss = output.loss + self._context_term(of_context, output, images)
             return output
 
-    def _with_loss(self, predictions: Tensor, features: Tensor, rows: Tensor, batches: list[MaskBatch]) -> JEPAOutput:
+    def _with_loss(
+        self, predictions: Tensor, features: Tensor, rows: Tensor, batches: list[MaskBatch], context: Tensor
+    ) -> JEPAOutput:
         weights = torch.cat([batch.token_weights(len(batches)) for batch in batches])
         norms = self.target_encoder.level_norms
         # Copies, as the target encoder moves on.
@@ -196,7 +200,7 @@ class VJEPA(nn.Module):
             # Weighed as the main loss is, so that the term is the same however a batch is divided.
             squares = predictions.to(loss.dtype).square().mean(-1)
             loss = loss + self.prediction_l2 * (squares * weights.to(loss.dtype)).sum() / 2
-        return JEPAOutput(loss, predictions, features, rows, final_norm, batches, levels)
+        return JEPAOutput(loss, predictions, features, rows, final_norm, batches, context, levels)
 
     def _context_term(self, predictions: Tensor, output: JEPAOutput, images: Sequence[bool]) -> Tensor:
         """Loss of the context tokens, weighed as configured (facebookresearch/vjepa2 at 204698b,

@@ -20,6 +20,8 @@ class Pending:
     step: int
     loss: Tensor
     grad_norm: Tensor
+    part_norms: Tensor
+    """[2]: of encoder and predictor."""
     skipped: Tensor
     schedule: dict[str, float]
     """Learning rate, weight decay and momentum, by their names in the log."""

@@ -122,7 +122,8 @@ class _Bucket:
     """Since parameters have been where they are."""
     replay: Callable[[], None] | None = None
     figures: Tensor | None = None
-    """[3]: loss, norm of the gradients, whether the step was skipped; written by each run and replay."""
+    """[5]: loss, norm of the gradients, whether the step was skipped, norms of both networks' gradients; written by
+    each run and replay."""
     output: JEPAOutput | None = None
     """Likewise."""
 
@@ -212,21 +213,23 @@ class GraphedStep:
         # Last step's goes first, and a copy of the masks has nothing worked out yet.
         bucket.output = bucket.figures = None
         loss, output = self.train_step.update(self._clips, replace(bucket.masks))
-        grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
-        assert grad_norm is not None and skipped is not None
-        bucket.figures = torch.stack([loss, grad_norm, skipped])
+        grad_norm, part_norms, skipped = self.optimizer.grad_norm, self.optimizer.part_norms, self.optimizer.skipped
+        assert grad_norm is not None and part_norms is not None and skipped is not None
+        bucket.figures = torch.cat([torch.stack([loss, grad_norm, skipped]), part_norms])
         bucket.output = output
 
     def _result(self, bucket: _Bucket, masks: MaskBatch, scheduled: tuple[float, float, float]) -> StepResult:
         assert bucket.figures is not None and bucket.output is not None
         # A caller may keep these for many steps.
-        loss, grad_norm, skipped = bucket.figures.clone().unbind()
-        self.optimizer.grad_norm, self.optimizer.skipped = grad_norm, skipped
+        figures = bucket.figures.clone()
+        loss, grad_norm, skipped = figures[:3].unbind()
+        self.optimizer.grad_norm, self.optimizer.part_norms, self.optimizer.skipped = grad_norm, figures[3:], skipped
         total = sum(masks.target_lengths)
         output = replace(
             bucket.output, packed_predictions=bucket.output.packed_predictions[:total],
-            target_rows=bucket.output.target_rows[:total], masks=[masks])
-        return StepResult(loss, grad_norm, skipped, *scheduled, output)
+            target_rows=bucket.output.target_rows[:total], masks=[masks],
+            context=bucket.output.context[: sum(masks.context_lengths)])
+        return StepResult(loss, grad_norm, figures[3:], skipped, *scheduled, output)
 
     def _aside(self, run: Callable[[], None]) -> None:
         """Run on the stream of the captures, whose libraries then have their workspaces."""

@@ -77,11 +77,15 @@ class MetricsLog:
                     continue
         write_text(self.jsonl_path, "".join(lines))
 
-    def write(self, rows: Iterable[dict[str, Any]], extra: dict[str, Any] | None = None) -> None:
-        """Append rows (keys: COLUMNS) and, for the last of them, further values of any name."""
+    def write(self, rows: Iterable[dict[str, Any]], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Append rows (keys: COLUMNS) and, for the last of them, further values of any name.
+
+        Returns:
+            What a line of metrics.jsonl holds of the last row; numbers that are not finite are None.
+        """
         rows = list(rows)
         if not rows:
-            return
+            return {}
         buffer = io.StringIO()
         csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerows(
             {**row, "loss": f"{row['loss']:.9g}", "grad_norm": f"{row['grad_norm']:.6g}",
@@ -89,11 +93,11 @@ class MetricsLog:
              **{key: f"{row[key]:.1f}" for key in COLUMNS[3:6] + ("clips_per_s",)}} for row in rows)
         with disk_errors(self.csv_path), self.csv_path.open("a", newline="") as file:
             file.write(buffer.getvalue())
-        if not self.is_first:
-            return
         last = {**rows[-1], **(extra or {})}
         # JSON has no word for not-a-number or infinity.
         plain = {key: value if math.isfinite(value) else None for key, value in last.items()}
+        if not self.is_first:
+            return plain
         with disk_errors(self.jsonl_path), self.jsonl_path.open("a") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self._tensorboard is not None:
@@ -101,6 +105,7 @@ class MetricsLog:
                 for key, value in last.items():
                     if key not in ("epoch", "itr", "step"):
                         self._tensorboard.add_scalar(key, value, last["step"])
+        return plain
 
     def close(self) -> None:
         """Flush what is buffered."""
@@ -118,7 +123,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
-    """Loss curve and feature health as a picture."""
+    """Loss curve, loss by mask and by time slot, and feature health as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,7 +134,7 @@ def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
         return
     steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["loss"]) for row in rows]
     health = [json.loads(line) for line in jsonl_path.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
     width = max(1, len(losses) // 30)
     left.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35 if width > 1 else 1, label="each step")
     if width > 1:
@@ -137,21 +142,41 @@ def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
     left.set(xlabel="step", ylabel="loss", title="Prediction loss")
     left.legend()
     left.grid(alpha=0.3)
-    for key, colour in (("target_std", "tab:green"), ("prediction_std", "tab:orange")):
-        points = [(h["step"] + 1, h[key]) for h in health if h.get(key) is not None]
-        label = key.replace("_", " ")
-        right.plot([s for s, _ in points], [v for _, v in points], color=colour, marker=".", label=label)
+    _plot_places(middle, health)
+    for key, colour in (
+            ("target_std", "tab:green"), ("prediction_std", "tab:orange"), ("context_std", "tab:olive"),
+            ("explained", "tab:red")):
+        label = key.replace("_", " ") + (" share of the variance" if key == "explained" else "")
+        right.plot(*_points(health, key), color=colour, marker=".", label=label)
     rank = right.twinx()
-    points = [(h["step"] + 1, h["target_rank"]) for h in health if h.get("target_rank") is not None]
-    rank.plot([s for s, _ in points], [v for _, v in points], color="tab:grey", linestyle="--", label="target rank")
+    for key, style in (("target_rank", "--"), ("context_rank", ":")):
+        rank.plot(*_points(health, key), color="tab:grey", linestyle=style, label=key.replace("_", " "))
     rank.set(ylabel="effective rank", ylim=(0, None))
     right.set(xlabel="step", ylabel="std over tokens", ylim=(0, None), title="Feature health (0 means collapse)")
     lines = right.get_legend_handles_labels(), rank.get_legend_handles_labels()
-    right.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1])
+    right.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1], fontsize="small")
     right.grid(alpha=0.3)
     with disk_errors(out), atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _plot_places(axes: Any, health: list[dict[str, Any]]) -> None:
+    """Loss by mask and by time slot, of the steps with a line in the log."""
+    keys = list(dict.fromkeys(key for row in health for key in row if key.startswith(("loss_mask", "loss_slot"))))
+    for key in keys:
+        kind, number = key[5:9], int(key[9:])
+        style = {"linestyle": "--"} if kind == "mask" else {"color": f"C{number % 10}"}
+        axes.plot(*_points(health, key), label=f"{kind} {number}", linewidth=1, **style)
+    axes.set(xlabel="step", ylabel="loss", title="Loss by mask and by tubelet in time")
+    if 0 < len(keys) <= 16:
+        axes.legend(fontsize="small", ncols=2)
+    axes.grid(alpha=0.3)
 
 
 def _running_mean(values: list[float], width: int) -> np.ndarray:

@@ -93,6 +93,8 @@ class _Plan:
     shards: list[_Shards]
     operands: Operands
     """All but the gradients, which lie elsewhere at each step."""
+    parts: tuple[list[int], list[int]]
+    """Which of them are the encoder's, and which the predictor's."""
     fits: bool
     """Whether the kernels can take them."""
 
@@ -147,6 +149,8 @@ class AdamWEMA(torch.optim.AdamW):
         self.clip_norm = clip_norm
         self.grad_norm: Tensor | None = None
         """Scalar: norm of all gradients of the last step, before clipping."""
+        self.part_norms: Tensor | None = None
+        """[2]: of the encoder's gradients and of the predictor's, likewise."""
         self.skipped: Tensor | None = None
         """Scalar: 1 where the last step left the weights as they were, else 0."""
         self.veto: Tensor | None = None
@@ -170,7 +174,7 @@ class AdamWEMA(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of weights, target encoder and shadows.
 
-        Sets `grad_norm` and `skipped`, which stay on the device.
+        Sets `grad_norm`, `part_norms` and `skipped`, which stay on the device.
         """
         loss = None
         if closure is not None:
@@ -185,15 +189,16 @@ class AdamWEMA(torch.optim.AdamW):
         self._unscale(operands)
         # The kernels' values are on the device, where a replayed graph finds those of its own step.
         limit = self._clip_value if by_kernels else self.clip_norm
-        if self.clip_norm is None:
-            total = self._sum_of_squares(operands.grads, plan.shards)
-        else:
+        parts = [self._sum_of_squares([operands.grads[i] for i in part], [plan.shards[i] for i in part])
+                 for part in plan.parts]
+        if self.clip_norm is not None:
             assert limit is not None
-            total = self._clip(plan, limit)
+            self._clip(plan, parts, limit)
+        total = parts[0] + parts[1]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             total = torch.where(found_inf > 0, torch.nan, total)
-        self.grad_norm = total.sqrt()
+        self.grad_norm, self.part_norms = total.sqrt(), torch.stack(parts).sqrt()
         if self.veto is not None:
             total = torch.where(self.veto, torch.nan, total)
         if by_kernels:
@@ -326,7 +331,10 @@ class AdamWEMA(torch.optim.AdamW):
                 for column, copy in zip((operands.shadows, operands.target_shadows), copies, strict=True):
                     column.append(None if copy is None else self._part(copy, parameter))
         operands.grads = [None] * len(parameters)
-        return _Plan([], parameters, [_shards_of(p) for p in parameters], operands, kernels_fit(operands))
+        encoder, predictor = (
+            [i for i, p in enumerate(parameters) if (p in self._targets) == wanted] for wanted in (True, False))
+        return _Plan(
+            [], parameters, [_shards_of(p) for p in parameters], operands, (encoder, predictor), kernels_fit(operands))
 
     def _unscale(self, operands: Operands) -> None:
         """Divide the gradients by the scale of a scaler that leaves this to the optimizer."""
@@ -350,19 +358,16 @@ class AdamWEMA(torch.optim.AdamW):
             total = total + part
         return total
 
-    def _clip(self, plan: _Plan, limit: Tensor | float) -> Tensor:
-        """Scale the gradients of encoder and predictor down to that norm; the sum of squares of all as they were."""
-        gradients = plan.operands.grads
-        total = torch.zeros((), device=local_of(plan.parameters[0]).device)
-        for in_encoder in (True, False):
-            members = [i for i, parameter in enumerate(plan.parameters) if (parameter in self._targets) == in_encoder]
-            part = self._sum_of_squares([gradients[i] for i in members], [plan.shards[i] for i in members])
-            total = total + part
-            own = [grad for i in members if (grad := gradients[i]) is not None]
-            if own and (isinstance(limit, Tensor) or math.isfinite(limit)):
+    @staticmethod
+    def _clip(plan: _Plan, parts: Sequence[Tensor], limit: Tensor | float) -> None:
+        """Scale the gradients of encoder and predictor down to that norm, given the sums of their squares."""
+        if not isinstance(limit, Tensor) and not math.isfinite(limit):
+            return
+        for members, part in zip(plan.parts, parts, strict=True):
+            own = [grad for i in members if (grad := plan.operands.grads[i]) is not None]
+            if own:
                 # As torch.nn.utils.clip_grad_norm_.
                 torch._foreach_mul_(own, (limit / (part.sqrt() + 1e-6)).clamp(max=1.0))
-        return total
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

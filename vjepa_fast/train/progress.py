@@ -84,18 +84,23 @@ class ProgressReport:
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
 
-    def report(self, done: int, *, loss: float, lr: float, clips_per_s: float, data_wait: float) -> None:
+    def report(
+        self, done: int, *, loss: float, lr: float, clips_per_s: float, data_wait: float, explained: float | None = None
+    ) -> None:
         """Show the figures of the last steps.
 
         Args:
             done: finished steps.
             data_wait: share of the time spent waiting for clips, 0 to 1.
+            explained: share of the targets' variance that the predictions explain; None: not known.
         """
         if not self.enabled:
             return
         pace = (time.perf_counter() - self.began) / max(1, done - self.start)
         left = timedelta(seconds=round(pace * (self.total - done)))
-        text = f"loss {loss:.4f}  lr {lr:.2e}  {clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  eta {left}"
+        health = "" if explained is None else f"  explained {100 * explained:.0f} %"
+        text = (f"loss {loss:.4f}{health}  lr {lr:.2e}  {clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  "
+                f"eta {left}")
         if self.bar is not None:
             self.bar.update(self.task, description=text, completed=done)
         else:

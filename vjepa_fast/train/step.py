@@ -33,6 +33,8 @@ class StepResult:
     """Scalar: this process's share of the loss times the number of processes; their mean is the loss of the step."""
     grad_norm: Tensor
     """Scalar: norm of all gradients together, before any clipping."""
+    part_norms: Tensor
+    """[2]: of the encoder's gradients and of the predictor's."""
     skipped: Tensor
     """Scalar: 1 where the gradients were not finite, or the loss was an outlier."""
     lr: float
@@ -88,9 +90,9 @@ class TrainStep:
         """
         scheduled = self.set_schedules(step)
         loss, output = self.update(clips, masks)
-        grad_norm, skipped = self.optimizer.grad_norm, self.optimizer.skipped
-        assert grad_norm is not None and skipped is not None
-        return StepResult(loss, grad_norm, skipped, *scheduled, output)
+        grad_norm, part_norms, skipped = self.optimizer.grad_norm, self.optimizer.part_norms, self.optimizer.skipped
+        assert grad_norm is not None and part_norms is not None and skipped is not None
+        return StepResult(loss, grad_norm, part_norms, skipped, *scheduled, output)
 
     def set_schedules(self, step: int) -> tuple[float, float, float]:
         """Learning rate, weight decay and momentum of a step, which the optimizer gets to know.

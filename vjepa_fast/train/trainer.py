@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from vjepa_fast.cache_dir import default_cache_dir
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.decode import dali
 from vjepa_fast.data.decode.choice import choose
+from vjepa_fast.data.generated import GENERATED, SYNTHETIC
 from vjepa_fast.data.loader import Batch, Loader, build_loader
-from vjepa_fast.data.synthetic import make_synthetic
+from vjepa_fast.data.synthetic import SyntheticSet
 from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.dynamic import Sizes
@@ -29,7 +31,6 @@ from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.distributed import Processes, choose_device
 from vjepa_fast.train.figures import Pending, read_back
 from vjepa_fast.train.files import remove_leftovers, write_text
-from vjepa_fast.train.health import health_figures
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
 from vjepa_fast.train.metrics import MetricsLog, plot_loss
 from vjepa_fast.train.optim import AdamWEMA
@@ -44,6 +45,7 @@ from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
 from vjepa_fast.train.timing import StepTimer
+from vjepa_fast.train.watch import RunHealth
 from vjepa_fast.train.watchdog import Phase, Watchdog
 
 MAX_SKIPPED = 50
@@ -54,10 +56,6 @@ NUM_EXPECTED = 256
 
 _CLOSED, _NO_CLIPS = 1, 2
 """What the processes agree on when nobody reads the output any more, or one of them cannot have clips."""
-
-SYNTHETIC = "synthetic:"
-SYNTHETIC_SIZE = (400, 200)
-"""Training and held-out videos that `synthetic:` stands for."""
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Trainer:
         self.batch_size = cfg.data.per_process(self.processes.world_size)
         self.global_batch = self.batch_size * self.processes.world_size
         self.backend = choose(cfg.data.backend, self.device)
-        self._make_synthetic()
+        self._make_clips()
         videos = self._build_loader()
         self.loader: Loader | JointLoader = videos
         if cfg.img_data is not None:
@@ -152,6 +150,7 @@ class Trainer:
         self._save_asked = False
         self.bad_steps = BadSteps(self.folder, self.processes.rank, cfg.train.spike_factor)
         self._num_rollbacks = 0
+        self.health = RunHealth(cfg, self.folder, partial(self._say, style="bold yellow"))
         self.watchdog = Watchdog(self.processes, cfg.train.watchdog)
         self._num_outliers = 0
 
@@ -172,6 +171,8 @@ class Trainer:
         self.stop.install()
         self._announce()
         log = MetricsLog(self.folder, self.processes.rank, self.step, cfg.train.tensorboard)
+        if self.processes.is_first:
+            self.health.rewind(log.jsonl_path)
         progress = ProgressReport(self.last_step, self.step, self.console, self.processes.is_first)
         speed = Speed()
         try:
@@ -220,7 +221,7 @@ class Trainer:
             num_clips = sum(len(clips) for clips in batch.clips) * self.processes.world_size
             # Without the features and predictions, which would pile up until the next line of the log.
             pending.append(Pending(
-                self.step, result.loss, result.grad_norm, result.skipped,
+                self.step, result.loss, result.grad_norm, result.part_norms, result.skipped,
                 {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
                 num_clips, times, batch.sample_ids))
             output = result.output
@@ -231,7 +232,8 @@ class Trainer:
             due = (self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
                    or self._save_asked)
             self.watchdog.at(self.step, Phase.LOG)
-            if due or self.step % self.cfg.train.log_every == 0:
+            # The first one, which shows how the run begins.
+            if due or self.step % self.cfg.train.log_every == 0 or self.step == 1:
                 self._flush(pending, output, log, progress, speed)
                 pending.clear()
             if due and self._may_be_bad():
@@ -301,8 +303,8 @@ class Trainer:
                 sizes += map(Sizes.of, self.masks(step, ids, [0]))
         return self.speed_ups.choose(trials, sizes, len(self.loader.fpcs), self.profiler is not None)
 
-    def _say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, sentence: str, style: str | None = None) -> None:
+        self.console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _masks_of(self, batch: Batch) -> list[MaskBatch]:
         return self.masks(batch.step, batch.sample_ids, batch.group_ids, self.device)
@@ -336,13 +338,16 @@ class Trainer:
             speed.add(p.num_clips, wait + seconds, wait)
         assert output is not None
         first = self.processes.is_first
-        log.write(figures.rows, health_figures(output.packed_targets, output.packed_predictions) if first else None)
+        health = self.health.figures(pending[-1].part_norms, output, self.model) if first else {}
+        row = log.write(figures.rows, health)
         took = sum(map(sum, figures.times))
         self._recent_loss = figures.mean_loss
         progress.report(
             self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
             clips_per_s=sum(p.num_clips for p in pending) / took,
-            data_wait=sum(wait for wait, _ in figures.times) / took)
+            data_wait=sum(wait for wait, _ in figures.times) / took, explained=health.get("explained"))
+        if first:
+            self.health.look(row)
         for p, loss, norm, skip in zip(pending, figures.losses, figures.norms, figures.skipped, strict=True):
             self.bad_steps.look(p.step, loss, norm, bool(skip) and not math.isfinite(norm), p.sample_ids)
             # Its gradients were finite, so that its loss was an outlier.
@@ -387,23 +392,30 @@ class Trainer:
 
     def _build_loader(self) -> Loader:
         names = [
-            str(self.synthetic.train_csv) if name == SYNTHETIC else name for name in self.cfg.data.datasets]
+            str(self.manifests[name]) if name in self.manifests else name for name in self.cfg.data.datasets]
         data = self.cfg.data.model_copy(update={"datasets": names})
         return build_loader(data, self.processes.rank, self.processes.world_size, self.device)
 
-    def _make_synthetic(self) -> None:
-        if SYNTHETIC not in self.cfg.data.datasets:
+    def _make_clips(self) -> None:
+        """The sets that names in data.datasets stand for."""
+        names = self.cfg.data.datasets
+        if SYNTHETIC not in names:
             if self.cfg.train.probe is True:
                 raise ConfigError(f"train.probe needs the labels of the clips that {SYNTHETIC!r} stands for; "
                                   "set train.probe=false for other data")
             self.cfg.train.probe = False
-            return
-        folder = (self.cfg.data.cache_dir or default_cache_dir()) / "demo"
-        if self.processes.is_first:
-            self.console.print(f"demo videos in {folder}", highlight=False, soft_wrap=True)
-            make_synthetic(folder, *SYNTHETIC_SIZE)
-        self.processes.wait()
-        self.synthetic = make_synthetic(folder, *SYNTHETIC_SIZE)
+        cache = self.cfg.data.cache_dir or default_cache_dir()
+        wanted = {name: GENERATED[name] for name in dict.fromkeys(names) if name in GENERATED}
+        for kind in wanted.values():
+            self._say(f"{kind.folder} videos in {cache / kind.folder}")
+            if self.processes.is_first:
+                kind.make(cache / kind.folder)
+        if wanted:
+            self.processes.wait()
+        self.manifests = {name: kind.make(cache / kind.folder) for name, kind in wanted.items()}
+        if SYNTHETIC in wanted:
+            csv = self.manifests[SYNTHETIC]
+            self.synthetic = SyntheticSet(csv, csv.with_name("val.csv"))
 
     def _announce(self) -> None:
         cfg = self.cfg
@@ -438,6 +450,8 @@ class Trainer:
         self.console.print(
             f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}"
             + ("\n" if written else "") + ", ".join(written), highlight=False, soft_wrap=True)
+        if self.processes.is_first and (health := self.health.summary()):
+            self._say(health, "bold yellow" if self.health.num_warnings else None)
         broken = [video for video in self.loader.broken() if not video.filtered]
         if broken:
             self.console.print(
