@@ -28,15 +28,16 @@ def cut_like(own: Tensor, whole: Tensor) -> Tensor:
 
 
 def gather(value: Any, keep: bool) -> Any:
-    """Nested dicts and lists with every DTensor whole in the host's memory; a collective, in the order of the entries.
+    """Nested dicts and lists with every tensor in the host's memory: a DTensor whole, any other as a copy. A
+    collective, in the order of the entries.
 
     Args:
         value: the same on all processes but for the contents of tensors.
-        keep: False: this process has no use for it, and gets empty tensors in place of DTensors.
+        keep: False: this process has no use for it, and gets empty tensors.
     """
-    if isinstance(value, DTensor):
-        whole: Tensor = value.full_tensor().detach()
-        return whole.cpu() if keep else whole.new_empty(0)
+    if isinstance(value, Tensor):
+        whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.detach().to("cpu", copy=whole is value) if keep else whole.new_empty(0)
     if isinstance(value, dict):
         return {key: gather(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):

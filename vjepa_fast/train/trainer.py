@@ -462,8 +462,8 @@ class Trainer:
             return
         if not self.cfg.train.probe:
             return
-        model = whole_copy(self.model).to(self.device) if is_sharded(self.model) else self.model
+        model = whole_copy(self.model) if is_sharded(self.model) else self.model
         if self.processes.is_first:
             from vjepa_fast.evaluation.demo import probe_table
 
-            probe_table(self.cfg, model, self.synthetic, self.folder, self.console)
+            probe_table(self.cfg, model.to(self.device), self.synthetic, self.folder, self.console)
