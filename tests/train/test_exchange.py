@@ -24,7 +24,7 @@ from vjepa_fast.train.step import TrainStep
 from vjepa_fast.train.trial import undone
 from vjepa_fast.train.zero import ShardedAdamWEMA
 
-STEPS = {"float32": 20, "bfloat16": 20, "accumulated": 6, "groups": 6, "rounded": 6}
+STEPS = {"float32": 20, "bfloat16": 20, "accumulated": 6, "groups": 6, "outliers": 6, "rounded": 6}
 SIZE, CLIPS = 4, 8
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "bfloat16": {"train": {"dtype": "bfloat16"}},
     "accumulated": {"optimization": {"grad_accumulation": 2}},
     "groups": {"data": {"dataset_fpcs": [4, 2], "datasets": ["a", "b"]}},
+    "outliers": {"data": {"dataset_fpcs": [4, 2], "datasets": ["a", "b"]}, "optimization": {"loss_reg_std_mult": 10.0}},
     "rounded": {"train": {"grad_dtype": "bfloat16"}},
 }
 
@@ -52,9 +53,15 @@ def config(case: str, sharded: bool) -> Config:
 
 def batch(cfg: Config, step: int, ids: range) -> tuple[list[torch.Tensor], list[MaskBatch]]:
     """Of all clips of a step those of `ids`; in the case `groups` short clips come in every other step, to the last
-    processes only."""
+    processes only, and in the case `outliers` the first process has short and long ones."""
     generator = torch.Generator().manual_seed(step)
     clips = torch.randint(0, 256, (CLIPS, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)[ids.start : ids.stop]
+    if cfg.optimization.loss_reg_std_mult is not None and ids.start == 0:
+        halves = range(len(ids) // 2), range(len(ids) // 2, len(ids))
+        masks = [MaskSampler(cfg.mask, (frames, 4, 4), seed=0)(step, half)
+                 for frames, half in zip((2, 1), halves, strict=True)]
+        return [clips[: len(halves[0])], clips[len(halves[0]) :, :2]], [
+            dataclasses.replace(own, mask_token=number).with_weights(2) for number, own in enumerate(masks)]
     if len(cfg.data.dataset_fpcs) == 1 or step % 2 or ids.start < CLIPS // 2:
         whole = MaskSampler(cfg.mask, (2, 4, 4), seed=0)(step, range(CLIPS)).with_weights(1)
         return [clips], [whole.narrow(ids.start, ids.stop)]
@@ -221,7 +228,7 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(sum((a[key] - b[key]).square().sum() for key in a) / sum(x.square().sum() for x in b.values())) ** 0.5
 
 
-@pytest.mark.parametrize("case", ["float32", "bfloat16", "accumulated", "groups"])
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "accumulated", "groups", "outliers"])
 def test_as_data_parallel(case: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         zero, ddp = rank[f"{case} zero"], rank[f"{case} ddp"]

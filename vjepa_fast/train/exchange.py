@@ -109,6 +109,11 @@ class Gradients:
         if number >= IN_FLIGHT:
             self._sent[number - IN_FLIGHT].arrive()
 
+    def flush(self) -> None:
+        """Send what has not left by itself: buckets without some gradient, and those behind them."""
+        for number in range(len(self._sent), len(self.buckets)):
+            self._send(number)
+
     def finish(self) -> tuple[list[Tensor], set[Tensor]]:
         """Wait for everything.
 
@@ -119,8 +124,7 @@ class Gradients:
         Raises:
             RuntimeError: a parameter that is not optional has none.
         """
-        for number in range(len(self._sent), len(self.buckets)):
-            self._send(number)
+        self.flush()
         sent, present = self._sent, self._present
         self._begin()
         if self.optional:

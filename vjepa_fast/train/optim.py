@@ -226,6 +226,10 @@ class AdamWEMA(torch.optim.AdamW):
         """For backwards whose gradients are not exchanged yet, where the optimizer does that. Here it does not."""
         return nullcontext()
 
+    def flush(self) -> None:
+        """Send the gradients that are still here, where the optimizer exchanges them. To be called before anything else
+        is exchanged between a backward and the step: processes differ in what they have sent by then."""
+
     def refresh(self) -> None:
         """Bring the weights up to date, and wait for it; all processes call it. Here they are always."""
 

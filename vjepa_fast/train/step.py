@@ -125,6 +125,7 @@ class TrainStep:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             if self.outliers is not None:
+                self.optimizer.flush()
                 self.optimizer.veto = self.outliers(loss, self.num_processes)
             self.optimizer.step()
             if self.scaler is not None:

@@ -85,6 +85,10 @@ class ShardedAdamWEMA(AdamWEMA):
         """For backwards whose gradients are added to those of the next."""
         return self._gradients.paused()
 
+    def flush(self) -> None:
+        """As AdamWEMA.flush."""
+        self._gradients.flush()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """As AdamWEMA.step; a collective.
