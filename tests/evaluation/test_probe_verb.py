@@ -130,10 +130,23 @@ def test_videos_that_cannot_be_read_are_left_out(
     assert f"1 videos could not be read and are left out ({tmp_path / 'broken.mp4'}: " in result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["train"]["videos"] == 6 and list(found["broken"]) == [str(tmp_path / "broken.mp4")]
+    whole = manifests[1].read_text()
     manifests[1].write_text(f"{tmp_path / 'broken.mp4'} 3\n")
     result = of(checkpoint, manifests, tmp_path / "other", "--probe", "linear")
     assert result.exit_code == 1
     assert f"none of the 1 videos of '{manifests[1]}' could be read" in result.output
+    good = manifests[0].read_text().split()[0]
+    for train, val, message in (
+        ("{good} 3\n{broken} 7\n", whole, "that can be read are all of one class"),
+        ("{good} 0.5\n{broken} 1.5\n", "{good} 0.5\n{other} 1.5\n", "target 0 is 0.5 for every video that can be read"),
+        ("{good} 3\n{other} 4\n{broken} 7\n", "{good} 7\n", "no video of class 7 of"),
+    ):
+        names = {"good": good, "broken": tmp_path / "broken.mp4", "other": whole.split()[0]}
+        for manifest, text in zip(manifests, (train, val), strict=True):
+            manifest.write_text(text.format(**names))
+        result = of(checkpoint, manifests, tmp_path / "other", "--probe", "linear,knn")
+        assert result.exit_code == 1 and message in result.output, result.output
+        assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(("args", "message", "code"), [
@@ -158,6 +171,8 @@ def test_nothing_is_written_over(checkpoint: Path, manifests: tuple[Path, Path],
     (tmp_path / "results.json").write_text("mine")
     result = of(checkpoint, manifests, tmp_path)
     assert result.exit_code == 2 and "exists; give another --out or remove it" in result.output
+    result = of(checkpoint, manifests, tmp_path / "results.json")
+    assert result.exit_code == 2 and "is a file; expected a folder" in result.output
 
 
 def test_a_full_disk_is_seen_before_it_is_full(

@@ -152,6 +152,8 @@ def probe(
             raise ConfigError("--fps and --frame-step are given; expected one of them")
         from vjepa_fast.evaluation.report import RESULTS
 
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out} is a file; expected a folder, or the name of a new one")
         if (out / RESULTS).exists():
             raise ConfigError(f"{out / RESULTS} exists; give another --out or remove it")
         # Imported here: they need seconds, which --help need not wait for.

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation.attentive_probe import GridAdamW, HeadSetting, History, predict, train_grid
 from vjepa_fast.evaluation.features import MEAN, TOKENS, Entry, FeatureStore, FillProgress, entries_of
 from vjepa_fast.evaluation.head_grid import HeadGrid
@@ -106,7 +105,7 @@ class FrozenFeatures:
         """Compute what is missing for some kinds of probes; see FeatureStore.fill.
 
         Raises:
-            UserError: the disk is full, or none of the videos of a split can be read.
+            UserError: the disk is full, or the videos of a split that can be read are too few.
         """
         # A video that is in both manifests is one entry where the rules agree.
         entries: dict[str, Entry] = {}
@@ -119,10 +118,7 @@ class FrozenFeatures:
         progress = self.store.fill(list(entries.values()), model, device, [key in whole for key in entries], batch_size,
                                    num_workers, report)
         self.broken = progress.broken
-        self.labels = replace(self.labels, train=self.labels.train.without(set(self.broken)),
-                              val=self.labels.val.without(set(self.broken)))
-        if self.labels.task == "classification" and len(self.labels.train.labels.unique()) < 2:
-            raise UserError(f"the videos of {self.labels.train.name!r} that can be read are all of one class")
+        self.labels = self.labels.without(set(self.broken))
         self._train, self._plain = [self._readable(own) for own in self._train], self._readable(self._plain)
         self._val = self._readable(self._val)
         return progress

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -69,6 +69,34 @@ class Labels:
     def num_outputs(self) -> int:
         """Classes or targets."""
         return len(self.classes) if self.task == "classification" else len(self.targets)
+
+    def constant(self, split: Split) -> str:
+        """`name is number` of the first target of a regression that is the same for every video; or empty."""
+        for name, column in zip(self.targets, split.labels.unbind(1), strict=True):
+            if column.min() == column.max():
+                return f"{name} is {column[0].item():g}"
+        return ""
+
+    def without(self, gone: set[str]) -> Labels:
+        """Both splits without some paths, which cannot be read.
+
+        Raises:
+            UserError: what is left of a split is nothing, or nothing that tells anything.
+        """
+        left = replace(self, train=self.train.without(gone), val=self.val.without(gone))
+        train = left.train.name
+        if self.task == "classification":
+            if len(left.train.labels.unique()) < 2:
+                raise UserError(f"the videos of {train!r} that can be read are all of one class")
+            if unknown := sorted(set(left.val.labels.tolist()) - set(left.train.labels.tolist())):
+                raise UserError(f"no video of class {self.classes[unknown[0]]} of {train!r} can be read, so that no "
+                                f"probe can know the class; leave it out of {left.val.name!r}")
+            return left
+        for split in (left.train, left.val):
+            if flat := left.constant(split):
+                raise UserError(f"dataset {split.name!r}: {flat} for every video that can be read; there is nothing to "
+                                "predict")
+        return left
 
 
 def read_labels(train: str, val: str, task: Task | None = None, names: Sequence[str] = ()) -> Labels:
@@ -172,9 +200,9 @@ def _regression(train: str, val: str, videos: dict[str, Videos], names: Sequence
     if len(columns[train]) < 2:
         raise UserError(f"dataset {train!r} has one video; expected at least two")
     splits = [Split(name, videos[name], torch.tensor(columns[name], dtype=torch.float64)) for name in (train, val)]
+    labels = Labels("regression", splits[0], splits[1], [], targets, notes)
     for split in splits:
-        if flat := [target for target, spread in zip(targets, split.labels.std(0, unbiased=False).tolist(), strict=True)
-                    if spread == 0]:
-            raise UserError(f"dataset {split.name!r}: {flat[0]} is {split.labels[0, targets.index(flat[0])].item():g} "
-                            "for every video; there is nothing to predict. Leave the column out")
-    return Labels("regression", splits[0], splits[1], [], targets, notes)
+        if flat := labels.constant(split):
+            raise UserError(f"dataset {split.name!r}: {flat} for every video; there is nothing to predict. Leave the "
+                            "column out")
+    return labels
