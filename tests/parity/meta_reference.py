@@ -261,6 +261,20 @@ def _video_dataset() -> types.ModuleType:
         return importlib.import_module("src.datasets.video_dataset")
 
 
+def segment_frame_numbers(case: FrameCase, segments: int, places: list[float]) -> list[np.ndarray]:
+    """The frames of each segment in the reference's evaluations, its draws replaced by places from 0 to 1."""
+    module, left = _video_dataset(), list(places)
+
+    def draw(low: int, high: int) -> int:
+        return low + round(left.pop(0) * (high - low))
+
+    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
+            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+        dataset = module.VideoDataset([], dataset_fpcs=[], num_clips=segments, allow_clip_overlap=True, **case.settings)
+        numbers: list[np.ndarray] = dataset.loadvideo_decord(__file__, case.fpc)[1]
+    return numbers
+
+
 def frame_numbers(case: FrameCase, seed: int) -> FrameResult:
     """The frames that the reference's loader takes of a video, by its own code; `seed` is numpy's global one."""
     module, drawn = _video_dataset(), []

@@ -5,11 +5,20 @@ With checkouts the comparison itself; without, against the numbers its own code 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from vjepa_fast.data.sampling import clip_step
+from vjepa_fast.evaluation.views import ClipRule, segment_frames
+
 from . import golden_format, probe_ours, probe_reference
 from .cases import relative_difference
+from .frame_cases import frame_cases
+from .meta_reference import needs_reference, segment_frame_numbers
 from .probe_cases import PROBE_CASES, ProbeCase, known
 from .test_golden import assert_summary
 
@@ -49,6 +58,28 @@ def test_beside_the_reference(case: ProbeCase, dtype: torch.dtype) -> None:
     assert mine.weights.keys() == theirs.weights.keys()
     for name, expected in theirs.weights.items():
         assert relative_difference(known(name, mine.weights[name]), known(name, expected)) <= tolerance, name
+
+
+@needs_reference
+@pytest.mark.parametrize("segments", [1, 2, 3, 8])
+def test_frames_of_segments(segments: int) -> None:
+    """Where parts are longer than a clip; shorter ones are spaced in another way on purpose."""
+    places = [0.0, 0.5, 1.0, 0.3, 0.7, 0.2, 0.9, 0.1][:segments]
+    compared = 0
+    for case in frame_cases():
+        if case.rule == "duration":
+            continue
+        rule = ClipRule(case.fpc, case.value if case.rule == "fps" else None,
+                        int(case.value) if case.rule == "frame_step" else None, (8, 8), segments)
+        source: Any = SimpleNamespace(num_frames=case.num_frames, avg_fps=case.avg_fps, is_image=False)
+        step = clip_step(case.avg_fps, case.fpc, fps=rule.fps, frame_step=rule.frame_step)
+        if case.num_frames // segments <= case.fpc * step or case.avg_fps < (rule.fps or 0):
+            continue
+        expected = segment_frame_numbers(case, segments, places)
+        found = segment_frames(source, rule, places)
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)), case
+        compared += 1
+    assert compared > 10
 
 
 @EVERY_CASE
