@@ -19,7 +19,7 @@ NUM_FRAMES = 20
 def entry(number: int, **changes: Any) -> dict[str, Any]:
     """Two discs; the main one moves to the right by a hundredth a frame."""
     return {
-        "violation": None,
+        "violation": None, "radius": [0.1, 0.1], "present": [[True, True]] * NUM_FRAMES,
         "position": [[[0.01 * frame + 0.1 * number, 0.5 + 0.1 * number], [9.0, 9.0]] for frame in range(NUM_FRAMES)],
         "velocity": [[[0.12 + 0.1 * number, 0.0 + number], [9.0, 9.0]] for _ in range(NUM_FRAMES)],
         "contact_in": [[2.0 - 0.1 * frame, 9.0] for frame in range(NUM_FRAMES)],
@@ -60,5 +60,5 @@ def test_numbers_of_the_clip(manifest: Path, capsys: pytest.CaptureFixture[str])
 
 def test_without_labels(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (manifest.parent / "train_labels.json").unlink()
-    with pytest.raises(SystemExit, match=r"error: .*train_labels.json does not hold the labels of"):
+    with pytest.raises(SystemExit, match=r"error: no labels at .*train_labels.json"):
         physics_targets.main([str(manifest)])

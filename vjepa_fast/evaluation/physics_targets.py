@@ -17,15 +17,14 @@ left out.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vjepa_fast.data.manifest import read_manifest
+from vjepa_fast.data.physics import load_physics_labels
 from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation.views import ClipRule, segment_frames
 from vjepa_fast.inference_videos import list_videos
@@ -40,27 +39,28 @@ _MAIN = 0
 
 
 def _position(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    found: list[float] = entry["position"][frames[len(frames) // 2]][_MAIN]
+    found: list[float] = entry["position"][frames[len(frames) // 2], _MAIN].tolist()
     return found
 
 
 def _track(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    return [number for frame in frames for number in entry["position"][frame][_MAIN]]
+    found: list[float] = entry["position"][frames, _MAIN].flatten().tolist()
+    return found
 
 
 def _velocity(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    own = np.array(entry["velocity"])[frames[0]:frames[-1] + 1, _MAIN]
-    return [float(number) for number in own.mean(0)]
+    found: list[float] = entry["velocity"][frames[0]:frames[-1] + 1, _MAIN].mean(0).tolist()
+    return found
 
 
 def _contact(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    seconds = entry["contact_in"][frames[-1]][_MAIN]
-    return None if seconds is None or not seconds <= HORIZON else [float(seconds)]
+    seconds = float(entry["contact_in"][frames[-1], _MAIN])
+    return [seconds] if seconds <= HORIZON else None
 
 
 def _hidden(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    found: list[float] = entry["position"][frames[-1]][_MAIN]
-    return found if entry["visible"][frames[-1]][_MAIN] < _HIDDEN else None
+    found: list[float] = entry["position"][frames[-1], _MAIN].tolist()
+    return found if entry["visible"][frames[-1], _MAIN] < _HIDDEN else None
 
 
 TARGETS: dict[str, Callable[[dict[str, Any], np.ndarray], Numbers]] = {
@@ -81,14 +81,16 @@ def write_targets(manifest: Path, rule: ClipRule) -> dict[str, tuple[Path, int]]
     Raises:
         UserError: there are no such labels beside it.
     """
+    labels = load_physics_labels(manifest)
     videos, lines = list_videos([str(manifest)]), dict[str, list[str]]()
-    for number, (path, entry) in enumerate(_labelled(manifest)):
-        if entry.get("violation") is not None:
+    for number, path in enumerate(videos.paths):
+        entry = labels[os.path.abspath(path)]
+        if entry["violation"] is not None:
             continue
         (frames,) = segment_frames(videos.open(number), rule, [0.5])
         for name, numbers_of in TARGETS.items():
             numbers = numbers_of(entry, frames)
-            if numbers is not None and all(map(math.isfinite, numbers)):
+            if numbers is not None:
                 lines.setdefault(name, []).append(f"{path} {','.join(f'{value:.6f}' for value in numbers)}\n")
     found = {}
     for name, own in lines.items():
@@ -96,19 +98,6 @@ def write_targets(manifest: Path, rule: ClipRule) -> dict[str, tuple[Path, int]]
             found[name] = manifest.with_name(f"{manifest.stem}_{name}.csv"), len(own)
             write_text(found[name][0], "".join(own))
     return found
-
-
-def _labelled(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    file = manifest.with_name(f"{manifest.stem}_labels.json")
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        folder = manifest.resolve().parent
-        by_path = {str(folder / name): entry for name, entry in entries.items()}
-        for path in read_manifest(str(manifest))[0]:
-            yield path, by_path[str(Path(path).resolve())]
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{file} does not hold the labels of {manifest} ({error}); expected those of clips of "
-                        "physics") from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
