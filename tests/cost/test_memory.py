@@ -96,6 +96,9 @@ def test_shares_of_processes() -> None:
     cfg.train.shard_optimizer = True
     shared = peak_memory(cfg, steps, num_processes=8)
     assert shared.optimizer_state == alone.optimizer_state / 8 and shared.peak < many.peak
+    cfg.train.shard_optimizer, cfg.train.parallel = False, "fsdp"
+    cut = peak_memory(cfg, steps, num_processes=8)
+    assert cut.parameters == alone.parameters / 8 and cut.permanent < shared.permanent and cut.peak < shared.peak
 
 
 def test_advice() -> None:
@@ -103,7 +106,7 @@ def test_advice() -> None:
     adviser = Adviser(cfg, draw_masks(cfg, 24, 2), num_processes=2)
     now = adviser.peak(cfg)
     single = {change.settings[0]: change.peak for change in adviser.single()}
-    assert list(single) == ["train.dtype=bfloat16", "train.shard_optimizer=true",
+    assert list(single) == ["train.dtype=bfloat16", "train.shard_optimizer=true", "train.parallel=fsdp",
                             "model.activation_checkpointing=selective", "model.activation_checkpointing=full",
                             "optimization.grad_accumulation=2"]
     assert max(single.values()) < now

@@ -85,8 +85,11 @@ class Adviser:
         cfg = self.cfg
         if cfg.model.dtype == "float32":
             yield _Setting("train.dtype", "bfloat16", "for half of the activations")
-        if self.num_processes > 1 and not cfg.train.shard_optimizer and cfg.model.dtype != "float16":
-            yield _Setting("train.shard_optimizer", True, "")
+        if self.num_processes > 1 and cfg.train.parallel == "ddp" and cfg.model.dtype != "float16":
+            if not cfg.train.shard_optimizer:
+                yield _Setting("train.shard_optimizer", True, "")
+            if cfg.model.target_precision == "same" and len(set(cfg.data.dataset_fpcs)) == 1:
+                yield _FSDP
         if cfg.model.checkpointing == "none":
             yield _Setting(_KEEP, "selective", "")
         if cfg.model.checkpointing != "full":
@@ -101,13 +104,18 @@ class Adviser:
 
     def _combined(self) -> Iterator[list[_Setting]]:
         """Growing: the cheap settings, then recomputation, then micro-batches."""
-        cheap = [setting for setting in self._singles() if setting.key.startswith("train.")]
-        yield cheap
-        for kind in ("selective", "full"):
-            recomputed = [setting for setting in self._singles() if (setting.key, setting.value) == (_KEEP, kind)]
-            if recomputed or self.cfg.model.checkpointing == kind:
-                yield [*cheap, *recomputed]
-                yield from ([*cheap, *recomputed, setting] for setting in self._accumulation())
+        singles = list(self._singles())
+        cheap = [setting for setting in singles if setting.key in ("train.dtype", "train.shard_optimizer")]
+        ways = [cheap]
+        if _FSDP in singles:
+            ways.append([*(setting for setting in cheap if setting.key != "train.shard_optimizer"), _FSDP])
+        for way in ways:
+            yield way
+            for kind in ("selective", "full"):
+                recomputed = [setting for setting in singles if (setting.key, setting.value) == (_KEEP, kind)]
+                if recomputed or self.cfg.model.checkpointing == kind:
+                    yield [*way, *recomputed]
+                    yield from ([*way, *recomputed, setting] for setting in self._accumulation())
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,13 @@ class _Setting:
         return f"{self.key}={str(self.value).lower()}"
 
     def set(self, cfg: Config) -> None:
+        """In the config."""
+        if self == _FSDP:
+            cfg.train.shard_optimizer = False
         section, _, name = self.key.partition(".")
         setattr(getattr(cfg, section), name, self.value)
         if self.key == "train.dtype":
             cfg.model.dtype = cfg.train.dtype
+
+
+_FSDP = _Setting("train.parallel", "fsdp", "")

@@ -7,7 +7,9 @@ add up. What a block takes, by our operators' and PyTorch's files, stands in vje
 
 Bytes an element of what lies there all the time: parameters 4, moments 8, the target encoder 4, copies in half
 precision 2 each. Gradients, 4, are there from the backward to the update, and all the time as buckets of data
-parallelism or after the first of several micro-batches.
+parallelism or after the first of several micro-batches. With train.shard_optimizer a process has its share of the
+moments only, and of the gradients, of which a block's are whole at a time; with train.parallel=fsdp its share of
+everything, and two blocks' weights are whole at a time.
 
 What the CUDA context (0.3 to 0.5 GiB), the allocator's rounding and fragments, the pools of DALI, and CUDA graphs take
 is not in it. Measured: benchmarks/plan_memory.py.
@@ -120,15 +122,22 @@ def estimate_memory(cfg: Config, loads: Loads, *, num_processes: int = 1, kernel
 def _estimate(cfg: Config, loads: Loads, found: Parameters, num_processes: int, kernels: bool) -> Memory:
     s, num_micro = element_size(cfg), cfg.optimization.grad_accumulation
     shadows = float((found.linear + found.target_linear) * s) if s < 4 else 0.0
-    shares = num_processes if cfg.train.shard_optimizer else 1
-    gradients = 4.0 * found.trained / (1 if num_micro > 1 else shares)
-    base = Memory(4.0 * (found.trained + found.target), gradients, 8.0 * found.trained / shares, shadows, 0.0, "")
+    of_all = num_processes if cfg.train.parallel == "fsdp" else 1
+    shares = num_processes if cfg.train.shard_optimizer else of_all
+    # Of several micro-batches they are added up whole, but for those of FSDP2.
+    gradients = 4.0 * found.trained / (shares if num_micro == 1 else of_all)
+    base = Memory(4.0 * (found.trained + found.target) / of_all, gradients, 8.0 * found.trained / shares,
+                  0.0 if of_all > 1 else shadows, 0.0, "")
     step = _step_of(cfg, loads.divided(num_micro), kernels)
     # The batches that the loader has ahead on a GPU, and this one.
     ahead = (cfg.data.device_prefetch or AHEAD) if kernels else 0
     account = _Account(base.permanent + step.clips * num_micro * (1 + ahead))
     # Of the step before, until this one has ended.
     account.add(step.output)
+    if of_all > 1:
+        # The block that runs and the next one, and of the former a copy in half precision.
+        largest = max(found.encoder / step.encoder.depth, found.predictor / step.predictor.depth)
+        account.add(largest * (2 * 4 + (s if s < 4 else 0)))
     buckets = num_processes > 1 and shares == 1
     if buckets:
         account.add(gradients)

@@ -125,12 +125,13 @@ def _memory_lines(
     """Bytes by what they are for, whether they fit, and what would make them fit."""
     memory = peak_memory(cfg, steps, num_processes=num_gpus, kernels=kernels)
     adviser = Adviser(cfg, steps, num_gpus, kernels)
-    share = f", of which each of {num_gpus} processes has a share" if cfg.train.shard_optimizer and num_gpus > 1 else ""
+    shared = "of everything" if cfg.train.parallel == "fsdp" else "of the optimizer" * cfg.train.shard_optimizer
+    share = f" (the share {shared} that each of {num_gpus} processes has)" if shared and num_gpus > 1 else ""
     num_micro = cfg.optimization.grad_accumulation
     settings = f"activation checkpointing {cfg.model.checkpointing}, {num_micro} micro-batch{'es' * (num_micro > 1)}"
     lines = [
         f"memory        {memory.permanent / GIB:.1f} GiB all the time: parameters {memory.parameters / GIB:.1f}, "
-        f"optimizer {memory.optimizer_state / GIB:.1f}{share}, half-precision copies {memory.shadows / GIB:.1f}",
+        f"optimizer {memory.optimizer_state / GIB:.1f}, half-precision copies {memory.shadows / GIB:.1f}{share}",
         f"              gradients {memory.gradients / GIB:.1f} GiB; activations, clips and gradients at the peak "
         f"{memory.activations / GIB:.1f} GiB ({settings}; {memory.where})",
     ]
