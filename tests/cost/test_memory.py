@@ -12,7 +12,7 @@ from benchmarks.plan_memory import config, measure, predict
 from tests.cost.live_bytes import LiveBytes
 from vjepa_fast.config import load_recipe, recipe_names
 from vjepa_fast.config.schema import Config
-from vjepa_fast.cost.advice import Adviser
+from vjepa_fast.cost.advice import FITS, Adviser
 from vjepa_fast.cost.counter import fake_parameters, fake_tensors
 from vjepa_fast.cost.gpus import GPUS
 from vjepa_fast.cost.memory import clip_bytes, estimate_memory, peak_memory
@@ -116,6 +116,17 @@ def test_advice() -> None:
     [combined] = adviser.what_fits(limit)
     assert len(combined.settings) > 1 and combined.peak <= limit < min(single.values())
     assert adviser.what_fits(1.0) == []
+
+
+@pytest.mark.parametrize(("changes", "card", "num_micro"), [
+    (["model.model_name=vit_base"], "rtx4080", 2), ([], "rtx4090", 4)])
+def test_flags_for_small_cards(changes: list[str], card: str, num_micro: int) -> None:
+    """As docs/small_cards.md has them: without micro-batches it does not fit."""
+    limit = FITS * GPUS[card].memory_bytes
+    for count, fits in ((1, False), (num_micro, True)):
+        cfg = load_recipe("vitl16-256", [
+            *changes, "model.activation_checkpointing=none", f"optimization.grad_accumulation={count}"])
+        assert (peak_memory(cfg, draw_masks(cfg, 24, 20)).peak <= limit) == fits
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

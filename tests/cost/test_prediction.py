@@ -77,6 +77,14 @@ def test_bytes_and_launches_against_what_is_dispatched() -> None:
     assert sum(op.launches for op in operations) == pytest.approx(total.launches, rel=0.25)
 
 
+def test_micro_batches_cost_launches_and_sums() -> None:
+    whole, parts = (step_operations(load_recipe("vitl16-256", [f"optimization.grad_accumulation={count}"]),
+                                    Loads.of([[mean_masks()]])) for count in (1, 4))
+    assert sum(op.flops for op in parts) == pytest.approx(sum(op.flops for op in whole))
+    assert sum(op.launches for op in parts) > 3.9 * sum(op.launches for op in whole if op.part != "optimizer")
+    assert sum(op.num_bytes for op in parts) > sum(op.num_bytes for op in whole)
+
+
 def test_plain_pytorch_takes_longer() -> None:
     masks = TINY.masks(torch.device("cpu"))
     ours = predict(TINY.config, gpu_named("h200"), [[masks]])

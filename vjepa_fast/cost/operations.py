@@ -232,7 +232,22 @@ def blocks_backward(part: str, net: Network, load: Load, s: int, last: float | N
 
 
 def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
-    """Every operation of a training step on our kernels, with activation checkpointing where the config has it."""
+    """Every operation of a training step on our kernels, with activation checkpointing and micro-batches where the
+    config has them."""
+    num_micro, parameters = cfg.optimization.grad_accumulation, count_parameters(cfg.model)
+    out = [replace(op, num_bytes=op.num_bytes * num_micro, flops=op.flops * num_micro, launches=op.launches * num_micro)
+           for op in _micro_batch(cfg, loads.divided(num_micro))]
+    if num_micro > 1:
+        # Two gradients are read and their sum is written, layer by layer: about 13 tensors a block.
+        for name, count in (("context encoder", parameters.encoder), ("predictor", parameters.predictor)):
+            depth = networks_of(cfg)[name == "predictor"].depth
+            out.append(_memory(backward_of(name), "sums of gradients", (num_micro - 1) * 12 * count,
+                               (num_micro - 1) * 13 * depth))
+    return out + optimizer_operations(parameters, 4 if cfg.model.dtype == "float32" else 2)
+
+
+def _micro_batch(cfg: Config, loads: Loads) -> list[Operation]:
+    """All but the update."""
     encoder, predictor = networks_of(cfg)
     model, s = cfg.model, 4 if cfg.model.dtype == "float32" else 2
     d, p = encoder.width, predictor.width
@@ -292,7 +307,7 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
     slope = 1 if cfg.loss.loss_exp == 1 else 4
     out.append(_memory("loss", "latent loss", predicted * levels * d * (2 * s + slope), 5 * len(heads)))
     out.append(_memory(backward_of("loss"), "latent loss", predicted * levels * d * (slope + s), 2 * len(heads)))
-    return out + optimizer_operations(count_parameters(cfg.model), s)
+    return out
 
 
 def optimizer_operations(parameters: Parameters, s: int) -> list[Operation]:
