@@ -204,7 +204,8 @@ def to_checkpoint(
         scaler_state = None
     return {
         **network_states(model), "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss,
-        "batch_size": batch_size, "world_size": world_size, "lr": lr, **({"vjepa_fast": extra} if extra is not None else {}),
+        "batch_size": batch_size, "world_size": world_size, "lr": lr,
+        **({"vjepa_fast": extra} if extra is not None else {}),
     }
 
 

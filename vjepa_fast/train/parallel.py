@@ -25,6 +25,7 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.train.optim import AdamWEMA
+from vjepa_fast.train.shards import gather
 from vjepa_fast.train.zero import ShardedAdamWEMA
 
 
@@ -92,17 +93,15 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-@torch.no_grad()
-def whole_copy(model: VJEPA) -> VJEPA:
-    """A sharded model put together on the host's memory of the first process; a collective. Others get one of no use.
-
-    One parameter at a time is in the memory of the device.
-    """
+def whole_copy(model: VJEPA) -> VJEPA | None:
+    """A sharded model put together in the memory of the first process's host; None on the others. A collective."""
+    first = dist.get_rank() == 0
+    state = gather(model.state_dict(), keep=first)
+    if not first:
+        return None
     with torch.device("meta"):
         copy = VJEPA(model.cfg)
-    copy.to_empty(device="cpu")
-    for parameter, mine in zip(model.state_dict().values(), copy.state_dict().values(), strict=True):
-        mine.copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+    copy.load_state_dict(state, assign=True)
     return copy
 
 

@@ -463,7 +463,7 @@ class Trainer:
         if not self.cfg.train.probe:
             return
         model = whole_copy(self.model) if is_sharded(self.model) else self.model
-        if self.processes.is_first:
+        if self.processes.is_first and model is not None:
             from vjepa_fast.evaluation.demo import probe_table
 
             probe_table(self.cfg, model.to(self.device), self.synthetic, self.folder, self.console)
