@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from vjepa_fast.train.run_folder import choose_folder, newest_checkpoint
 from vjepa_fast.train.signals import StopSignals
 from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
+from vjepa_fast.train.summary import RunSummary
 from vjepa_fast.train.timing import StepTimer
 from vjepa_fast.train.watch import RunHealth
 from vjepa_fast.train.watchdog import Phase, Watchdog
@@ -56,24 +56,6 @@ NUM_EXPECTED = 256
 
 _CLOSED, _NO_CLIPS = 1, 2
 """What the processes agree on when nobody reads the output any more, or one of them cannot have clips."""
-
-
-@dataclass
-class RunSummary:
-    """How a run ended."""
-
-    exit_code: int
-    """0 finished, 1 output closed or no clips, 130 interrupted, 143 ended by SIGTERM; all but 0 after a checkpoint was
-    written."""
-    step: int
-    """Steps done, over all restarts."""
-    loss: float
-    """Mean of the last steps logged; that of the checkpoint if no step was left to do."""
-    clips_per_s: float
-    """Over all processes, after the first steps; nan if no step was left to do."""
-    data_wait: float
-    """Share of that time that the first process waited for clips, 0 to 1 (vjepa_fast.train.timing)."""
-    folder: Path
 
 
 class Trainer:
@@ -439,17 +421,8 @@ class Trainer:
             self._say("what is set to auto is measured before the first step, which may take a minute or two")
 
     def _summarise(self, summary: RunSummary) -> None:
-        how = {0: "finished", 1: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[summary.exit_code]
-        figures = [f"loss {summary.loss:.4f}"] if math.isfinite(summary.loss) else []
-        if math.isfinite(summary.clips_per_s):
-            figures += [f"{summary.clips_per_s:.1f} clips/s", f"data wait {100 * summary.data_wait:.1f} %"]
-        curve = self.folder / "loss.png"
         newest = newest_checkpoint(self.folder) if self._saved_step is not None else None
-        written = [f"checkpoint {newest}"] if newest is not None else []
-        written += [f"curve {curve}"] if curve.exists() else []
-        self.console.print(
-            f"{how} at step {summary.step} of {self.total_steps}{': ' if figures else ''}{', '.join(figures)}"
-            + ("\n" if written else "") + ", ".join(written), highlight=False, soft_wrap=True)
+        summary.tell(self.console, self.total_steps, newest)
         if self.processes.is_first and (health := self.health.summary()):
             self._say(health, "bold yellow" if self.health.num_warnings else None)
         broken = [video for video in self.loader.broken() if not video.filtered]
