@@ -50,8 +50,9 @@ class Stack:
     rows: float
     """Kept, a token that goes on, where not all of them do."""
     kept_products: float
-    """Kept selectively, a token, without the input."""
+    """Kept selectively, a token: of what comes before and in attention, without the block's input."""
     kept_products_after: float
+    """Kept selectively, a token: of what follows attention."""
     transient: float
     """While a block runs and nothing is kept, a token."""
     beside: float
@@ -67,6 +68,7 @@ class Stack:
     norm: float
     """Kept by the norm behind the blocks, a token."""
     widest_weight: int
+    """Elements of the largest weight, whose gradient is made beside where it is kept."""
 
     def whole_block(self, tokens: Tokens, index: int) -> float:
         """What a block keeps that is not recomputed."""
