@@ -202,17 +202,13 @@ def to_checkpoint(
                         "_growth_tracker": 0}
     else:
         scaler_state = None
+    networks = {key: {PREFIX + name: _by_itself(value) for name, value in getattr(model, key).state_dict().items()}
+                for key in NETWORKS}
     return {
-        **network_states(model), "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss,
+        **networks, "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss,
         "batch_size": batch_size, "world_size": world_size, "lr": lr,
         **({"vjepa_fast": extra} if extra is not None else {}),
     }
-
-
-def network_states(model: VJEPA) -> dict[str, dict[str, Tensor]]:
-    """The networks' part of such a dictionary."""
-    return {key: {PREFIX + name: _by_itself(value) for name, value in getattr(model, key).state_dict().items()}
-            for key in NETWORKS}
 
 
 def _by_itself(x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from vjepa_fast.train.saving import CheckpointWriter, check_whole, choose_whole
 from vjepa_fast.train.sharded import ShardedWriter
 from vjepa_fast.train.shards import gather
 from vjepa_fast.train.step import TrainStep
-from vjepa_fast.train.zero import ShardedAdamWEMA
 
 _HARMLESS = frozenset({
     "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
@@ -166,10 +165,6 @@ class RunCheckpoints:
         in_shards = isinstance(self.writer, ShardedWriter) or is_sharded(self.train_step.model)
         if not self.processes.is_first and not in_shards:
             return
-        if not self.processes.is_first and isinstance(self.train_step.optimizer, ShardedAdamWEMA):
-            # The optimizer's state is with the first process now.
-            self.writer.write({**meta.network_states(self.train_step.model), "opt": {"state": {}}}, step, also)
-            return
         opt, now, outliers = self.cfg.optimization, self.surroundings, self.train_step.outliers
         assert opt.ipe is not None
         # With masks from the reference's stream every process has a state; this one's is kept.
@@ -194,8 +189,6 @@ class RunCheckpoints:
         """Weights, optimizer and target encoder of the last checkpoint of this run; all processes call it."""
         self.writer.wait()
         self.processes.wait()
-        # Nothing is loaded into weights that are out of date.
-        self.train_step.optimizer.refresh()
         path = newest_checkpoint(self.folder)
         assert path is not None
         self._set_outliers(self._load(path)["vjepa_fast"])
