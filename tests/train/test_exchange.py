@@ -19,6 +19,7 @@ from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.linear import shadow_of
 from vjepa_fast.train import distributed, exchange, flat, parallel
+from vjepa_fast.train.health import _weight_figures
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.step import TrainStep
 from vjepa_fast.train.trial import undone
@@ -171,8 +172,8 @@ def order(ids: range) -> dict[str, Any]:
             "twice": twice}
 
 
-def raised(ids: range) -> dict[str, str]:
-    """What is said to whoever reads what is out of date."""
+def raised(ids: range) -> dict[str, Any]:
+    """What is said to whoever reads what is out of date, and the figures of a run's health, which read what is not."""
     step = train_step("bfloat16", "zero")
     step(0, *batch(config("bfloat16", True), 0, ids))
     encoder = step.model.encoder
@@ -193,9 +194,11 @@ def raised(ids: range) -> dict[str, str]:
                 said[name] = str(error)
         return said
 
-    before = look()
+    before, health = look(), _weight_figures(step.model)
     step.optimizer.refresh()
-    return before | {f"{name}, refreshed": text for name, text in look().items()}
+    after = _weight_figures(step.model)
+    return before | {f"{name}, refreshed": text for name, text in look().items()} | {
+        "health": health, "health, refreshed": after}
 
 
 def tried(ids: range) -> dict[str, bool]:
@@ -276,6 +279,9 @@ def test_nobody_reads_what_is_out_of_date(ranks: list[dict[str, Any]]) -> None:
         assert "out of date" in said[name], name
         assert said[f"{name}, refreshed"] == "nothing"
     assert "call collect() on all" in said["optimizer"]
+    for rank in ranks:
+        said = rank["seen"]["raised"]
+        assert said["health"] == said["health, refreshed"] and float(said["health"]["target_gap"]) > 0
 
 
 def test_undone_steps_leave_no_trace(ranks: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.latent_loss import target_features
-from vjepa_fast.train.optim import local_of
+from vjepa_fast.train.optim import kept_of
 
 MAX_ROWS = 512
 """Evenly spaced tokens that effective ranks are taken over."""
@@ -200,5 +200,5 @@ def _weight_figures(model: VJEPA) -> dict[str, Tensor]:
 
 
 def _matrices(block: nn.Module) -> list[Tensor]:
-    """Of sharded ones this process's part: the other processes are not asked."""
-    return [local_of(p).detach() for p in block.parameters() if p.ndim == 2]
+    """Where processes share them, this one's parts: the others are not asked."""
+    return [kept_of(p) for p in block.parameters() if p.ndim == 2]

@@ -65,6 +65,18 @@ def local_of(x: Tensor) -> Tensor:
     return x._local_tensor if isinstance(x, DTensor) else x
 
 
+def keep_part(x: Tensor, part: slice) -> None:
+    """Declare that this process keeps these elements of a tensor up to date, and others those that are left."""
+    x._vf_part = part  # type: ignore[attr-defined]
+
+
+def kept_of(x: Tensor) -> Tensor:
+    """What this process keeps up to date of a parameter: its shard of a DTensor, its part, [n], where `keep_part` says
+    so, else all."""
+    part: slice | None = getattr(x, "_vf_part", None)
+    return local_of(x).detach() if part is None else x.detach().view(-1)[part]
+
+
 def place_of(x: Tensor) -> int:
     """Differs where a tensor lies elsewhere than before."""
     local = local_of(x)

@@ -22,7 +22,7 @@ from torch import Tensor
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.train.exchange import Gradients, Weights, all_gather
 from vjepa_fast.train.flat import make_buckets
-from vjepa_fast.train.optim import AdamWEMA
+from vjepa_fast.train.optim import AdamWEMA, keep_part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,6 +57,10 @@ class ShardedAdamWEMA(AdamWEMA):
         self._all = [parameter for group in self.param_groups for parameter in group["params"]]
         self._bucketed = {parameter for bucket in self._buckets for parameter in bucket.parameters}
         self._parts = {parameter: part for bucket in self._buckets for parameter, part in bucket.parts.items()}
+        for bucket in self._buckets:
+            for flat in bucket.flats:
+                for parameter, tensor in zip(bucket.parameters, flat.tensors, strict=True):
+                    keep_part(tensor, bucket.parts.get(parameter, slice(0, 0)))
         self._keep_halves()
         self._weights = Weights(model, self._buckets)
         chosen = [parameter for name, parameter in model.named_parameters() if name in optional]
@@ -168,9 +172,7 @@ class ShardedAdamWEMA(AdamWEMA):
         super().write_shadows()
 
     def _part(self, x: Tensor, parameter: Tensor) -> Tensor:
-        if parameter not in self._parts:
-            return x
-        return x.detach().view(-1)[self._parts[parameter]]
+        return x.detach().view(-1)[self._parts[parameter]] if parameter in self._parts else x
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
