@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import vjepa_fast as vf
 from tests.e2e.harness import equal, no_leftovers
+from tests.train.tiny import tiny_config
 from vjepa_fast.cli.main import app
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop import dcp
@@ -31,13 +32,21 @@ SHARDED = "train.checkpoint_format=sharded"
 ONE = (SHARDED, "train.max_steps=6", "train.save_every_freq=1", "optimization.ipe=3")
 
 
+@pytest.fixture(scope="module")
+def trained(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process with checkpoints of steps 3 and 6, and of both epochs for good."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "run").mkdir()
+    Trainer(tiny_config(video_csv, folder / "cache", *ONE), folder=folder / "run").fit()
+    names = sorted(path.name for path in (folder / "run").glob("*.dcp"))
+    assert names == ["e0.dcp", "e1.dcp", "step3.dcp", "step6.dcp"]
+    return folder / "run"
+
+
 @pytest.fixture
-def run(make: Make, tmp_path: Path) -> Path:
-    """The run folder of one process with checkpoints of steps 3 and 6, and of the first epoch for good."""
-    make(*ONE).fit()
-    out = tmp_path / "run"
-    assert sorted(path.name for path in out.glob("*.dcp")) == ["e0.dcp", "e1.dcp", "step3.dcp", "step6.dcp"]
-    return out
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_opens_everywhere(run: Path, make: Make, tmp_path: Path) -> None:
@@ -56,13 +65,13 @@ def test_opens_everywhere(run: Path, make: Make, tmp_path: Path) -> None:
     assert equal(plain, dcp.split(dcp.Folder(run / "step6.dcp").contents())[1])
 
 
-def test_same_contents_as_the_single_file(run: Path, make: Make) -> None:
-    sharded = dcp.Folder(run / "step6.dcp").contents()
-    shutil.rmtree(run)
+def test_same_contents_as_the_single_file(trained: Path, make: Make, tmp_path: Path) -> None:
+    sharded = dcp.Folder(trained / "step6.dcp").contents()
     make(*ONE[1:], "train.checkpoint_format=meta").fit()
-    single = torch.load(run / "latest.pt", weights_only=True)
+    single = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
     for contents in (sharded, single):
-        del contents["vjepa_fast"]["config"]["train"]["checkpoint_format"]
+        config = contents["vjepa_fast"]["config"]
+        del config["train"]["checkpoint_format"], config["data"]["cache_dir"]
     assert equal(sharded, single)
 
 
@@ -88,11 +97,6 @@ def cut(path: Path) -> None:
 def test_damage_is_named_and_the_newest_whole_one_taken(
     change: Callable[[Path], None], name: str, said: str, run: Path, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("step6.dcp", "e1.dcp"):
-        # They share their files.
-        shutil.copytree(run / folder, run / "copy")
-        shutil.rmtree(run / folder)
-        (run / "copy").rename(run / folder)
     change(run / "step6.dcp" / name)
     with pytest.raises(UserError, match=f"step6.dcp cannot be read: {said}; the newest whole one beside it is .*step3"):
         vf.load(run)
@@ -162,13 +166,13 @@ def test_another_model_is_refused(run: Path, make: Make) -> None:
         make(*ONE, "model.embed_dim=48", resume=True)
 
 
-@pytest.mark.parametrize("background", ["false", "true"])
-@pytest.mark.parametrize("name", ["__0_0.distcp", "run.pt", "manifest.json"])
+@pytest.mark.parametrize("name, background", [
+    ("__0_0.distcp", "false"), ("__0_0.distcp", "true"), ("run.pt", "false"), ("manifest.json", "true")])
 def test_a_full_disk_leaves_the_one_before(
-    background: str, name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, background: str, run: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make(*ONE, "train.max_steps=3", "train.keep_last=1", f"train.async_checkpoint={background}")
-    trainer.fit()
+    for other in ("step6.dcp", "e0.dcp", "e1.dcp"):
+        shutil.rmtree(run / other)
     going = make(*ONE, "train.keep_last=1", f"train.async_checkpoint={background}", resume=True)
     save, write_text, calls = torch.save, Path.write_text, []
 
@@ -197,11 +201,11 @@ def test_a_full_disk_leaves_the_one_before(
     assert [path.name for path in (tmp_path / "run").glob("step*")] == ["step6.dcp"]
 
 
-def test_training_goes_on_while_it_is_written(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_it_is_written(
+    trained: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is written is what was there, though the weights have moved on."""
-    make(*ONE, "train.async_checkpoint=false").fit()
-    reference = dcp.Folder(tmp_path / "run" / "step3.dcp").contents()
-    shutil.rmtree(tmp_path / "run")
+    reference = dcp.Folder(trained / "step3.dcp").contents()
     gate, finish = threading.Event(), dcp.manifest_text
     from vjepa_fast.train import sharded
 
