@@ -27,6 +27,8 @@ def test_the_healthy_and_the_unknown_find_nothing() -> None:
     beginning = [{"explained": e, "prediction_std": 0.001} for e in (-3.0, -0.9, -0.2, -0.02, 0.0, 0.0, 0.01)]
     assert watch(*beginning, {}, {}) == [None] * 9
     assert watch({}, {"target_rank": 19.0}) == [None, None]
+    # One step with clips that differ little.
+    assert watch({}, {"target_rank": 13.0}, {}, {"context_std": 0.05}, {"target_std": 0.05}, {}) == [None] * 6
     nothing: dict[str, float | None] = dict.fromkeys(HEALTHY)
     assert watch(nothing, nothing) == [None, None]
 

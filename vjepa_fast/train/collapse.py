@@ -40,7 +40,7 @@ PATIENCE = 100
 """Steps after the warm-up, or as many as that had, in which a predictor may begin with a constant answer, as all do."""
 
 WORSE_EXPLAINED = -0.2
-"""Predictions that are so much worse than the best constant, two looks in a row, do not even find that one."""
+"""Predictions that are so much worse than the best constant do not even find that one."""
 
 REACH = 4.0
 """How far the mean of predictions must have been able to move before that counts: elements of layer-normed targets are
@@ -77,7 +77,8 @@ class Finding:
 
 
 class CollapseWatch:
-    """Looks at the rows that a run writes to metrics.jsonl, in order; says each kind of finding once.
+    """Looks at the rows that a run writes to metrics.jsonl, in order; says each kind of finding once, when two rows one
+    after the other show it: figures are of one step's clips, and a few dull ones differ little from one another.
 
     Args:
         cfg: of the run, with optimization.ipe set.
@@ -92,7 +93,7 @@ class CollapseWatch:
         self._next_step = 0
         self._kept, self._decayed = 1.0, 0.0
         self._reach, self._width = 0.0, cfg.model.pred_embed_dim
-        self._num_worse = 0
+        self._seen = ""
 
     def look(self, row: Mapping[str, float | None]) -> Finding | None:
         """A row of metrics.jsonl, figures that are not finite being None or nan; None where all is well."""
@@ -109,7 +110,8 @@ class CollapseWatch:
         found = self._find(step, figures)
         if math.isfinite(figures["target_rank"]):
             self._best_rank = max(self._best_rank, figures["target_rank"])
-        if found is None or found.kind in self._said:
+        before, self._seen = self._seen, "" if found is None else found.kind
+        if found is None or found.kind != before or found.kind in self._said:
             return None
         self._said.add(found.kind)
         return found
@@ -141,9 +143,7 @@ class CollapseWatch:
                 "if the answers were among what the encoder sees. Look at the masks with `vjepa-fast masks`; try a "
                 "larger mask.masks.0.spatial_scale and temporal_scale, or a smaller mask.masks.0.max_temporal_keep"))
         warmup = self._schedules.warmup
-        could = step >= warmup and self._reach > REACH
-        self._num_worse = self._num_worse + 1 if f["explained"] < WORSE_EXPLAINED and could else 0
-        if self._num_worse >= 2:
+        if f["explained"] < WORSE_EXPLAINED and step >= warmup and self._reach > REACH:
             return self._worse(f)
         if f["explained"] < CONSTANT_EXPLAINED and step >= warmup + max(PATIENCE, warmup):
             exponent = "" if self._loss.loss_exp == 2 else "loss.loss_exp=2 (with 1 a constant is best for many), "
