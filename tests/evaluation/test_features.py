@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import vjepa_fast as vf
+from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation import features, views
 from vjepa_fast.evaluation.features import Entry, FeatureStore, entries_of
 from vjepa_fast.evaluation.views import ClipRule
@@ -148,3 +149,11 @@ def test_killed_and_started_again(checkpoint: Path, model: InferenceModel, video
     assert fill(whole, model, entries).kept == 0
     for entry in entries:
         assert torch.equal(store.read(f"t.{entry.key}"), whole.read(f"t.{entry.key}"))
+
+
+def test_an_encoder_that_has_diverged(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
+    broken = vf.load(checkpoint, predictor=False)
+    with torch.no_grad():
+        next(iter(broken.encoder.parameters())).fill_(torch.nan)
+    with pytest.raises(UserError, match="are not finite numbers; most likely the training"):
+        fill(FeatureStore(tmp_path, broken), broken, entries_of(list_videos([str(videos)]), [RULE])[0][:1])

@@ -185,7 +185,7 @@ class FeatureStore:
             report: called after every entry.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or features are not finite.
         """
         progress = FillProgress(len(entries))
         keys = [entry.key for entry in entries]
@@ -220,7 +220,12 @@ class FeatureStore:
                         if tokens[number] and not checked:
                             checked = True
                             self._check_room(features, sum(tokens[other] for other in left))
-                        self.keep(f"{MEAN}.{keys[number]}", features.float().mean(1))
+                        mean = features.float().mean(1)
+                        if not mean.isfinite().all():
+                            raise UserError(
+                                f"the features of {entry.videos.paths[entry.number]} are not finite numbers; most "
+                                "likely the training of this encoder has diverged: give an earlier checkpoint")
+                        self.keep(f"{MEAN}.{keys[number]}", mean)
                         if tokens[number]:
                             self.keep(f"{TOKENS}.{keys[number]}", features)
                     report(progress)
