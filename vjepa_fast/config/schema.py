@@ -73,6 +73,9 @@ class ModelConfig(Section):
 
     model_name: str = "vit_large"
     """One of MODEL_NAMES; the suffix `_rope` sets use_rope."""
+    objective: Literal["latent", "pixels"] = "latent"
+    """What is predicted: features of the target encoder, or normalised pixels, as a masked autoencoder does with the
+    same encoder, the predictor as its decoder and the same masks; a baseline. No target encoder runs then."""
     embed_dim: PositiveInt | None = None
     """Overrides the width of `model_name`; likewise depth, num_heads and mlp_ratio."""
     depth: PositiveInt | None = None
@@ -170,6 +173,11 @@ class ModelConfig(Section):
         if self.n_output_distillation is not None and not self.use_mask_tokens:
             raise ValueError("n_output_distillation is of V-JEPA 2.1, whose predictor starts from mask tokens; set "
                              "use_mask_tokens to true")
+        if self.objective == "pixels" and (
+                self.n_output_distillation is not None or not self.use_mask_tokens
+                or self.img_temporal_dim_size is not None):
+            raise ValueError("objective is pixels, a baseline for videos with mask tokens; set n_output_distillation "
+                             "and img_temporal_dim_size to null and use_mask_tokens to true, or objective to latent")
         if self.teacher_embed_dim is not None and self.n_output_distillation is None:
             raise ValueError("teacher_embed_dim is of V-JEPA 2.1; set n_output_distillation as well")
         return self

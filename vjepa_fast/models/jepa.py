@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.pixels import CHANNELS, pixel_tubelets
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops import fp8_linear
@@ -36,16 +37,19 @@ class JEPAOutput:
     packed_predictions: Tensor
     """[sum of target lengths, D], group by group, mask by mask, clip by clip."""
     features: Tensor
-    """[tokens of all clips, D]: output of the target encoder's last block."""
+    """[tokens of all clips, D]: output of the target encoder's last block, or with cfg.objective=pixels the pixels."""
     target_rows: Tensor
     """int64 [sum of target lengths]: the row of `features` that each prediction is of."""
-    final_norm: FinalNorm
-    """A copy of the target encoder's last norm, which the loss applies to those rows; of several, side by side."""
+    final_norm: FinalNorm | None
+    """A copy of the target encoder's last norm, which the loss applies to those rows; of several, side by side. None:
+    pixels have none."""
     masks: list[MaskBatch]
     context: Tensor
     """[sum of context lengths, D]: what the context encoder gave to the predictor, detached."""
     levels: int = 1
-    """How many depths of the encoder D is made of."""
+    """How many depths of the encoder, or colour channels, D is made of."""
+    context_levels: int = 1
+    """How many depths the context's features are made of."""
 
     @property
     def packed_targets(self) -> Tensor:
@@ -162,7 +166,11 @@ class VJEPA(nn.Module):
                 raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
                                  f"{batch.batch_size} clips of {tuple(batch.grid)}")
         with label("target encoder"):
-            features, rows = self.encode_targets(groups, batches)
+            if self.cfg.objective == "pixels":
+                features = pixel_tubelets(groups, self.encoder.tubelet_size, self.encoder.patch_size)
+                rows = _rows_of_batches(batches, "target_rows")
+            else:
+                features, rows = self.encode_targets(groups, batches)
         with label("context encoder"):
             context, _ = self.encoder.forward_packed(groups, batches)
             context = label_backward(context, "context encoder")
@@ -192,7 +200,10 @@ class VJEPA(nn.Module):
         norms = self.target_encoder.level_norms
         # Copies, as the target encoder moves on.
         weight, bias = (torch.cat([getattr(norm, name).detach() for norm in norms]) for name in ("weight", "bias"))
-        final_norm, levels = (weight, bias, norms[0].eps), len(norms)
+        final_norm: FinalNorm | None = (weight, bias, norms[0].eps)
+        levels = len(norms)
+        if self.cfg.objective == "pixels":
+            final_norm, levels = None, CHANNELS
         loss = latent_loss(predictions, features, weights, self.loss_exp, rows, final_norm, levels)
         if self.reg_coeff != 0:
             loss = loss + self.reg_coeff * self._variance_term(predictions, batches)
@@ -200,7 +211,7 @@ class VJEPA(nn.Module):
             # Weighed as the main loss is, so that the term is the same however a batch is divided.
             squares = predictions.to(loss.dtype).square().mean(-1)
             loss = loss + self.prediction_l2 * (squares * weights.to(loss.dtype)).sum() / 2
-        return JEPAOutput(loss, predictions, features, rows, final_norm, batches, context, levels)
+        return JEPAOutput(loss, predictions, features, rows, final_norm, batches, context, levels, len(norms))
 
     def _context_term(self, predictions: Tensor, output: JEPAOutput, images: Sequence[bool]) -> Tensor:
         """Loss of the context tokens, weighed as configured (facebookresearch/vjepa2 at 204698b,

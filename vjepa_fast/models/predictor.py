@@ -23,6 +23,7 @@ from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
 from vjepa_fast.models.noised_targets import Noise, noised_targets
+from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.models.positions import learned_table, sincos_table
 from vjepa_fast.models.vit import (
     apply_norm,
@@ -72,6 +73,8 @@ class Predictor(nn.Module):
         num_levels = cfg.n_output_distillation or 1
         out_dim = num_levels * encoder.embed_dim if cfg.teacher_embed_dim is None else (
             cfg.teacher_embed_dim // num_levels * num_levels)
+        if cfg.objective == "pixels":
+            out_dim = num_pixels(cfg.tubelet_size if is_video else 1, cfg.patch_size)
         self.predictor_embed: nn.Module = Linear(encoder.embed_dim, width)
         if num_levels > 1:
             self.predictor_embed = nn.Sequential(

@@ -68,7 +68,7 @@ def effective_ranks(features: Sequence[Tensor]) -> list[Tensor]:
     spaced rows are used. Roy and Vetterli, "The effective rank", EUSIPCO 2007.
 
     Args:
-        features: of one width D and on one device, any float dtype, at least one row each.
+        features: on one device, any float dtype, at least one row each.
     """
     grams, finite = [], []
     for x in features:
@@ -77,9 +77,10 @@ def effective_ranks(features: Sequence[Tensor]) -> list[Tensor]:
         x = torch.nan_to_num(x, 0.0, 0.0, 0.0)
         x = x - x.mean(0)
         gram = x.T @ x if x.shape[1] <= MAX_ROWS else x @ x.T
-        size = min(x.shape[1], MAX_ROWS)
-        # Zero eigenvalues add nothing to the entropy.
-        grams.append(F.pad(gram, (0, size - len(gram), 0, size - len(gram))))
+        grams.append(gram)
+    size = max(map(len, grams))
+    # Zero eigenvalues add nothing to the entropy.
+    grams = [F.pad(gram, (0, size - len(gram), 0, size - len(gram))) for gram in grams]
     singular = torch.linalg.eigvalsh(torch.stack(grams)).clamp_min(0).sqrt()
     shares = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
@@ -118,7 +119,7 @@ def health_figures(output: JEPAOutput, model: VJEPA, exponent: float) -> dict[st
         tokens.append((distance if exponent == 1.0 else distance.pow(exponent)).mean(-1) / exponent)
     context = Spread()
     for piece in output.context.split(_PIECE):
-        context.add(_normed(piece, output.levels))
+        context.add(_normed(piece, output.context_levels))
     error = torch.stack(squared_error).sum() / output.packed_predictions.numel()
     figures = {
         "target_std": targets.variance.sqrt().mean(), "prediction_std": predictions.variance.sqrt().mean(),
@@ -128,7 +129,7 @@ def health_figures(output: JEPAOutput, model: VJEPA, exponent: float) -> dict[st
     }
     every = _every(len(output.target_rows))
     some_targets = target_features(output.features, output.target_rows[::every], output.final_norm, output.levels)
-    some_context = _normed(output.context[:: _every(len(output.context))], output.levels)
+    some_context = _normed(output.context[:: _every(len(output.context))], output.context_levels)
     ranks = effective_ranks([some_targets, output.packed_predictions[::every], some_context])
     figures |= zip(("target_rank", "prediction_rank", "context_rank"), ranks, strict=True)
     figures |= _loss_by_place(torch.cat(tokens), output.masks)
