@@ -113,13 +113,16 @@ def main() -> None:
     """Run all ten."""
     parser = argparse.ArgumentParser(description="Ten short runs of the demo, five of them made to collapse.")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--only", metavar="NAME", help="one of the runs, into a file of its own")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "collapse_cpu_2026-11-27")
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate((*PROVOKED, *HEALTHY)):
+        chosen = [case for case in (*PROVOKED, *HEALTHY) if args.only in (None, case.name)]
+        for number, case in enumerate(chosen):
             results.append(run(case, Path(folder) / str(number), args.steps))
-    about = {"command": f"python -m benchmarks.collapse --steps {args.steps}", "date": str(date.today()),
+    about = {"command": f"python -m benchmarks.collapse --steps {args.steps}" + (
+                 f" --only '{args.only}'" if args.only else ""), "date": str(date.today()),
              "versions": f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}",
              "hardware": f"CPU, {torch.get_num_threads()} threads"}
     args.out.with_suffix(".json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
