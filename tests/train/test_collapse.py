@@ -29,6 +29,8 @@ def test_the_healthy_and_the_unknown_find_nothing() -> None:
     assert watch({}, {"target_rank": 19.0}) == [None, None]
     # One step with clips that differ little.
     assert watch({}, {"target_rank": 13.0}, {}, {"context_std": 0.05}, {"target_std": 0.05}, {}) == [None] * 6
+    fallen_back: list[dict[str, float | None]] = [{"explained": 0.0 if number % 3 else 0.1} for number in range(30)]
+    assert watch(*fallen_back) == [None] * 30
     nothing: dict[str, float | None] = dict.fromkeys(HEALTHY)
     assert watch(nothing, nothing) == [None, None]
 

@@ -37,7 +37,8 @@ CONSTANT_EXPLAINED = 0.02
 direction of a few hundred explains less."""
 
 PATIENCE = 100
-"""Steps after the warm-up, or as many as that had, in which a predictor may begin with a constant answer, as all do."""
+"""Steps after the warm-up, or as many as that had, in which a predictor may begin with a constant answer, as all do.
+After them three looks in a row count: a healthy run falls back for a while."""
 
 WORSE_EXPLAINED = -0.2
 """Predictions that are so much worse than the best constant do not even find that one."""
@@ -93,7 +94,7 @@ class CollapseWatch:
         self._next_step = 0
         self._kept, self._decayed = 1.0, 0.0
         self._reach, self._width = 0.0, cfg.model.pred_embed_dim
-        self._seen = ""
+        self._seen, self._num_constant = "", 0
 
     def look(self, row: Mapping[str, float | None]) -> Finding | None:
         """A row of metrics.jsonl, figures that are not finite being None or nan; None where all is well."""
@@ -145,7 +146,8 @@ class CollapseWatch:
         warmup = self._schedules.warmup
         if f["explained"] < WORSE_EXPLAINED and step >= warmup and self._reach > REACH:
             return self._worse(f)
-        if f["explained"] < CONSTANT_EXPLAINED and step >= warmup + max(PATIENCE, warmup):
+        self._num_constant = self._num_constant + 1 if f["explained"] < CONSTANT_EXPLAINED else 0
+        if self._num_constant >= 2 and step >= warmup + max(PATIENCE, warmup):
             exponent = "" if self._loss.loss_exp == 2 else "loss.loss_exp=2 (with 1 a constant is best for many), "
             return Finding("constant answer", "unknown", (
                 f"the predictor slides to an easy answer: the same for all tokens (std {f['prediction_std']:.3f} where "
