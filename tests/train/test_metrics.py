@@ -57,7 +57,7 @@ def test_a_kill_while_rows_are_dropped_loses_nothing(tmp_path: Path, monkeypatch
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_sync", killed)
+    monkeypatch.setattr(files, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsLog(tmp_path, 0, 1)
     assert log.csv_path.read_text() == before
