@@ -16,6 +16,7 @@ from tests.data.conftest import write_video
 from tests.interop import models
 from vjepa_fast.cli.main import app
 from vjepa_fast.data.decode.index import DecodeError
+from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation import horizon, prediction, surprise
 from vjepa_fast.evaluation.views import ClipRule
 from vjepa_fast.inference_videos import list_videos
@@ -45,6 +46,13 @@ def test_errors_are_those_of_training(checkpoint: Path) -> None:
         for kind, copy in (("copied", past[:, 1]), ("averaged", past.mean(1))):
             expected = (copy.repeat(1, 2, 1) - wanted).abs().mean(-1)
             assert torch.allclose(found[kind].flatten(1), expected, atol=1e-5), kind
+
+
+def test_a_model_that_has_diverged_is_told(checkpoint: Path) -> None:
+    pair = loaded(checkpoint)
+    next(pair.target.encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="has diverged"):
+        pair.errors(models.clips())
 
 
 def test_levels_of_v21_are_compared_each() -> None:

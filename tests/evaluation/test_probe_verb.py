@@ -127,7 +127,7 @@ def test_videos_that_cannot_be_read_are_left_out(
     manifests[0].write_text(manifests[0].read_text() + f"{tmp_path / 'broken.mp4'} 3\n")
     result = of(checkpoint, manifests, tmp_path / "out", "--probe", "linear")
     assert result.exit_code == 0, result.output
-    assert f"1 videos could not be read and are left out ({tmp_path / 'broken.mp4'}: " in result.output
+    assert f"1 video could not be read and is left out ({tmp_path / 'broken.mp4'}: " in result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["train"]["videos"] == 6 and list(found["broken"]) == [str(tmp_path / "broken.mp4")]
     whole = manifests[1].read_text()

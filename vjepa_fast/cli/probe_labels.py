@@ -50,8 +50,9 @@ class ProbeRun:
                 bar.close()
         if progress.broken:
             path, reason = next(iter(progress.broken.items()))
-            say("warning", f"{len(progress.broken)} videos could not be read and are left out ({path}: {reason}"
-                           f"{', ...' if len(progress.broken) > 1 else ''})")
+            several = len(progress.broken) > 1
+            say("warning", f"{len(progress.broken)} video{'s' if several else ''} could not be read and "
+                           f"{'are' if several else 'is'} left out ({path}: {reason}{', ...' if several else ''})")
         if progress.kept:
             typer.echo(f"features of {progress.kept} of {progress.total} videos were there already: {store.folder}",
                        err=True)

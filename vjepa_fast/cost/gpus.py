@@ -125,7 +125,7 @@ def gpu_named(name: str) -> Gpu:
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key in GPUS:
         return GPUS[key]
-    # "a100" and "NVIDIA GeForce RTX 4090" are names of GPUs, too, the first one of several.
+    # What the driver calls it, as in "NVIDIA GeForce RTX 4090".
     found = gpu_of_device(name)
     if found is not None:
         return found

@@ -135,9 +135,12 @@ class FeatureStore:
         try:
             file = safe_open(part, framework="pt", device="cpu")
             names = list(file.keys())
-        except (SafetensorError, OSError):
+        except SafetensorError:
             # Damaged by something else than a kill: made again.
             part.unlink(missing_ok=True)
+            return
+        except OSError:
+            # It may be whole, and is only of no use now.
             return
         self._files[part] = file
         self._where.update(dict.fromkeys(names, part))

@@ -77,6 +77,9 @@ class Prediction:
 
         Returns:
             fp32 [B, F, S] on the CPU, for each of KINDS.
+
+        Raises:
+            UserError: predictions or features are not finite.
         """
         length, height, width = self.context.grid_of(clips)
         seen, per_tubelet = self.context_tubelets, height * width
@@ -90,8 +93,12 @@ class Prediction:
             "predicted": predicted.float().unflatten(-1, (levels, -1)),
             "copied": past[:, -1].repeat(1, length - seen, 1, 1),
             "averaged": past.mean(1).repeat(1, length - seen, 1, 1)}
-        return {kind: (guess - future).abs().mean((2, 3)).unflatten(1, (length - seen, per_tubelet)).cpu()
-                for kind, guess in guesses.items()}
+        errors = {kind: (guess - future).abs().mean((2, 3)).unflatten(1, (length - seen, per_tubelet)).cpu()
+                  for kind, guess in guesses.items()}
+        if not all(error.isfinite().all() for error in errors.values()):
+            raise UserError("predictions or features of this model are not finite numbers; most likely its training "
+                            "has diverged: give an earlier checkpoint")
+        return errors
 
     def _features(self, clips: Tensor) -> Tensor:
         """fp32 [B, tokens, L, D], each normed without weights."""
