@@ -105,9 +105,9 @@ def test_reader_that_goes_away(config: Path, tmp_path: Path) -> None:
 
 
 def test_log_without_a_terminal(runner: Runner, uninterrupted: Path, config: Path, tmp_path: Path) -> None:
-    """One line every log_every steps and at every checkpoint, nothing on stderr."""
+    """One line after the first step, every log_every steps and at every checkpoint, nothing on stderr."""
     run = runner.run("--config", config, "--out", tmp_path / "run", "--max-steps", 8, "train.log_every=4",
                      "train.checkpoint_every=100")
     lines = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("step ")]
-    assert lines == ["4/8", "8/8"]
+    assert lines == ["1/8", "4/8", "8/8"]
     assert run.stderr == ""
