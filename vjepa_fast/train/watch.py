@@ -42,14 +42,14 @@ class RunHealth:
         Raises:
             UserError: the file cannot be written.
         """
-        lines = []
+        warnings = []
         for line in jsonl_path.read_text().splitlines():
             row = json.loads(line)
             # A run of an earlier version wrote fewer figures.
             if "context_std" in row:
-                lines += self._lines(row)
-        if lines or self.path.exists():
-            write_text(self.path, "".join(lines))
+                warnings += self._warnings(row)
+        if warnings or self.path.exists():
+            write_text(self.path, "".join(json.dumps(warning) + "\n" for warning in warnings))
 
     def figures(self, part_norms: Tensor, output: JEPAOutput, model: VJEPA) -> dict[str, float]:
         """Of a step, in one copy from the device; part_norms as in StepResult."""
@@ -62,19 +62,19 @@ class RunHealth:
         Raises:
             UserError: the warning cannot be written.
         """
-        for line in self._lines(row):
-            self._say(f"WARNING, step {json.loads(line)['step']}: {json.loads(line)['warning']}")
+        for warning in self._warnings(row):
+            self._say(f"WARNING, step {warning['step']}: {warning['warning']}")
             with disk_errors(self.path), self.path.open("a") as file:
-                file.write(line)
+                file.write(json.dumps(warning) + "\n")
 
-    def _lines(self, row: Mapping[str, float | None]) -> list[str]:
+    def _warnings(self, row: Mapping[str, float | None]) -> list[dict[str, object]]:
         self.last = row
         found = self._watch.look(row)
         if found is None:
             return []
         self.num_warnings += 1
         step = int(row["step"] or 0) + 1
-        return [json.dumps({"step": step, "kind": found.kind, "cause": found.cause, "warning": found.text}) + "\n"]
+        return [{"step": step, "kind": found.kind, "cause": found.cause, "warning": found.text}]
 
     def summary(self) -> str:
         """One or two sentences for the end of a run; empty where nothing was measured."""
