@@ -11,7 +11,8 @@ import typer
 from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
-from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
+from vjepa_fast.errors import UserError
 
 EPILOG = """
 Examples:
@@ -50,21 +51,16 @@ def embed(
     clips: Annotated[int, typer.Option(
         metavar="N", min=1, help="Clips of a video: the middle one, or several spread evenly; the first "
                                  "dimension of the features is then the clip.")] = 1,
-    weights: Annotated[str | None, typer.Option(
-        metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
-        show_default="the teacher if there is one")] = None,
+    weights: WeightsOption = None,
     config: ModelConfigOption = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
         help="Of the computation and of the features.")] = "float32",
     batch_size: Annotated[int | None, typer.Option(
         "--batch-size", metavar="N", min=1, help="Clips encoded together.",
         show_default="1 on a CPU, 8 on a GPU")] = None,
-    workers: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")] = None,
-    option: Annotated[list[str] | None, typer.Option(
-        "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as "
-                                           "in num_heads=12.", show_default=False)] = None,
+    workers: WorkersOption = None,
+    option: SetOption = None,
 ) -> None:
     """Write the features of videos, one entry a video; stopped, the same command goes on."""
     with exit_codes():
@@ -76,9 +72,7 @@ def embed(
         from vjepa_fast.inference_videos import EmbedJob, default_sampling, list_videos
         from vjepa_fast.interop.files import open_checkpoint
 
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
-        target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        target = usable_device(device)
         found = list_videos(videos)
         opened = apply_config(open_checkpoint(checkpoint), config)
         model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=fields(option or [], "--set"))

@@ -11,6 +11,7 @@ import typer
 
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
+from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
 from vjepa_fast.cli.probe_labels import ProbeRun
 from vjepa_fast.cli.probe_prediction import run_prediction
 from vjepa_fast.errors import ConfigError
@@ -109,22 +110,17 @@ def probe(
     style: Annotated[Literal["vjepa2", "vjepa1"], typer.Option(
         help="vjepa1: biases and norms without weight decay, gradients clipped to a norm of 1.")] = "vjepa2",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights, order and augmentations.")] = 0,
-    weights: Annotated[str | None, typer.Option(
-        metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
-        show_default="the teacher if there is one")] = None,
+    weights: WeightsOption = None,
     config: ModelConfigOption = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(
         help="Of the encoder, of kept features, and of products in attentive probes.")] = "float32",
     cache: Annotated[Path | None, typer.Option(
         metavar="DIR", help="Where features are kept.", show_default="~/.cache/vjepa_fast/features")] = None,
     encoder_batch: Annotated[int | None, typer.Option(
         metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU")] = None,
-    workers: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")] = None,
-    option: Annotated[list[str] | None, typer.Option(
-        "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as "
-                                           "in num_heads=12.", show_default=False)] = None,
+    workers: WorkersOption = None,
+    option: SetOption = None,
 ) -> None:
     """Fit probes on the features of a frozen encoder, and measure what they read out of new videos."""
     with exit_codes():
@@ -157,7 +153,6 @@ def probe(
         if (out / RESULTS).exists():
             raise ConfigError(f"{out / RESULTS} exists; give another --out or remove it")
         # Imported here: they need seconds, which --help need not wait for.
-        import torch
 
         from vjepa_fast.data.workers import auto_num_workers
         from vjepa_fast.evaluation.attentive_probe import HeadSetting
@@ -168,9 +163,7 @@ def probe(
         from vjepa_fast.inference_videos import list_videos
         from vjepa_fast.interop.files import open_checkpoint
 
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
-        target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        target = usable_device(device)
         opened = apply_config(open_checkpoint(checkpoint), config)
         overrides = fields(option or [], "--set")
         batch = encoder_batch or (8 if target.type == "cuda" else 1)

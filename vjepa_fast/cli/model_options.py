@@ -1,0 +1,36 @@
+"""Options of the commands that use a trained model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vjepa_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")]
+WeightsOption = Annotated[str | None, typer.Option(
+    metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
+    show_default="the teacher if there is one")]
+WorkersOption = Annotated[int | None, typer.Option(
+    metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")]
+SetOption = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as in "
+                                       "num_heads=12.", show_default=False)]
+
+
+def usable_device(name: str) -> torch.device:
+    """What --device means here.
+
+    Raises:
+        ConfigError: it asks for a GPU that is not there.
+    """
+    # Imported here: it needs seconds, which --help need not wait for.
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false)")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
