@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +12,14 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from tests.e2e.conftest import write_video
-from tests.train.tiny import tiny_config
 from vjepa_fast.errors import ConfigError
 from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.train.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def video_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(4):
-        write_video(folder / f"{number}.mp4", number)
-    (folder / "list.csv").write_text("".join(f"{folder}/{number}.mp4 0\n" for number in range(4)))
-    return folder / "list.csv"
-
-
 @pytest.fixture
-def make(video_csv: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    def build(*changes: str, resume: bool = False) -> Trainer:
-        (tmp_path / "run").mkdir(exist_ok=True)
-        cfg = tiny_config(video_csv, tmp_path / "cache", "model.objective=pixels", *changes)
-        return Trainer(cfg, folder=tmp_path / "run", resume=resume)
-
-    return build
+def make_pixels(make: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    return functools.partial(make, "model.objective=pixels")
 
 
 def plain_targets(clips: torch.Tensor, tubelet: int, patch: int) -> torch.Tensor:
@@ -78,22 +63,22 @@ def test_loss_and_gradient_against_plain_pytorch(exponent: float) -> None:
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()
 
 
-def test_no_teacher_runs(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make()
+def test_no_teacher_runs(make_pixels: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_pixels()
     monkeypatch.setattr(trainer.model.target_encoder, "forward_packed", None)
     result = trainer.run_step(next(iter(trainer.loader)))
     trainer.loader.close()
     assert torch.isfinite(result.loss)
 
 
-def test_training_resumes_to_the_bit_and_loads(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    make("train.max_steps=6").fit()
+def test_training_resumes_to_the_bit_and_loads(make_pixels: Callable[..., Trainer], tmp_path: Path) -> None:
+    make_pixels("train.max_steps=6").fit()
     log = tmp_path / "run" / "metrics.jsonl"
     whole = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     for path in (tmp_path / "run").iterdir():
         path.unlink()
-    make("train.max_steps=3").fit()
-    make("train.max_steps=6", resume=True).fit()
+    make_pixels("train.max_steps=3").fit()
+    make_pixels("train.max_steps=6", resume=True).fit()
     assert json.loads(log.read_text().splitlines()[-1])["loss"] == whole[-1]
     model = vf.load(tmp_path / "run")
     clips = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
