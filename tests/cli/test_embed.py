@@ -24,11 +24,7 @@ from vjepa_fast.inference import InferenceModel
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose config says 8 frames at 8 frames a second, 64 px."""
-    folder = tmp_path_factory.mktemp("run")
-    own = {"vjepa_fast": {"config": models.config().model_dump(mode="json")}}
-    torch.save(models.contents(models.model()) | own, folder / "latest.pt")
-    return folder
+    return models.write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.data.conftest import write_video
 from tests.interop import models
@@ -13,11 +12,7 @@ from tests.interop import models
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose config says 8 frames at 8 frames a second, 64 px."""
-    folder = tmp_path_factory.mktemp("run")
-    own = {"vjepa_fast": {"config": models.config().model_dump(mode="json")}}
-    torch.save(models.contents(models.model()) | own, folder / "latest.pt")
-    return folder
+    return models.write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")

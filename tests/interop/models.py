@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def contents(made: vf.VJEPA, prefix: str = meta.PREFIX) -> dict[str, Any]:
     return {**{name: prefixed(getattr(made, name).state_dict(), prefix) for name in meta.NETWORKS},
             "opt": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 3, "loss": 0.5, "batch_size": 2,
             "world_size": 1, "lr": 1e-3}
+
+
+def write_run(folder: Path) -> Path:
+    """The folder, with a checkpoint whose config says 8 frames at 8 frames a second, 64 px."""
+    own = {"vjepa_fast": {"config": config().model_dump(mode="json")}}
+    torch.save(contents(model()) | own, folder / "latest.pt")
+    return folder
 
 
 def probe(num_classes: int = 5, depth: int = 4) -> AttentiveClassifier:
