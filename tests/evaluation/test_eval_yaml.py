@@ -88,6 +88,7 @@ def test_their_own_files(variable: str) -> None:
     (V2, ("use_pos_embed: false", "use_pos_embed: true"), "(positions of segments) is not supported; take it out"),
     (V2, ("num_epochs: 2", "num_epochs: many"), "num_epochs is 'many'; expected a positive whole number"),
     (V2, ("multihead_kwargs", "heads"), "multihead_kwargs is missing"),
+    (V1, ("pretrain:", "model:"), "has neither experiment (V-JEPA 2) nor pretrain (V-JEPA 1)"),
     (V1, ("attend_across_segments: true", "attend_across_segments: false"), "(segments one by one) is not supported"),
 ])
 def test_what_is_not_there_is_said(text: str, change: tuple[str, str], message: str, tmp_path: Path) -> None:
