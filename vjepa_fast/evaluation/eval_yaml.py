@@ -43,8 +43,8 @@ def read_eval_yaml(path: Path) -> EvalYaml:
     if name not in (None, "video_classification_frozen"):
         raise ConfigError(f"{path} is of {name}; expected an evaluation of video_classification_frozen")
     if not {"experiment", "pretrain"} & content.keys():
-        raise ConfigError(f"{path} has neither experiment (V-JEPA 2) nor pretrain (V-JEPA 1); expected a file of Meta's "
-                          "configs/eval or configs/evals")
+        raise ConfigError(f"{path} has neither experiment (V-JEPA 2) nor pretrain (V-JEPA 1); expected a file of "
+                          "Meta's configs/eval or configs/evals")
     source = _Source(path, content)
     found = _read_v2(source) if "experiment" in content else _read_v1(source)
     gpus = source.number("nodes", 1) * source.number("tasks_per_node", 1)
