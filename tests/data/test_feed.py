@@ -30,6 +30,17 @@ from vjepa_fast.errors import UserError
 BROKEN = "a decoding process died"
 
 
+def test_more_processes_than_cores_are_no_news(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder,
+) -> None:
+    """The number is the config's; torch would print a warning of five lines each time the processes start."""
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1)
+    loader = build_loader(config(), 0, 1, torch.device("cpu"))
+    next(iter(loader))
+    loader.close()
+    assert not recwarn.list
+
+
 @pytest.fixture
 def config(video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DataConfig]:
     monkeypatch.setattr(feed_module, "_POLL_SECONDS", 0.2)

@@ -35,6 +35,12 @@ _NO_START = ("the decoding processes cannot be started ({}): lower data.num_work
              "process")
 
 
+class _Loader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """No warning of more processes than cores: the config says so, as the reference's files do on a small machine;
+        where it says nothing there are fewer (auto_num_workers)."""
+
+
 class Feed:
     """The batches of some steps. One thread at a time may call `take`.
 
@@ -85,8 +91,8 @@ class Feed:
             options = {"prefetch_factor": reader.cfg.prefetch, "multiprocessing_context": context,
                        "worker_init_fn": WorkerInit(self._closing), "timeout": _POLL_SECONDS}
         steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
-        return DataLoader(reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
-                          num_workers=self._num_workers, **options)
+        return _Loader(reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
+                       num_workers=self._num_workers, **options)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
