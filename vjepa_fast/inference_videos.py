@@ -85,21 +85,28 @@ class Progress:
     broken: int = 0
 
 
-def list_videos(names: Iterable[str]) -> Videos:
+def list_videos(names: Iterable[str], one_label: bool = False) -> Videos:
     """The videos that some arguments stand for: files, folders, globs, CSV or .npy manifests, packs.
 
+    Args:
+        names: the arguments.
+        one_label: a video that is listed again must have the label that it had; else the first one counts.
+
     Raises:
-        UserError: one of them does not exist or is empty.
+        UserError: one of them does not exist or is empty, or a video has two labels.
     """
     found = Videos()
-    known: set[str] = set()
+    known: dict[str, Any] = {}
     for name in names:
         pack = open_pack(name)
         paths, labels = (pack.paths, pack.labels) if pack is not None else read_manifest(name)
         for place, (path, label) in enumerate(zip(paths, labels, strict=True)):
             if path in known:
+                if one_label and known[path] != label:
+                    raise UserError(f"dataset {name!r}: {path} is there twice, with label {known[path]!r} and with "
+                                    f"{label!r}; expected one label a video")
                 continue
-            known.add(path)
+            known[path] = label
             if pack is not None:
                 found.places[len(found.paths)] = pack, place
             found.paths.append(path)

@@ -174,6 +174,16 @@ def test_what_does_not_fit(
     assert message in result.output
 
 
+def test_a_video_with_two_labels(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
+    val = tmp_path / "val.csv"
+    val.write_text(f"{videos}/6.mp4 0\n{videos}/7.mp4 1\n{videos}/6.mp4 1\n")
+    result = run("--checkpoint", checkpoint, "--val", val, "--task", "surprise", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "6.mp4 is there twice, with label 0 and with 1" in result.output
+    # Nothing is asked of labels here.
+    assert run("--checkpoint", checkpoint, "--val", val, "--task", "horizon", "--out",
+               tmp_path / "out").exit_code == 0
+
+
 def test_a_file_without_predictor(manifests: tuple[Path, Path], tmp_path: Path) -> None:
     torch.save({"target_encoder": models.contents(models.model())["target_encoder"]}, tmp_path / "encoder.pt")
     result = run("--checkpoint", tmp_path / "encoder.pt", "--val", manifests[1], "--task", "horizon", "--set",

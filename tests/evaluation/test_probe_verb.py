@@ -95,6 +95,11 @@ def test_the_student_on_demand(checkpoint: Path, manifests: tuple[Path, Path], t
     ("0 0.5\n1 0.5\n", "2 0.5\n3 1\n", "target 0 is 0.5 for every video; there is nothing to predict", 1),
     ("0 0.5\n", "2 0.5\n3 1\n", "dataset '{train}' has one video; expected at least two", 1),
     ("0 0.5\n1 nan\n", "2 0.5\n3 1\n", "expected numbers", 1),
+    ("0 3\n1 7\n0 7\n", "2 3\n",
+     "dataset '{train}': {videos}/0.mp4 is there twice, with label 3 and with 7; expected one label a video", 1),
+    ("0 3\n1 7\n", "2 3\n2 3\n2 7\n", "dataset '{val}': {videos}/2.mp4 is there twice, with label 3 and with 7", 1),
+    ("0 0.5,1\n1 2,3\n0 0.5,2\n", "2 0.5,1\n",
+     "{videos}/0.mp4 is there twice, with label '0.5,1' and with '0.5,2'", 1),
 ])
 def test_labels_that_do_not_fit(
     checkpoint: Path, videos: Path, tmp_path: Path, train: str, val: str, message: str, code: int,
@@ -109,6 +114,14 @@ def test_labels_that_do_not_fit(
     assert result.exit_code == code, result.output
     assert message.format(**names, videos=videos) in result.output
     assert "Traceback" not in result.output and not (tmp_path / "out").exists()
+
+
+def test_a_video_that_is_listed_again_counts_once(
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path,
+) -> None:
+    manifests[0].write_text(2 * manifests[0].read_text())
+    assert of(checkpoint, manifests, tmp_path / "out", "--probe", "knn").exit_code == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["train"]["videos"] == 6
 
 
 def test_what_is_odd_is_said(checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def probe(
         batch = encoder_batch or (8 if target.type == "cuda" else 1)
         num_workers = workers or max(1, auto_num_workers(target))
         if task in ("horizon", "surprise"):
-            videos = list_videos([val])
+            videos = list_videos([val], one_label=task == "surprise")
             encoders = load_encoders(opened, dtype, overrides)
             for note in encoders[0].assumed:
                 say("warning", note)

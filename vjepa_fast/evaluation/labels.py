@@ -108,7 +108,8 @@ def read_labels(train: str, val: str, task: Task | None = None, names: Sequence[
         names: of the columns of a regression.
 
     Raises:
-        UserError: a manifest is missing or empty, or labels do not fit each other; the message says which.
+        UserError: a manifest is missing or empty, a video has two labels, or labels do not fit each other; the message
+            says which.
         ConfigError: `names` do not fit.
     """
     videos = {name: _listed(name) for name in dict.fromkeys((train, val))}
@@ -148,7 +149,7 @@ def read_labels(train: str, val: str, task: Task | None = None, names: Sequence[
 
 
 def _listed(name: str) -> Videos:
-    videos = list_videos([name])
+    videos = list_videos([name], one_label=True)
     if not videos.paths:
         raise UserError(f"dataset {name!r} is empty; expected lines of the form \"path label\" or \"path::label\"")
     return videos
