@@ -126,7 +126,7 @@ class InferenceModel(nn.Module):
 
         Returns:
             [B, K, D]; of V-JEPA 2.1, features of all its depths side by side, [B, K, 4 * D] (a distilled model: of its
-            teacher's width).
+            teacher's width); of a run on pixels normalised pixels, [B, K, 3 * tubelet * patch^2], channel by channel.
 
         Raises:
             UserError: there is no predictor, or one that wants noised targets (use_mask_tokens: false).
@@ -270,7 +270,8 @@ def load(
         path: a checkpoint of facebookresearch/jepa or vjepa2 or of ours, a run folder, a .safetensors file, a Hugging
             Face folder.
         weights: `target_encoder` (or `ema_encoder`), the teacher, or `encoder`, the student. None: the teacher where
-            the file has one, as the reference's evaluations do; its torch.hub loads the student.
+            the file has one, as the reference's evaluations do; its torch.hub loads the student. Of a run on pixels
+            (model.objective=pixels), which has no teacher, None is the student.
         device: where the parameters go.
         dtype: float32, bfloat16 or float16: of the parameters and of the computation.
         predictor: False leaves it in the file.

@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import vjepa_fast as vf
+from vjepa_fast.cli.main import app
+from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.errors import ConfigError
+from vjepa_fast.inference_videos import default_sampling, list_videos, read_clips
+from vjepa_fast.interop.files import open_checkpoint
 from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.train.trainer import Trainer
 
@@ -83,6 +89,59 @@ def test_training_resumes_to_the_bit_and_loads(make_pixels: Callable[..., Traine
     model = vf.load(tmp_path / "run")
     clips = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
     assert model.encode(clips).shape == (1, 32, 32)
+
+
+def run(*args: object) -> str:
+    """What a command says."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_probe_and_embed_read_what_was_trained(
+    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The student, as the moving average has hardly moved; the average on demand."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trainer = make_pixels("train.max_steps=3")
+    trainer.fit()
+    checkpoint, videos = tmp_path / "run", read_manifest(str(video_csv))[0]
+    train, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    train.write_text("".join(f"{path} {number % 2}\n" for number, path in enumerate(videos[:6])))
+    val.write_text("".join(f"{path} {number % 2}\n" for number, path in enumerate(videos[6:])))
+    for asked, weights in ((), "encoder"), (("--weights", "target_encoder"), "target_encoder"):
+        out = tmp_path / weights
+        run("probe", "--checkpoint", checkpoint, "--train", train, "--val", val, "--epochs", 1, "--out", out, *asked)
+        found = json.loads((out / "results.json").read_text())
+        assert found["weights"] == weights and set(found["probes"]) == {"baseline", "linear", "knn", "attentive"}
+        features = out / "features.safetensors"
+        assert f"of the {weights}" in run("embed", val, "--checkpoint", checkpoint, "--out", features, *asked)
+        model = vf.load(checkpoint, weights=weights)
+        sampling = default_sampling(model, None, None, None, 1)
+        clips = read_clips(list_videos([str(val)]).open(0), sampling)
+        assert torch.equal(load_file(features)[str(videos[6])], model.encode(clips)[0])
+    own = vf.load(checkpoint).encoder.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in trainer.model.encoder.state_dict().items())
+    assert not torch.equal(own["norm.weight"], trainer.model.target_encoder.norm.weight)
+
+
+def test_commands_that_compare_features_refuse_pixels(
+    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path,
+) -> None:
+    make_pixels("train.max_steps=3").fit()
+    out = tmp_path / "out"
+    for args, message in (
+        (("probe", "--checkpoint", tmp_path / "run", "--val", video_csv, "--task", "horizon", "--out", out),
+         "predicts pixels (model.objective=pixels), and this task compares features"),
+        (("convert", tmp_path / "run", tmp_path / "hf", "--to", "hf"), "it has a predictor of pixels"),
+    ):
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output
+
+
+def test_a_run_on_features_keeps_its_teacher(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    make("train.max_steps=3").fit()
+    assert open_checkpoint(tmp_path / "run").choose() == "target_encoder"
 
 
 def test_what_it_does_not_go_with() -> None:

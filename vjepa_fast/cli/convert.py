@@ -53,7 +53,7 @@ def convert(
         show_default=False)] = ...,  # type: ignore[assignment]
     weights: Annotated[str | None, typer.Option(
         metavar="KEY", help="The encoder to take: target_encoder or ema_encoder (the teacher), encoder (the student).",
-        show_default="the teacher if there is one")] = None,
+        show_default="the teacher if there is one; of a run on pixels the student")] = None,
     config: ModelConfigOption = None,
     probe: Annotated[Path | None, typer.Option(
         metavar="FILE", help="A checkpoint of attentive probes to put beside the encoder; for hf, the result is a "

@@ -120,7 +120,7 @@ def load_encoders(opened: Checkpoint, dtype: Any, overrides: dict[str, Any]) -> 
         overrides: fields of ModelConfig.
 
     Raises:
-        UserError: no predictor, or one that predicts another model's features.
+        UserError: no predictor, or one that predicts pixels or another model's features.
     """
     if opened.predictor is None:
         raise UserError(f"checkpoint {opened.path} has no predictor, which this task asks; give a training checkpoint "
@@ -130,6 +130,9 @@ def load_encoders(opened: Checkpoint, dtype: Any, overrides: dict[str, Any]) -> 
     if not context.cfg.use_mask_tokens:
         raise UserError(f"the predictor of checkpoint {opened.path} was trained with noised targets in place of mask "
                         "tokens (use_mask_tokens: false), so that it predicts nothing without them")
+    if context.cfg.objective == "pixels":
+        raise UserError(f"the predictor of checkpoint {opened.path} predicts pixels (model.objective=pixels), and this "
+                        "task compares features; give a checkpoint of model.objective=latent")
     if context.cfg.teacher_embed_dim is not None:
         raise UserError(f"the model of checkpoint {opened.path} was distilled: it predicts the features of its teacher "
                         "(model.teacher_embed_dim), which the file does not hold")

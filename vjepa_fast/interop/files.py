@@ -67,7 +67,7 @@ class Checkpoint:
 
         Args:
             weights: `encoder` (the student), `target_encoder` or `ema_encoder` (the teacher); None: the teacher, else
-                what there is.
+                what there is; of a run on pixels the student, as its moving average taught nothing.
 
         Raises:
             ConfigError: no such key in the file.
@@ -78,6 +78,8 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.path} holds {held} but no encoder; give the file of the encoder that "
                             "belongs to it")
         if weights is None:
+            if self.model.get("objective") == "pixels" and "encoder" in self.encoders:
+                return "encoder"
             return next(key for key in ENCODERS if key in self.encoders)
         if weights not in self.encoders:
             raise ConfigError(f"checkpoint {self.path} has no {weights}; it has {', '.join(self.encoders)}")

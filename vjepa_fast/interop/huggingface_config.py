@@ -28,6 +28,7 @@ def to_hf_config(cfg: ModelConfig, num_pooler_layers: int | None = None, labels:
     assert cfg.crop_size is not None
     unfit = [
         (cfg.n_output_distillation is not None, "the parts of V-JEPA 2.1; transformers has V-JEPA 2 only"),
+        (cfg.objective == "pixels" and predictor, "a predictor of pixels; transformers has one of features only"),
         (not cfg.use_mask_tokens, "noised targets in place of mask tokens; transformers has mask tokens only"),
         (not cfg.use_rope, "sine-cosine or learned positions; transformers has RoPE only"),
         (cfg.use_rope and cfg.rope_style != "tiled", "RoPE as in V-JEPA 2.1; transformers has that of V-JEPA 2 only"),
