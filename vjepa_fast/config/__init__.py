@@ -18,7 +18,7 @@ from vjepa_fast.config.messages import explain
 from vjepa_fast.config.schema import Config, MaskConfig
 from vjepa_fast.errors import ConfigError
 
-__all__ = ["Config", "ConfigWarning", "dump", "load_config", "load_recipe", "recipe_names"]
+__all__ = ["Config", "ConfigWarning", "contents", "dump", "load_config", "load_recipe", "recipe_names"]
 
 _COPIES = {
     "model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"}, "data": {"seed"}}
@@ -80,7 +80,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """The whole config as YAML; `load_config` of the text gives an equal one. Keys that only copy a key of another
     section (model.crop_size is data.crop_size) are left out."""
-    return yaml_io.write(config.model_dump(mode="json", exclude=_COPIES))
+    return yaml_io.write(contents(config))
+
+
+def contents(config: Config) -> dict[str, Any]:
+    """What `dump` writes, as plain dicts, lists and scalars."""
+    return config.model_dump(mode="json", exclude=_COPIES)
 
 
 def _recipe(name: str) -> dict[str, Any]:

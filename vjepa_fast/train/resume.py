@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vjepa_fast
+from vjepa_fast.config.differences import leaves
 from vjepa_fast.config.schema import Config
 from vjepa_fast.errors import UserError
 from vjepa_fast.interop import meta
@@ -229,21 +229,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Args:
         old, new: configs as `Config.model_dump(mode="json")` gives them.
     """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key} {before[key]} -> {after[key]}"
         for key in before
         if key in after and key not in _HARMLESS and before[key] != after[key]
     ]
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _leaves(item, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        yield f"{prefix} (how many)", len(value)
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{prefix}.{index}")
-    else:
-        yield prefix, list(value) if isinstance(value, tuple) else value
