@@ -85,7 +85,8 @@ def test_terminal(config: Path, tmp_path: Path) -> None:
     for word in ("step ", "/600", "loss ", "lr ", "clips/s", "data wait ", "%"):
         assert word in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
-    assert text.endswith("continue with --resume\r\n")
+    assert text.split("\r\n")[-3:] == [
+        "continue with --resume", f"report {tmp_path}/run/report.html, curve {tmp_path}/run/loss.png", ""]
 
 
 def test_reader_that_goes_away(config: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from vjepa_fast.errors import UserError
 from vjepa_fast.train import files
-from vjepa_fast.train.metrics import COLUMNS, MetricsLog, _running_mean, plot_loss, read_csv
+from vjepa_fast.train.metrics import COLUMNS, MetricsLog, read_csv
 
 
 def row(step: int, loss: float = 0.5) -> dict[str, Any]:
@@ -91,22 +91,6 @@ def test_tensorboard(tmp_path: Path) -> None:
     accumulator.Reload()
     assert [event.value for event in accumulator.Scalars("loss")] == [0.75]
     assert [event.value for event in accumulator.Scalars("target_std")] == [0.25]
-
-
-def test_running_mean() -> None:
-    values = [1.0, 3.0, math.nan, 5.0, 7.0]
-    assert _running_mean(values, 2).tolist() == [1, 2, 3, 5, 6]
-    assert _running_mean(values, 100).tolist() == [1, 2, 2, 3, 4]
-
-
-def test_picture(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, 0)
-    plot_loss(log.csv_path, log.jsonl_path, tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
-    log.write([row(0), row(1, math.nan)], {"target_std": 0.1, "prediction_std": math.nan, "target_rank": 3.0})
-    plot_loss(log.csv_path, log.jsonl_path, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "log_r0.csv", "metrics.jsonl"}
 
 
 def test_a_log_of_the_reference_is_kept_beside_ours(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes down: CSV with the reference's columns first, JSON lines, TensorBoard, a loss curve."""
+"""What a run writes down: CSV with the reference's columns first, JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vjepa_fast.errors import ConfigError
-from vjepa_fast.train.files import atomic_path, disk_errors, write_text
+from vjepa_fast.train.files import disk_errors, write_text
 
 COLUMNS = (
     "epoch", "itr", "loss", "iter-time(ms)", "gpu-time(ms)", "dataload-time(ms)",
@@ -120,71 +118,3 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("clips_per_s") not in (None, "")]
-
-
-def plot_loss(csv_path: Path, jsonl_path: Path, out: Path) -> None:
-    """Loss curve, loss by mask and by time slot, and feature health as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_csv(csv_path)
-    if not rows:
-        return
-    steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["loss"]) for row in rows]
-    health = [json.loads(line) for line in jsonl_path.read_text().splitlines()]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
-    width = max(1, len(losses) // 30)
-    left.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35 if width > 1 else 1, label="each step")
-    if width > 1:
-        left.plot(steps, _running_mean(losses, width), color="tab:blue", label=f"mean of {width}")
-    left.set(xlabel="step", ylabel="loss", title="Prediction loss")
-    left.legend()
-    left.grid(alpha=0.3)
-    _plot_places(middle, health)
-    for key, colour in (
-            ("target_std", "tab:green"), ("prediction_std", "tab:orange"), ("context_std", "tab:olive"),
-            ("explained", "tab:red")):
-        label = key.replace("_", " ") + (" share of the variance" if key == "explained" else "")
-        right.plot(*_points(health, key), color=colour, marker=".", label=label)
-    rank = right.twinx()
-    for key, style in (("target_rank", "--"), ("context_rank", ":")):
-        rank.plot(*_points(health, key), color="tab:grey", linestyle=style, label=key.replace("_", " "))
-    rank.set(ylabel="effective rank", ylim=(0, None))
-    right.set(xlabel="step", ylabel="std over tokens", ylim=(0, None), title="Feature health (0 means collapse)")
-    lines = right.get_legend_handles_labels(), rank.get_legend_handles_labels()
-    right.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1], fontsize="small")
-    right.grid(alpha=0.3)
-    with disk_errors(out), atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-
-
-def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _plot_places(axes: Any, health: list[dict[str, Any]]) -> None:
-    """Loss by mask and by time slot, of the steps with a line in the log."""
-    keys = list(dict.fromkeys(key for row in health for key in row if key.startswith(("loss_mask", "loss_slot"))))
-    for key in keys:
-        kind, number = key[5:9], int(key[9:])
-        style = {"linestyle": "--"} if kind == "mask" else {"color": f"C{number % 10}"}
-        axes.plot(*_points(health, key), label=f"{kind} {number}", linewidth=1, **style)
-    axes.set(xlabel="step", ylabel="loss", title="Loss by mask and by tubelet in time")
-    if 0 < len(keys) <= 16:
-        axes.legend(fontsize="small", ncols=2)
-    axes.grid(alpha=0.3)
-
-
-def _running_mean(values: list[float], width: int) -> np.ndarray:
-    """Mean of the last `width` finite values at every place, over fewer at the beginning."""
-    x = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(x)
-    sums = np.cumsum(np.where(finite, x, 0.0))
-    counts = np.cumsum(finite)
-    sums[width:] -= sums[:-width].copy()
-    counts[width:] -= counts[:-width].copy()
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -26,6 +26,11 @@ class RunSummary:
     """Share of that time that the first process waited for clips, 0 to 1 (vjepa_fast.train.timing)."""
     folder: Path
 
+    @property
+    def how(self) -> str:
+        """It ended."""
+        return {0: "finished", 1: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[self.exit_code]
+
     def tell(self, console: RunConsole, total_steps: int, checkpoint: Path | None) -> None:
         """Print it.
 
@@ -33,13 +38,9 @@ class RunSummary:
             total_steps: of the schedules, which the run may not have reached.
             checkpoint: the newest of the run; None: none was written.
         """
-        how = {0: "finished", 1: "stopped", 130: "interrupted", 143: "ended by SIGTERM"}[self.exit_code]
         figures = [f"loss {self.loss:.4f}"] if math.isfinite(self.loss) else []
         if math.isfinite(self.clips_per_s):
             figures += [f"{self.clips_per_s:.1f} clips/s", f"data wait {100 * self.data_wait:.1f} %"]
-        curve = self.folder / "loss.png"
-        written = [f"checkpoint {checkpoint}"] if checkpoint is not None else []
-        written += [f"curve {curve}"] if curve.exists() else []
         console.print(
-            f"{how} at step {self.step} of {total_steps}{': ' if figures else ''}{', '.join(figures)}"
-            + ("\n" if written else "") + ", ".join(written), highlight=False, soft_wrap=True)
+            f"{self.how} at step {self.step} of {total_steps}{': ' if figures else ''}{', '.join(figures)}"
+            + ("" if checkpoint is None else f"\ncheckpoint {checkpoint}"), highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,19 +26,21 @@ from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.models.regions import require_compiler
 from vjepa_fast.rng import Stream, pack_tag, random_words
+from vjepa_fast.train import record
 from vjepa_fast.train.bad_steps import BadSteps
 from vjepa_fast.train.broken_list import BrokenList
 from vjepa_fast.train.distributed import Processes, choose_device
 from vjepa_fast.train.figures import Pending, read_back
 from vjepa_fast.train.files import remove_leftovers, write_text
 from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
-from vjepa_fast.train.metrics import MetricsLog, plot_loss
+from vjepa_fast.train.metrics import MetricsLog
 from vjepa_fast.train.optim import AdamWEMA
 from vjepa_fast.train.out_of_memory import explain, ran_out
 from vjepa_fast.train.outliers import MAX_OUTLIERS
 from vjepa_fast.train.parallel import data_parallel, is_sharded, optimizer_of, shard, whole_copy
 from vjepa_fast.train.profiling import StepProfiler
 from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
+from vjepa_fast.train.report import conclude
 from vjepa_fast.train.resume import RunCheckpoints, Surroundings
 from vjepa_fast.train.run_folder import choose_folder, newest_checkpoint
 from vjepa_fast.train.signals import StopSignals
@@ -143,16 +146,25 @@ class Trainer:
             UserError: too many broken videos or decoding processes that keep dying, both after a checkpoint was
                 written; a full disk, gradients that stay non-finite, or an output that nobody reads any more.
         """
-        cfg = self.cfg
         if self.processes.is_first:
             remove_leftovers(self.folder)
             self.writer.forget_after(self.step)
-            write_text(self.folder / "config.yaml", config_files.dump(cfg))
+            write_text(self.folder / "config.yaml", config_files.dump(self.cfg))
+            record.begin(self.folder, self.step, self.device.type, self._about())
         # The others write files too, whose temporary names must not be taken for leftovers.
         self.processes.wait()
         self.stop.install()
         self._announce()
-        log = MetricsLog(self.folder, self.processes.rank, self.step, cfg.train.tensorboard)
+        try:
+            summary = self._fit()
+        except Exception as error:
+            self._report(str(error) or type(error).__name__)
+            raise
+        self._report(summary.how)
+        return summary
+
+    def _fit(self) -> RunSummary:
+        log = MetricsLog(self.folder, self.processes.rank, self.step, self.cfg.train.tensorboard)
         if self.processes.is_first:
             self.health.rewind(log.jsonl_path)
         progress = ProgressReport(self.last_step, self.step, self.console, self.processes.is_first)
@@ -169,8 +181,6 @@ class Trainer:
             self.broken_list.write(self.loader.broken())
             log.close()
             self.stop.restore()
-        if self.processes.is_first:
-            plot_loss(log.csv_path, log.jsonl_path, self.folder / "loss.png")
         code = 1 if self._stop_code == _NO_CLIPS else self._stop_code
         summary = RunSummary(code, self.step, self._recent_loss, speed.clips_per_s, speed.data_wait, self.folder)
         self._summarise(summary)
@@ -399,9 +409,26 @@ class Trainer:
             csv = self.manifests[SYNTHETIC]
             self.synthetic = SyntheticSet(csv, csv.with_name("val.csv"))
 
+    def _about(self) -> dict[str, Any]:
+        """For the record of the run."""
+        names = self.cfg.data.datasets
+        return {
+            "encoder_parameters": _num_parameters(self.model.encoder),
+            "predictor_parameters": _num_parameters(self.model.predictor), "videos": self.loader.num_videos,
+            "manifests": [
+                name if "://" in name else str(Path(self.manifests.get(name, name)).absolute()) for name in names],
+            "held_out": str(self.manifests[names[0]].with_name("val.csv")) if names[0] in self.manifests else None,
+            "clips_a_step": self.global_batch, "images_a_step": self._global_images,
+            "processes": self.processes.world_size,
+        }
+
+    def _report(self, how: str) -> None:
+        if self.processes.is_first:
+            conclude(self.folder, self.step, how, self._say)
+
     def _announce(self) -> None:
         cfg = self.cfg
-        counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.model.encoder, self.model.predictor)]
+        counts = [_num_parameters(network) / 1e6 for network in (self.model.encoder, self.model.predictor)]
         tokens = " + ".join(str(t * h * w) for t, h, w in self.masks.grids)
         and_images, images = "", ""
         if cfg.img_data is not None:
@@ -440,3 +467,7 @@ class Trainer:
             from vjepa_fast.evaluation.demo import probe_table
 
             probe_table(self.cfg, model.to(self.device), self.synthetic, self.folder, self.console)
+
+
+def _num_parameters(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
