@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -129,6 +130,8 @@ def test_what_is_on_record(run: Path) -> None:
     assert "12 videos: /data/a b.csv" in page.text and "2 x " in page.text and "torch 2." in page.text
     assert "--resume --nproc 2 train.max_steps=null" in page.text
     assert "vjepa-fast embed '/data/a b.csv'" in page.text and "--val /data/val.csv" in page.text
+    record.end(run, 4, "no <i>luck</i>")
+    assert "of 320 (train.max_steps=4): no <i>luck</i>." in page_of(run).text
     # A run from the beginning is another run.
     record.begin(run, 0, "cpu", about)
     assert len(record.read(run)) == 1
@@ -149,6 +152,12 @@ def test_warnings_and_lists_in_their_own_words(run: Path, marked: list[list[int]
     assert "1; others took their places." in page.text and "<img src=x>.mp4 no moov atom" in page.text
     assert "2, between step 2 and 3" in page.text
     assert "velocity R2 shape accuracy trained <i>encoder 0.50" in page.text.replace("  ", " ")
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_folder_whose_name_is_no_text(run: Path) -> None:
+    there = run.rename(run.with_name(os.fsdecode(b"run\xff")))
+    assert "Run run?" in page_of(there).text
 
 
 @pytest.mark.usefixtures("marked")

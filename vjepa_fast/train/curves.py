@@ -21,6 +21,8 @@ import numpy as np
 
 MAX_POINTS = 2000
 """Of a line; more than a picture has pixels for."""
+MAX_WINDOW = 300
+"""Steps that a smoothed curve is the mean of."""
 MAX_MARKS = 20
 """Warnings that are marked."""
 
@@ -54,8 +56,8 @@ class Curves:
 
     @property
     def window(self) -> int:
-        """Steps that a smoothed curve is the mean of."""
-        return max(1, len(self) // 30)
+        """Steps that a smoothed curve is the mean of; few enough that it does not lag behind."""
+        return max(1, min(MAX_WINDOW, len(self) // 30))
 
     def speed(self) -> tuple[float, float]:
         """Clips a second, and the share of the time that was waited for clips, after the first steps; nan: unknown."""
@@ -228,7 +230,8 @@ def _steps(axes: Any, curves: Curves, name: str, colour: str, smooth: bool = Tru
         pieces = np.where(np.isfinite(values[:whole]), values[:whole], math.nan).reshape(-1, every)
         known = np.isfinite(pieces).any(1)
         low, high = np.nanmin(pieces[known], 1), np.nanmax(pieces[known], 1)
-        axes.fill_between(steps[:whole:every][known], low, high, color=colour, alpha=0.3, linewidth=0,
+        # With an edge, or a single high step would be narrower than a pixel.
+        axes.fill_between(steps[:whole:every][known], low, high, color=colour, alpha=0.3, linewidth=0.8,
                           label="range of steps")
     else:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35 if window > 1 and smooth else 1,
@@ -251,13 +254,15 @@ def _places(axes: Any, curves: Curves) -> None:
 
     found = sorted({(match[1], int(match[2]), match[0]) for row in curves.rows for key in row
                     if (match := _PLACE.fullmatch(key))})
-    latest = max((number for kind, number, _ in found if kind == "slot"), default=0)
+    slots = [number for kind, number, _ in found if kind == "slot"]
     for kind, number, key in found[:80]:
         style: dict[str, Any] = {"linestyle": "--", "color": f"C{number % 10}"}
+        named = True
         if kind == "slot":
-            # From dark to light as time goes on.
-            style = {"color": colormaps["viridis"](0.95 * number / max(1, latest))}
-        axes.plot(*curves.series(key), label=f"{kind} {number}", linewidth=1.2, **style)
+            # From dark to light as time goes on; of many the ends tell which is which.
+            style = {"color": colormaps["viridis"](0.95 * number / max(1, slots[-1]))}
+            named = len(slots) <= 10 or number in (slots[0], slots[-1])
+        axes.plot(*curves.series(key), label=f"{kind} {number}" if named else None, linewidth=1.2, **style)
     axes.set(title="Loss by mask (dashed) and by tubelet in time", ylabel="loss")
 
 

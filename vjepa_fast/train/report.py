@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _figures(run: _Run) -> dict[str, str]:
         figures["loss, first and last"] = f"{losses[0]:.3f} to {losses[-curves.window:].mean():.3f}"
     explained, ranks = curves.series("explained")[1], curves.series("target_rank")[1]
     if explained:
-        figures["explained at the end"] = f"{100 * explained[-1]:.0f} %"
+        figures["explained at the end"] = f"{round(100 * explained[-1])} %"
     if ranks:
         figures["effective rank of the targets"] = f"{ranks[-1]:.0f}"
     rate, wait = curves.speed()
@@ -371,9 +372,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vjepa_fast.train.report", description="The page about a run.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     try:
-        print(write_report(parser.parse_args().folder))
+        path = write_report(parser.parse_args().folder)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    print(os.fsencode(path).decode(errors="replace"))
 
 
 if __name__ == "__main__":
