@@ -98,7 +98,7 @@ def test_a_page_of_its_own(run: Path) -> None:
     assert "http" not in (run / "report.html").read_text()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     for words in ("Run run <1>", "The log ends at step 4 of 320", "1.000 to 0.625", "25 %", "17", "vit_tiny",
-                  "float32, 239", "there is no run.json", "optimization.lr 0.002 0.001", "None."):
+                  "float32, 239", "8 frames, 48 x 48 pixels, 6 frames/s", "there is no run.json", "optimization.lr 0.002 0.001", "None."):
         assert words in page.text, words
 
 
@@ -188,6 +188,13 @@ def test_files_that_are_something_else(content: str, run: Path) -> None:
         (run / name).write_text(content)
     page = page_of(run)
     assert "probe.json cannot be read" in page.text
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_line_that_a_kill_cut_short(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert "1 line of metrics.jsonl cannot be read and is left out" in page_of(run).text
 
 
 def test_no_run(tmp_path: Path) -> None:

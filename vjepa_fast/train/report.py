@@ -132,8 +132,9 @@ def _body(folder: Path) -> Iterator[str]:
     found = [line for line in _json_lines(folder / "warnings.jsonl") if _is_int(line.get("step"))]
     run = _Run(folder, config, record.read(folder), read_curves(folder), found)
     if run.curves.num_damaged:
-        notes.append(f"{run.curves.num_damaged} of the lines of metrics.jsonl cannot be read and are left out; a kill "
-                     "can cut the last one short.")
+        count = run.curves.num_damaged
+        notes.append(f"{count} line{'s' if count > 1 else ''} of metrics.jsonl cannot be read and "
+                     f"{'are' if count > 1 else 'is'} left out; a kill can cut the last one short.")
     if not len(run.curves):
         notes.append(_why_no_step(folder))
     yield page.paragraph(_status(run))
@@ -235,6 +236,7 @@ def _what(run: _Run) -> Iterator[str]:
             "data": (f"{videos} videos: " if _is_int(videos) else "") + _listed(datasets),
             "clips": f"{_listed(_as_list(run.get('data.dataset_fpcs')))} frames, "
                      f"{' x '.join(map(str, _as_list(run.get('data.crop_size'))))} pixels"
+                     + (f", {run.get('data.fps'):g} frames/s" if isinstance(run.get("data.fps"), (int, float)) else "")
                      + (f"; {clips} a step" if _is_int(clips) else "") + (f", and {images} images" if images else ""),
             "precision, seed": f"{run.get('train.dtype')}, {run.get('train.seed')}",
         }
