@@ -98,7 +98,8 @@ def test_a_page_of_its_own(run: Path) -> None:
     assert "http" not in (run / "report.html").read_text()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     for words in ("Run run <1>", "The log ends at step 4 of 320", "1.000 to 0.625", "25 %", "17", "vit_tiny",
-                  "float32, 239", "8 frames, 48 x 48 pixels, 6 frames/s", "there is no run.json", "optimization.lr 0.002 0.001", "None."):
+                  "float32, 239", "8 frames, 48 x 48 pixels, 6 frames/s", "there is no run.json",
+                  "optimization.lr 0.002 0.001", "None."):
         assert words in page.text, words
 
 
