@@ -548,6 +548,13 @@ class TrainConfig(Section):
     """Continue from latest.pt when the run folder has one, as the reference does with load_checkpoint."""
     read_checkpoint: Path | None = None
     """Continue from this checkpoint of ours or of the reference."""
+    init_weights: Path | None = None
+    """Start at step 0 from these weights with a new optimizer: whatever `vjepa_fast.load` opens, such as released
+    weights. A run that is resumed goes on from its own checkpoint."""
+    init_predictor: bool = True
+    """Take the predictor of init_weights too; false: a new one, as for files that have none or a distilled model's."""
+    needs_weights: bool = False
+    """Refuse to train without weights to start from; set in recipes that make no sense without."""
     rollback_after: PositiveInt = 20
     """Bad steps in a row (gradients that are not finite, losses above spike_factor) after which weights, optimizer and
     target encoder go back to the last checkpoint; the data goes on behind the bad steps."""
@@ -611,6 +618,7 @@ class Config(Section):
                 where = "model" if section is self.model else "data"
                 raise ValueError(f"{where}.{name} is {own} but train.{name} is {value}; set it in train only")
             setattr(section, name, value)
+        self._check_start()
         if self.train.shard_optimizer and self.train.dtype == "float16":
             raise ValueError("train.shard_optimizer has no part in the loss scale of train.dtype=float16; set "
                              "train.dtype=bfloat16, or train.shard_optimizer=false")
@@ -621,6 +629,19 @@ class Config(Section):
         if self.mask.group_size is None:
             self.mask.group_size = self.data.batch_size or self.data.global_batch_size
         return self
+
+    @property
+    def _start(self) -> dict[str, Path]:
+        """What a run starts from, by key."""
+        keys = {"train.init_weights": self.train.init_weights, "train.read_checkpoint": self.train.read_checkpoint,
+                "optimization.anneal_ckpt": self.optimization.anneal_ckpt}
+        return {key: path for key, path in keys.items() if path is not None}
+
+    def _check_start(self) -> None:
+        others = [key for key in self._start if key != "train.init_weights"]
+        if self.train.init_weights is not None and others:
+            raise ValueError(f"train.init_weights and {others[0]} are both set, and a run starts from one of them; set "
+                             f"{others[0]}=null for the weights alone, with a new optimizer")
 
     def _check_images(self) -> None:
         if self.img_data is None:
@@ -646,8 +667,14 @@ class Config(Section):
         """What only training needs.
 
         Raises:
-            ConfigError: data.datasets is empty, or img_data.datasets, or the model serves inference only.
+            ConfigError: data.datasets is empty, or img_data.datasets, or the model serves inference only, or there are
+                no weights to start from and the config needs some.
         """
+        if self.train.needs_weights and not self._start:
+            raise ConfigError("train.init_weights is not set, and this config goes on from a trained model; say from "
+                              "which, as in train.init_weights=vitl.pt: Meta's ViT-L is at "
+                              "https://dl.fbaipublicfiles.com/vjepa2/vitl.pt, the README of facebookresearch/vjepa2 "
+                              "lists the others")
         if not self.data.datasets:
             raise ConfigError("data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
                               "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]")

@@ -14,6 +14,7 @@ from vjepa_fast.interop import meta
 from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.train import sharded
 from vjepa_fast.train.distributed import Processes
+from vjepa_fast.train.init_weights import init_weights
 from vjepa_fast.train.joint import JointMasks
 from vjepa_fast.train.parallel import is_sharded
 from vjepa_fast.train.progress import RunConsole
@@ -26,6 +27,7 @@ from vjepa_fast.train.step import TrainStep
 _HARMLESS = frozenset({
     "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
     "train.save_every_freq", "train.auto_resume", "train.read_checkpoint", "train.tensorboard", "train.probe",
+    "train.init_weights", "train.init_predictor", "train.needs_weights",
     "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
     "train.parallel", "train.checkpoint_format", "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
     "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
@@ -127,6 +129,8 @@ class RunCheckpoints:
         else:
             if resume and not cfg.train.auto_resume:
                 self._say(f"nothing to resume in {self.folder}: starting from the beginning")
+            if cfg.train.init_weights is not None:
+                self._take_weights(cfg.train.init_weights)
             return Position()
         if self.processes.is_first and not resumed:
             check_whole(path)
@@ -199,6 +203,14 @@ class RunCheckpoints:
         step.optimizer.refresh()
         read = sharded.load if path.is_dir() else meta.load_checkpoint
         return read(path, step.model, step.optimizer, step.scaler)
+
+    def _take_weights(self, path: Path) -> None:
+        # Shards are checked when they are opened.
+        file = newest_checkpoint(path) if path.is_dir() else path
+        if self.processes.is_first and file is not None and not file.is_dir():
+            check_whole(file)
+        self.train_step.optimizer.refresh()
+        self._say(init_weights(path, self.train_step.model, self.cfg.train.init_predictor))
 
     def _set_outliers(self, own: dict[str, Any]) -> None:
         if self.train_step.outliers is not None and own.get("last_losses") is not None:
