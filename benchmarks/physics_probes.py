@@ -12,11 +12,13 @@ in the mean, rotary positions being relative). Written: a table (.md), all figur
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import multiprocessing
 import platform
+import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,14 +35,25 @@ from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
 from vjepa_fast.data.manifest import read_manifest
-from vjepa_fast.data.physics import PhysicsSet, load_physics_labels, make_physics
+from vjepa_fast.data.physics import KINDS, PhysicsSet, load_physics_labels, make_physics
 from vjepa_fast.data.sampling import Box, clip_step
-from vjepa_fast.evaluation.linear_probe import accuracy, r2
+from vjepa_fast.evaluation.linear_probe import Ridge, r2
+from vjepa_fast.evaluation.physics_targets import behind
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.train.trainer import Trainer
 
-QUANTITIES = ("position", "velocity", "time to contact", "hidden")
-"""Of the main disc in the last frame of a clip; the first three as R2, the last as balanced accuracy."""
+QUANTITIES = ("position", "velocity", "time to contact", "hidden", "law")
+"""Of the main disc: its place in the last frame of a clip, its mean velocity over the clip and the time to its next
+contact, all as R2. As balanced accuracy: which disc is hidden in the last frame, and which law moves them (KINDS)."""
+
+CLASSES = {"hidden": 4, "law": len(KINDS)}
+"""Quantities that are classes, and how many."""
+
+OBJECTIVES = ("latent", "pixels")
+"""What is trained."""
+
+HIDDEN = {0: "none", 3: "main", 4: "other", 5: "both"}
+"""Classes of `hidden`, of those of physics_targets.behind; the rest are too rare."""
 
 LONGEST = 2.0
 """Seconds: a contact later than this is as good as none."""
@@ -57,12 +70,13 @@ class Split:
     clips: Tensor
     """uint8 [N, T, H, W, 3]."""
     values: dict[str, Tensor]
-    """float64 [N, C], or for `hidden` int64 [N]."""
+    """float64 [N, C], or of CLASSES int64 [N], -1 for none of them."""
 
 
-def read_split(manifest: Path, cfg: DataConfig, starts: int = 3) -> Split:
+def read_split(manifest: Path, cfg: DataConfig, starts: int = 5) -> Split:
     """Some clips of each video of a manifest, whole frames, that begin evenly spread over it."""
     labels = load_physics_labels(manifest)
+    classes = {number: i for i, number in enumerate(HIDDEN)}
     clips: list[Tensor] = []
     values: dict[str, list[Any]] = {name: [] for name in QUANTITIES}
     for path in read_manifest(str(manifest))[0]:
@@ -77,9 +91,10 @@ def read_split(manifest: Path, cfg: DataConfig, starts: int = 3) -> Split:
             last = frames[-1]
             contact = truth["contact_in"][last, 0]
             values["position"].append(truth["position"][last, 0])
-            values["velocity"].append(truth["velocity"][last, 0])
+            values["velocity"].append(truth["velocity"][frames[0]:last + 1, 0].mean(0))
             values["time to contact"].append([LONGEST if np.isnan(contact) else min(contact, LONGEST)])
-            values["hidden"].append(int(truth["hidden_by"][last][0] is not None))
+            values["law"].append(KINDS.index(truth["kind"]))
+            values["hidden"].append(classes.get(behind(truth, last), -1))
     tensors = {name: torch.tensor(np.array(value)) for name, value in values.items()}
     return Split(torch.stack(clips), tensors)
 
@@ -109,22 +124,21 @@ def scores(train: Split, test: Split, x: dict[str, Tensor], x_test: dict[str, Te
     found: dict[str, dict[str, float]] = {}
     for name in x:
         found[name] = {
-            q: r2(x[name], train.values[q], x_test[name], test.values[q]) for q in QUANTITIES if q != "hidden"}
-        hidden, truth = train.values["hidden"], test.values["hidden"]
-        found[name]["hidden"] = _balanced(x[name], hidden, x_test[name], truth)
+            q: _balanced(x[name], train.values[q], x_test[name], test.values[q], CLASSES[q]) if q in CLASSES
+            else r2(x[name], train.values[q], x_test[name], test.values[q]) for q in QUANTITIES}
     return found
 
 
-def _balanced(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor) -> float:
-    """Mean of the accuracies of both classes, of a classifier that has seen as many of each; nan without one."""
-    kinds = [torch.nonzero(labels == kind).flatten() for kind in (0, 1)]
+def _balanced(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor, num: int) -> float:
+    """Mean of the accuracies of all classes, of a classifier that has seen as many of each; nan without one of them."""
+    kinds = [torch.nonzero(labels == kind).flatten() for kind in range(num)]
     count = min(map(len, kinds))
-    if count < 2 or len(labels_test.unique()) < 2:
+    asked = [labels_test == kind for kind in range(num)]
+    if count < 2 or not all(rows.any() for rows in asked):
         return float("nan")
     chosen = torch.cat([rows[:: max(1, len(rows) // count)][:count] for rows in kinds])
-    found = [accuracy(x[chosen], labels[chosen], x_test[labels_test == kind], labels_test[labels_test == kind])
-             for kind in (0, 1)]
-    return sum(found) / 2
+    answers = Ridge.fit(x[chosen], F.one_hot(labels[chosen], num))(x_test).argmax(1)
+    return sum(float((answers[rows] == kind).double().mean()) for kind, rows in enumerate(asked)) / num
 
 
 def config(objective: str, seed: int, csv: Path, num_steps: int, changes: list[str]) -> Config:
@@ -144,36 +158,83 @@ def train(
     return trainer, trainer.global_batch / summary.clips_per_s
 
 
-def run_seed(seed: int, made: PhysicsSet, splits: tuple[Split, Split], args: argparse.Namespace,
-             folder: Path) -> dict[str, Any]:
-    """Scores of one seed, by what was trained."""
-    found: dict[str, Any] = {}
-    encoders: dict[str, VisionTransformer] = {}
-    for objective in ("latent", "pixels"):
-        num_steps = args.steps
+@torch.no_grad()
+def effective_rank(encoder: VisionTransformer, clips: Tensor) -> float:
+    """In how many directions the tokens of clips differ: exp of the entropy of the variances along them."""
+    out = encoder.eval()(clips)
+    assert isinstance(out, Tensor)
+    tokens = out.flatten(0, 1).double()
+    tokens = tokens - tokens.mean(0)
+    energy = torch.linalg.eigvalsh(tokens.T @ tokens).clamp_min(0)
+    share = energy / energy.sum()
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoder: which, where its clips are and for how long it is trained."""
+
+    objective: str
+    """One of OBJECTIVES, or `untrained`."""
+    seed: int
+    minutes: float
+    steps: int | None
+    threads: int
+    changes: list[str]
+    made: PhysicsSet
+    folder: Path
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and score one encoder; what a run before this one has left is taken as it is."""
+    torch.set_num_threads(job.threads)
+    folder = job.folder / f"{job.objective}_{job.seed}"
+    kept = folder / "found.json"
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+    found = {"objective": job.objective, "seed": job.seed}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    csv = job.made.train_csv
+    cfg = config("latent", job.seed, csv, 20, job.changes)
+    if job.objective == "untrained":
+        torch.manual_seed(job.seed)
+        encoders = {"encoder": vf.VJEPA(cfg.model).encoder}
+    else:
+        num_steps = job.steps
         if num_steps is None:
-            _, pace = train(objective, seed, made.train_csv, WARM_UP + TIMED, folder / f"{objective}_timed", args.set)
-            num_steps = max(20, int(60 * args.minutes / pace))
+            _, pace = train(job.objective, job.seed, csv, WARM_UP + TIMED, folder / "timed", job.changes)
+            num_steps = max(20, int(60 * job.minutes / pace))
         began = time.perf_counter()
-        trainer, _ = train(objective, seed, made.train_csv, num_steps // 10 * 10, folder / objective, args.set)
-        found[objective] = {"steps": trainer.step, "minutes": (time.perf_counter() - began) / 60}
-        encoders[objective] = trainer.model.encoder
-    torch.manual_seed(seed)
-    encoders["untrained"] = copy.deepcopy(vf.VJEPA(trainer.cfg.model).encoder)
-    for name, encoder in encoders.items():
-        inputs = [features(encoder, split.clips) for split in splits]
-        found.setdefault(name, {})["scores"] = scores(*splits, *inputs)
+        trainer, _ = train(job.objective, job.seed, csv, num_steps // 10 * 10, folder / "run", job.changes)
+        found |= {"steps": trainer.step, "minutes": (time.perf_counter() - began) / 60}
+        encoders = {"encoder": trainer.model.encoder}
+        if job.objective == "latent":
+            encoders["target encoder"] = trainer.model.target_encoder
+    splits = read_split(job.made.train_csv, cfg.data), read_split(job.made.val_csv, cfg.data)
+    found["rank"] = {name: effective_rank(encoder, splits[1].clips[:64]) for name, encoder in encoders.items()}
+    found["scores"] = {
+        name: scores(*splits, *(features(encoder, split.clips) for split in splits))
+        for name, encoder in encoders.items()}
+    if job.objective == "untrained" and job.seed == 0:
+        found["pixels"] = scores(*splits, *(pixels(split.clips) for split in splits))["all"]
+        found["clips"] = [len(split.clips) for split in splits]
+    kept.write_text(json.dumps(found))
     return found
 
 
-def gather(runs: list[dict[str, Any]], raw: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
+def gather(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Row of the table -> quantity -> one value a seed."""
     rows: dict[str, dict[str, list[float]]] = {}
-    for name in ("latent", "pixels", "untrained"):
-        for read_out in ("mean", "last"):
-            rows[f"{name}, {read_out}"] = {
-                q: [run[name]["scores"][read_out][q] for run in runs] for q in QUANTITIES}
-    rows["raw pixels, 16 x 16, all frames"] = {q: [raw["all"][q]] for q in QUANTITIES}
+    for name in (*OBJECTIVES, "untrained"):
+        for which in ("encoder", "target encoder"):
+            own = [one["scores"][which] for one in runs if one["objective"] == name and which in one["scores"]]
+            for read_out in ("mean", "last") if own else ():
+                label = f"{name}{', target' if which != 'encoder' else ''}, {read_out}"
+                rows[label] = {q: [one[read_out][q] for one in own] for q in QUANTITIES}
+    raw = next(one["pixels"] for one in runs if "pixels" in one)
+    rows["raw pixels, 16 x 16, all frames"] = {q: [raw[q]] for q in QUANTITIES}
     return rows
 
 
@@ -184,6 +245,25 @@ def table(rows: dict[str, dict[str, list[float]]]) -> str:
         cells = [f"{np.mean(v):.2f}" + (f" ({min(v):.2f} to {max(v):.2f})" if len(v) > 1 else "") for v in row.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def lengths(runs: list[dict[str, Any]]) -> str:
+    """How long each objective was trained."""
+    said = []
+    for name in OBJECTIVES:
+        own = [one for one in runs if one["objective"] == name]
+        said.append(f"{name} {np.mean([one['steps'] for one in own]):.0f} steps in "
+                    f"{np.mean([one['minutes'] for one in own]):.1f} minutes")
+    return ", ".join(said)
+
+
+def ranks(runs: list[dict[str, Any]]) -> str:
+    """Of each kind of encoder, least to largest over the seeds."""
+    said: dict[str, list[float]] = {}
+    for one in runs:
+        for which, rank in one["rank"].items():
+            said.setdefault(one["objective"] + (", target" if which != "encoder" else ""), []).append(rank)
+    return "; ".join(f"{name} {min(values):.1f} to {max(values):.1f}" for name, values in said.items())
 
 
 def plot(rows: dict[str, dict[str, list[float]]], out: Path) -> None:
@@ -201,7 +281,7 @@ def plot(rows: dict[str, dict[str, list[float]]], out: Path) -> None:
         means = np.array([v.mean() for v in values])
         spread = np.array([[m - v.min(), v.max() - m] for m, v in zip(means, values, strict=True)]).T
         axes.barh(names, means.clip(-0.2), xerr=spread, color=[f"C{i // 2}" for i in range(len(names))])
-        axes.set(title=quantity, xlabel="balanced accuracy" if quantity == "hidden" else "R2", xlim=(-0.2, 1))
+        axes.set(title=quantity, xlabel="balanced accuracy" if quantity in CLASSES else "R2", xlim=(-0.2, 1))
         axes.grid(alpha=0.3, axis="x")
     panels[0].invert_yaxis()
     figure.savefig(out, dpi=110)
@@ -215,35 +295,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--videos", type=int, nargs=2, default=(400, 200), metavar=("TRAIN", "VAL"))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the demo recipe")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
     parser.add_argument("--out", type=Path, help="without suffix; default benchmarks/results/physics_probes_...")
     args = parser.parse_args()
     length = f"{args.steps}_steps" if args.steps else f"{args.minutes:g}_min"
     out = args.out or Path(__file__).parent / "results" / f"physics_probes_{length}_cpu_{date.today()}"
+    threads = max(1, torch.get_num_threads() // args.jobs)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = args.work or Path(name)
         made = make_physics(folder / "videos", *args.videos)
-        data = config("latent", 0, made.train_csv, 20, args.set).data
-        splits = read_split(made.train_csv, data), read_split(made.val_csv, data)
-        raw = scores(*splits, *(pixels(split.clips) for split in splits))
-        runs = [run_seed(seed, made, splits, args, folder / str(seed)) for seed in range(args.seeds)]
-    rows = gather(runs, raw)
-    command = f"python -m benchmarks.physics_probes --{'steps' if args.steps else 'minutes'} " + (
-        f"{args.steps or args.minutes} --seeds {args.seeds}")
-    about = {"command": command, "date": str(date.today()),
+        jobs = [Job(objective, seed, args.minutes, args.steps, threads, args.set, made, folder / length)
+                for seed in range(args.seeds) for objective in (*OBJECTIVES, "untrained")]
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            runs = list(pool.map(run, jobs))
+    rows = gather(runs)
+    given = [f"--{'steps' if args.steps else 'minutes'} {args.steps or format(args.minutes, 'g')}",
+             f"--seeds {args.seeds} --jobs {args.jobs}", *(["--set", *map(repr, args.set)] if args.set else [])]
+    counts = next(one["clips"] for one in runs if "clips" in one)
+    about = {"command": f"python -m benchmarks.physics_probes {' '.join(given)}", "date": str(date.today()),
              "versions": f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}",
-             "hardware": f"CPU, {torch.get_num_threads()} threads",
-             "clips": f"{len(splits[0].clips)} to fit, {len(splits[1].clips)} of other files to score"}
-    figures = {**about, "runs": runs, "raw pixels": raw}
+             "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each",
+             "clips": f"{counts[0]} to fit, {counts[1]} of other files to score"}
+    figures = {**about, "rows": rows, "runs": runs}
     out.with_name(out.name + ".json").write_text(json.dumps(figures, indent=1) + "\n")
-    trained = ("latent", "pixels")
-    steps = ", ".join(f"{name} {np.mean([run[name]['steps'] for run in runs]):.0f}" for name in trained)
     head = "\n".join(f"- {key}: {value}" for key, value in about.items())
     text = (
-        f"# Physical quantities in frozen features\n\n{head}\n- steps: {steps}\n\nOf the main disc in the last "
-        f"frame of a clip: R2 of position, velocity and time to contact (up to {LONGEST:g} s), balanced accuracy of "
-        "`hidden` (0.5 is chance). `mean` of all tokens, or the tokens of the `last` frames side by side. Mean over "
-        f"{args.seeds} seeds, and their spread.\n\n{table(rows)}\n")
+        f"# Physical quantities in frozen features\n\n{head}\n- trained: {lengths(runs)}\n\nOf the main disc: R2 of "
+        "its place in the last frame, its mean velocity over the clip and the time to its next contact (up to "
+        f"{LONGEST:g} s). Balanced accuracy, 0.25 by chance: which disc is hidden at the end "
+        f"({', '.join(HIDDEN.values())}), and the law ({', '.join(KINDS)}). `mean` of all tokens, or the tokens "
+        f"of the `last` frames side by side. Mean over {args.seeds} seeds, and their spread.\n\n{table(rows)}\n\n"
+        f"Effective rank of the tokens: {ranks(runs)}.\n")
     out.with_name(out.name + ".md").write_text(text)
     plot(rows, out.with_name(out.name + ".png"))
     print(text)

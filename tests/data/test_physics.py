@@ -65,9 +65,9 @@ def test_a_fall_is_a_parabola() -> None:
 
 
 def colour(frames: np.ndarray, disc: int) -> np.ndarray:
-    """Share of each pixel that is of a disc's colour: red or blue above the other."""
+    """bool, of each pixel: of a disc's colour, red or blue above the other by more than the background has it."""
     wide = frames.astype(float)
-    return np.clip((wide[..., 0] - wide[..., 2]) * (1 if disc == 0 else -1) / 150, 0, 1)
+    return (wide[..., 0] - wide[..., 2]) * (1 if disc == 0 else -1) > 28
 
 
 @pytest.mark.parametrize("video", range(8))
@@ -80,16 +80,16 @@ def test_labels_are_what_is_seen(video: int) -> None:
     whole = 0
     for t in range(36):
         for disc in range(2):
-            seen = np.where(colour(frames[t], disc) > 0.4, colour(frames[t], disc), 0)
+            seen = colour(frames[t], disc)
             area = math.pi * (scene.radius[disc] * size) ** 2
             if visible[t, disc] == 1:
                 centre = [(seen.sum(0) * at).sum() / seen.sum(), (seen.sum(1) * at).sum() / seen.sum()]
                 assert np.abs(centre - scene.position[t, disc]).max() < 0.5 / size
                 whole += 1
             # Within the rim, where pixels are mixed.
-            assert abs(seen.sum() / seen.max(initial=0.9) - visible[t, disc] * area) < 0.15 * area
+            assert abs(seen.sum() - visible[t, disc] * area) < 0.15 * area
             assert (hidden_by[t][disc] is None) == (visible[t, disc] >= 0.5)
-    assert whole > 2
+    assert whole >= 2
 
 
 def test_velocity_and_time_to_contact() -> None:

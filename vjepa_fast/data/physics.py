@@ -2,10 +2,10 @@
 
     python -m vjepa_fast.data.physics --out DIR       or data.datasets=[physics:], or make_physics(DIR, 400, 200)
 
-Four kinds of scenes in turn, each with a red main disc and a smaller blue one: `bounce` (a wall between them, edges all
-around), `collision` (one with the other), `occlusion` (they pass behind a screen and before or behind one another) and
-`gravity` (they fall and bounce). In the split `surprise` every scene is there twice, once as it should be and once with
-something impossible: the main disc vanishes, goes through the wall, or jumps.
+Four kinds of scenes in turn, each with a reddish main disc and a smaller bluish one, both striped: `bounce` (a wall
+between them, edges all around), `collision` (one with the other), `occlusion` (they pass behind a screen and before or
+behind one another) and `gravity` (they fall and bounce). In the split `surprise` every scene is there twice, once as it
+should be and once with something impossible: the main disc vanishes, goes through the wall, or jumps.
 
 Beside each manifest lies <split>_labels.json. For each video: kind, `violation` (null, or its kind and first frame),
 the discs' radius, depth order and the boxes of wall and screen; for each frame and disc position, velocity (fractions
@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,20 @@ VIOLATIONS = {"bounce": ("through", "vanish", "jump"), "collision": ("vanish", "
 HORIZON = 10.0
 """Seconds after the end of a clip in which a next contact is looked for."""
 
-_VERSION = 1
+_VERSION = 2
 _MARKER = "complete.json"
-_RADIUS = ((0.11, 0.15), (0.06, 0.09))
-_SPEED = (0.15, 0.45)
+_RADIUS = ((0.13, 0.17), (0.07, 0.1))
+_SPEED = (0.2, 0.5)
 _GRAVITY = (0.4, 0.9)
-_COLOURS = np.array([[215.0, 70, 60], [70, 110, 225]])
-_GREY = np.array([150.0, 150, 145])
+_COLOURS = np.array([[205.0, 90, 75], [80, 115, 205]])
+"""Of the main disc, reddish, and the other, bluish: the middle of what is drawn."""
+_SHADES = 40.0
+"""Half the range around it."""
+_GREY = 70.0, 90.0
+"""Of wall and screen: hardly brighter than the background. Large bright surfaces that never move are all that a small
+model learns in hundreds of steps (docs/small_scale.md)."""
+_STRIPES = 0.2
+"""By how much the stripes of a disc are brighter and darker than it."""
 _JUMP = 0.25
 
 
@@ -184,7 +192,10 @@ def render(scene: Scene, seed: int, split: int, video: int, size: int) -> tuple[
         the number of a disc, `wall`, `screen` or None.
     """
     # Another stream of numbers than that of the motion: a number of the split that is none.
-    ground = background(Uniforms(seed, split + 8, video, Stream.PHYSICS), size).astype(np.float64)
+    draw = Uniforms(seed, split + 8, video, Stream.PHYSICS)
+    ground = background(draw, size).astype(np.float64)
+    paints = [_paint(draw, colour) for colour in _COLOURS]
+    grey = draw.between(*_GREY)
     num_frames, num_discs = scene.present.shape
     frames = np.empty((num_frames, size, size, 3), np.uint8)
     visible, hidden_by = np.zeros((num_frames, num_discs)), []
@@ -195,9 +206,10 @@ def render(scene: Scene, seed: int, split: int, video: int, size: int) -> tuple[
                   for r, (px, py), there in zip(scene.radius, scene.position[t], scene.present[t], strict=True)]
         picture = ground.copy()
         for i in scene.front:
-            picture += covers[i][..., None] * (_COLOURS[i] - picture)
+            offset = (x - scene.position[t, i, 0])[None], (x - scene.position[t, i, 1])[:, None]
+            picture += covers[i][..., None] * (paints[i](*offset) - picture)
         for cover in boxes.values():
-            picture += cover[..., None] * (_GREY - picture)
+            picture += cover[..., None] * (grey - picture)
         frames[t] = picture.clip(0, 255) + 0.5
         hidden_by.append([None] * num_discs)
         for rank, i in enumerate(scene.front):
@@ -214,6 +226,18 @@ def render(scene: Scene, seed: int, split: int, video: int, size: int) -> tuple[
                 shares = {name: float((covers[i] * cover).sum()) for name, cover in above.items()}
                 hidden_by[-1][i] = max(shares, key=shares.__getitem__)
     return frames, visible, hidden_by
+
+
+def _paint(draw: Uniforms, colour: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A colour near the given one with stripes: [H, W, 3] of places relative to the centre of what is painted."""
+    shade = colour + _SHADES * (2 * draw.take(3) - 1)
+    turn, frequency, phase = draw.between(0, math.pi), draw.between(30, 60), draw.between(0, 2 * math.pi)
+
+    def at(across: np.ndarray, down: np.ndarray) -> np.ndarray:
+        wave = np.sin(frequency * (math.cos(turn) * across + math.sin(turn) * down) + phase)
+        return shade * (1 + _STRIPES * wave[..., None])
+
+    return at
 
 
 def _box(x: np.ndarray, left: float, top: float, right: float, bottom: float) -> np.ndarray:
