@@ -3,10 +3,11 @@
     python -m benchmarks.physics_probes --minutes 2 --seeds 3
 
 For each seed the demo's model is trained on a pack of the clips of vjepa_fast.data.physics for so many minutes (or
-steps) with each objective, with the schedules laid over the steps that fit: a few steps are timed first. Ridge regression then reads
-each quantity out of frozen features; it is fitted on the training videos and scored on other files. Two read-outs: the
-mean over a clip's tokens, and the tokens of its last frames side by side, which keeps places apart (positions are lost
-in the mean, rotary positions being relative). Written: a table (.md), all figures (.json) and a picture (.png).
+steps) with each objective, with the schedules laid over the steps that fit: a few steps are timed first. Ridge
+regression then reads each quantity out of frozen features; it is fitted on the training videos and scored on other
+files. Two read-outs: the mean over a clip's tokens, and the tokens of its last frames side by side, which keeps places
+apart (positions are lost in the mean, rotary positions being relative). Written: a table (.md), all figures (.json) and
+a picture (.png).
 """
 
 from __future__ import annotations
@@ -172,6 +173,12 @@ def effective_rank(encoder: VisionTransformer, clips: Tensor) -> float:
     return float(torch.exp(-torch.special.xlogy(share, share).sum()))
 
 
+def pack_videos(made: PhysicsSet, folder: Path) -> None:
+    """All frames of the training videos."""
+    settings = PackSettings(fps=12, short_side=96, quality=95)
+    make_pack(*read_manifest(str(made.train_csv)), folder, settings, num_workers=1)
+
+
 @dataclass(frozen=True)
 class Job:
     """One encoder: which, where its clips are and for how long it is trained."""
@@ -215,6 +222,7 @@ def run(job: Job) -> dict[str, Any]:
         encoders = {"encoder": trainer.model.encoder}
         if job.objective == "latent":
             encoders["target encoder"] = trainer.model.target_encoder
+        found["log"] = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     splits = read_split(job.made.train_csv, cfg.data), read_split(job.made.val_csv, cfg.data)
     found["rank"] = {name: effective_rank(encoder, splits[1].clips[:64]) for name, encoder in encoders.items()}
     found["scores"] = {
@@ -291,6 +299,11 @@ def plot(rows: dict[str, dict[str, list[float]]], out: Path) -> None:
     plt.close(figure)
 
 
+def versions() -> str:
+    """Of what ran."""
+    return f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}"
+
+
 def main() -> None:
     """Train, probe, write."""
     parser = argparse.ArgumentParser(description="What encoders know of physics.")
@@ -309,10 +322,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = args.work or Path(name)
         made = make_physics(folder / "videos", *args.videos)
-        settings = PackSettings(fps=12, short_side=96, quality=95)
-        make_pack(*read_manifest(str(made.train_csv)), folder / "pack", settings, num_workers=args.jobs)
-        jobs = [Job(objective, seed, args.minutes, args.steps, threads, args.set, made, folder / "pack", folder / length)
-                for seed in range(args.seeds) for objective in (*OBJECTIVES, "untrained")]
+        pack_videos(made, folder / "pack")
+        jobs = [
+            Job(objective, seed, args.minutes, args.steps, threads, args.set, made, folder / "pack", folder / length)
+            for seed in range(args.seeds) for objective in (*OBJECTIVES, "untrained")]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             runs = list(pool.map(run, jobs))
     rows = gather(runs)
@@ -320,7 +333,7 @@ def main() -> None:
              f"--seeds {args.seeds} --jobs {args.jobs}", *(["--set", *map(repr, args.set)] if args.set else [])]
     counts = next(one["clips"] for one in runs if "clips" in one)
     about = {"command": f"python -m benchmarks.physics_probes {' '.join(given)}", "date": str(date.today()),
-             "versions": f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}",
+             "versions": versions(),
              "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each",
              "clips": f"{counts[0]} to fit, {counts[1]} of other files to score"}
     figures = {**about, "rows": rows, "runs": runs}
