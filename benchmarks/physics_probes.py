@@ -2,7 +2,7 @@
 
     python -m benchmarks.physics_probes --minutes 2 --seeds 3
 
-For each seed the demo's model is trained on a pack of the clips of vjepa_fast.data.physics for so many minutes (or
+For each seed the recipe `laptop` is trained on a pack of the clips of vjepa_fast.data.physics for so many minutes (or
 steps) with each objective, with the schedules laid over the steps that fit: a few steps are timed first. Ridge
 regression then reads each quantity out of frozen features; it is fitted on the training videos and scored on other
 files. Two read-outs: the mean over a clip's tokens, and the tokens of its last frames side by side, which keeps places
@@ -145,10 +145,10 @@ def _balanced(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor, nu
 
 
 def config(objective: str, seed: int, videos: Path, num_steps: int, changes: list[str]) -> Config:
-    """The demo's model and schedules laid over num_steps, a tenth of them warm-up."""
-    return vf.load_recipe("demo", [
+    """The recipe `laptop` with its schedules laid over num_steps, a tenth of them warm-up."""
+    return vf.load_recipe("laptop", [
         f"data.datasets=[{json.dumps(str(videos))}]", f"model.objective={objective}", f"train.seed={seed}",
-        "train.probe=false", f"optimization.ipe={max(1, num_steps // 10)}", "train.checkpoint_every=1000000", *changes])
+        f"optimization.ipe={max(1, num_steps // 10)}", "train.checkpoint_every=1000000", *changes])
 
 
 def train(

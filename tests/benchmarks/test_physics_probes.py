@@ -1,0 +1,58 @@
+"""The tables of probes of physics: what is gathered, and that a run is not done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.physics_probes import QUANTITIES, Job, effective_rank, gather, pack_videos, run, table
+from benchmarks.small_scale import READ
+from benchmarks.small_scale import table as table_of_settings
+from vjepa_fast.data.physics import make_physics
+
+
+def one(objective: str, seed: int, value: float, **more: Any) -> dict[str, Any]:
+    scores = {read_out: {q: value for q in QUANTITIES} for read_out in ("mean", "last")}
+    return {"objective": objective, "seed": seed, "scores": {"encoder": scores}, "rank": {"encoder": 4.0}, **more}
+
+
+def test_tables_give_means_and_spreads() -> None:
+    raw = {q: 0.125 for q in QUANTITIES}
+    runs = [one("latent", 0, 0.5), one("latent", 1, 0.7), one("pixels", 0, 0.25), one("untrained", 0, 0.0, pixels=raw)]
+    rows = gather(runs)
+    assert rows["latent, mean"]["velocity"] == [0.5, 0.7] and rows["pixels, last"]["law"] == [0.25]
+    lines = table(rows).splitlines()
+    assert lines[2].startswith("| latent, mean | 0.60 (0.50 to 0.70) |")
+    assert lines[-1] == "| raw pixels, 16 x 16, all frames" + " | 0.12" * len(QUANTITIES) + " |"
+    trained = {"steps": 60, "minutes": 0.5, "log": {"explained": 0.25}}
+    settings = table_of_settings({"lr": [one("latent", 0, 0.5, **trained)]}, [one("untrained", 0, 0.0)]).splitlines()
+    assert settings[2] == "| lr | 60" + " | 0.50 (0.50 to 0.50)" * len(READ) + " | 4.0 | 0.25 | 0.50 |"
+    assert settings[3].startswith("| untrained |  | 0.00")
+
+
+def test_effective_rank() -> None:
+    class Known(torch.nn.Module):
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return clips
+
+    directions = torch.eye(4)[None].repeat(2, 1, 1)
+    assert effective_rank(Known(), torch.cat([directions, -directions])) == pytest.approx(4)  # type: ignore[arg-type]
+    flat = torch.zeros(1, 6, 4)
+    flat[0, :, 0] = torch.arange(6)
+    assert effective_rank(Known(), flat) == pytest.approx(1)  # type: ignore[arg-type]
+
+
+def test_a_run_is_kept(tmp_path: Path) -> None:
+    made = make_physics(tmp_path / "videos", 8, 4)
+    pack_videos(made, tmp_path / "pack")
+    small = ["model.depth=1", "model.pred_depth=1", "data.global_batch_size=2", "data.num_workers=0"]
+    job = Job("latent", 0, 0.0, 10, 1, small, made, tmp_path / "pack", tmp_path / "runs")
+    found = run(job)
+    assert found["steps"] == 10 and "explained" in found["log"] and set(found["rank"]) == {"encoder", "target encoder"}
+    kept = tmp_path / "runs" / "latent_0" / "found.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "steps": 11}))
+    assert run(job)["steps"] == 11
