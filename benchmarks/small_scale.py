@@ -17,15 +17,20 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from benchmarks.physics_probes import Job, pack_videos, run, versions
+from vjepa_fast.data import physics
 from vjepa_fast.data.physics import make_physics
 
 BLOCKS = "{num_blocks: %d, spatial_scale: [%s, %s], temporal_scale: [1.0, 1.0], aspect_ratio: [0.75, 1.5]}"
 """Multi-block masks of the reference, through all of a clip's time."""
+
+BRIGHT = "bright walls and screens"
+"""The variant whose clips have walls and screens much brighter than the background, as the discs are."""
 
 VARIANTS: dict[str, tuple[float, list[str]]] = {
     "as it is": (1, []),
@@ -49,6 +54,7 @@ VARIANTS: dict[str, tuple[float, list[str]]] = {
         "data.aug.random_resize_scale=[1.0,1.0]", "data.aug.random_resize_aspect_ratio=[1.0,1.0]"]),
     "predictor of width 48": (1, ["model.pred_embed_dim=48"]),
     "predictor of one block": (1, ["model.pred_depth=1"]),
+    BRIGHT: (1, []),
 }
 """Steps, as a multiple, and overrides."""
 
@@ -91,16 +97,19 @@ def main() -> None:
     names = args.only or list(VARIANTS)
     with tempfile.TemporaryDirectory() as name:
         folder = args.work or Path(name)
-        made = make_physics(folder / "videos", *args.videos)
-        pack_videos(made, folder / "pack")
+        clips = {False: (make_physics(folder / "videos", *args.videos), folder / "pack")}
+        if BRIGHT in names:
+            with mock.patch.object(physics, "_GREY", (110.0, 180.0)):
+                clips[True] = make_physics(folder / "bright", *args.videos), folder / "bright_pack"
+        for made, pack in clips.values():
+            pack_videos(made, pack)
 
-        def job(objective: str, seed: int, times: float, changes: list[str], place: str) -> Job:
-            return Job(objective, seed, 0.0, int(args.steps * times), threads, changes, made, folder / "pack",
-                       folder / place)
+        def job(objective: str, seed: int, times: float, changes: list[str], variant: str) -> Job:
+            return Job(objective, seed, 0.0, int(args.steps * times), threads, changes, *clips[variant == BRIGHT],
+                       folder / f"variants_{args.steps}" / variant)
 
         # The runs of one seed before those of the next, so that an early stop leaves a whole table.
-        jobs = [job("latent", seed, *VARIANTS[variant], f"variants_{args.steps}/{variant}")
-                for seed in range(args.seeds) for variant in names]
+        jobs = [job("latent", seed, *VARIANTS[variant], variant) for seed in range(args.seeds) for variant in names]
         jobs += [job("untrained", seed, 1, [], "untrained") for seed in range(args.seeds)]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             runs = list(pool.map(run, jobs))
