@@ -15,7 +15,7 @@ from vjepa_fast.errors import ConfigError
 
 def test_names() -> None:
     assert recipe_names() == [
-        "adapt", "demo", "one-gpu-vitb", "one-gpu-vitl", "tutorial", "vitb16-256-64f-cooldown-v2.1",
+        "adapt", "demo", "laptop", "one-gpu-vitb", "one-gpu-vitl", "tutorial", "vitb16-256-64f-cooldown-v2.1",
         "vitb16-256-v2.1", "vitg16-256", "vitg16-256-64f-cooldown",
         "vitg16-256-64f-cooldown-v2.1", "vitg16-256-v2.1", "vitg16-384-64f-cooldown",
         "vitgigantic16-256-64f-cooldown-v2.1", "vitgigantic16-256-v2.1", "vith16-224-v1", "vith16-256",
