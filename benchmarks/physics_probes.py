@@ -43,6 +43,7 @@ from vjepa_fast.data.sampling import Box, clip_step
 from vjepa_fast.evaluation.linear_probe import Ridge, r2
 from vjepa_fast.evaluation.physics_targets import behind
 from vjepa_fast.models.vit import VisionTransformer
+from vjepa_fast.train.health import effective_ranks
 from vjepa_fast.train.trainer import Trainer
 
 QUANTITIES = ("position", "velocity", "time to contact", "hidden", "law")
@@ -163,14 +164,10 @@ def train(
 
 @torch.no_grad()
 def effective_rank(encoder: VisionTransformer, clips: Tensor) -> float:
-    """In how many directions the tokens of clips differ: exp of the entropy of the variances along them."""
+    """In how many directions the tokens of clips differ, as the log of a run has it."""
     out = encoder.eval()(clips)
     assert isinstance(out, Tensor)
-    tokens = out.flatten(0, 1).double()
-    tokens = tokens - tokens.mean(0)
-    energy = torch.linalg.eigvalsh(tokens.T @ tokens).clamp_min(0)
-    share = energy / energy.sum()
-    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+    return float(effective_ranks([out.flatten(0, 1)])[0])
 
 
 def pack_videos(made: PhysicsSet, folder: Path) -> None:
@@ -197,14 +194,16 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train and score one encoder; what a run before this one has left is taken as it is."""
+    """Train and score one encoder; what the same job has left before is taken as it is."""
     torch.set_num_threads(job.threads)
     folder = job.folder / f"{job.objective}_{job.seed}"
     kept = folder / "found.json"
+    about = {"objective": job.objective, "seed": job.seed, "changes": job.changes}
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text())
-        return found
-    found = {"objective": job.objective, "seed": job.seed}
+        if found | about == found:
+            return found
+    found = dict(about)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     cfg = config("latent", job.seed, job.pack, 20, job.changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_effective_rank() -> None:
     assert effective_rank(Known(), torch.cat([directions, -directions])) == pytest.approx(4)  # type: ignore[arg-type]
     flat = torch.zeros(1, 6, 4)
     flat[0, :, 0] = torch.arange(6)
-    assert effective_rank(Known(), flat) == pytest.approx(1)  # type: ignore[arg-type]
+    assert effective_rank(Known(), flat) == pytest.approx(1, abs=0.01)  # type: ignore[arg-type]
 
 
 def test_a_run_is_kept(tmp_path: Path) -> None:
@@ -56,3 +57,5 @@ def test_a_run_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "runs" / "latent_0" / "found.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "steps": 11}))
     assert run(job)["steps"] == 11
+    # Of other settings it is done anew.
+    assert run(replace(job, changes=[*small, "optimization.lr=1e-4"]))["steps"] == 10
