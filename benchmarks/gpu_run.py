@@ -14,22 +14,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
+import gc
 import importlib.util
+import io
 import json
 import os
+import pstats
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vjepa_fast.bench.compare import ON_GPU, beside_reference, measure_graphed, step_figures
-from vjepa_fast.bench.steps import OurStep, interleave, profile_steps
+from vjepa_fast.bench.steps import OurStep, interleave, kernels_of, profile_steps
 from vjepa_fast.bench.timing import (
     ROOT,
     Limits,
@@ -41,12 +45,22 @@ from vjepa_fast.bench.timing import (
     synchronize,
 )
 from vjepa_fast.bench.workload import FEW, LARGE, TRIAL, Workload
+from vjepa_fast.config.schema import Config
 from vjepa_fast.cost import check
 from vjepa_fast.cost.gpus import gpu_of_device, with_measured
 from vjepa_fast.cost.prediction import predict
+from vjepa_fast.errors import UserError
 
 _NUM_BATCHES = 8
 _COMPILED = "reference, and compiled"
+_GRAPHED = "CUDA graphs"
+OPTIONS: dict[str, dict[str, Any]] = {
+    _GRAPHED: {},
+    "float8 targets": {"target_precision": "float8"},
+    "torch's varlen attention": {"attention": "varlen"},
+    "compiled blocks": {"compile_model": True},
+}
+"""Of our step, each by itself: keys of `model`."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +76,20 @@ class Settings:
         return TRIAL if self.small else LARGE
 
     @property
+    def few(self) -> Workload:
+        return TRIAL if self.small else FEW
+
+    @property
     def rounds(self) -> int:
-        return 2 if self.small else 40
+        return 2 if self.small else 20
 
     @property
     def num_batches(self) -> int:
         return 2 if self.small else _NUM_BATCHES
+
+    def keep(self, part: str, result: dict[str, Any]) -> None:
+        """Of a part that may be cut off: what it has so far."""
+        (self.out / f"{part}.json").write_text(json.dumps(result))
 
     def limits(self) -> Limits:
         """Of the part `floors`; measured again if that failed."""
@@ -112,50 +134,103 @@ def run_operations(settings: Settings) -> dict[str, Any]:
 
 def run_step(settings: Settings) -> dict[str, Any]:
     """Our whole step: one at a time, and many without waiting in between, as training runs it."""
-    workload, device = settings.workload, settings.device
+    return {"ours": _time_step(settings, settings.workload)}
+
+
+def run_options(settings: Settings) -> dict[str, Any]:
+    """Our step with what is off by default; one that fails has only `error`."""
+    out: dict[str, Any] = {}
+    for name, options in OPTIONS.items():
+        cfg = settings.workload.config.model_dump()
+        cfg["model"] |= options
+        workload = replace(settings.workload, given=Config.model_validate(cfg))
+        try:
+            out[name] = _time_step(settings, workload, graphs=name == _GRAPHED)
+        except (RuntimeError, UserError) as error:
+            out[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        settings.keep("options", out)
+        gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return out
+
+
+def _time_step(settings: Settings, workload: Workload, graphs: bool = False) -> dict[str, Any]:
+    device = settings.device
     began = time.perf_counter()
-    step = OurStep(workload, device, settings.num_batches)
+    step = OurStep(workload, device, settings.num_batches, graphs=graphs)
     first = float(step(0))
     first_s = time.perf_counter() - began
-    out: dict[str, Any] = {"first_step_s": first_s, "first_loss": first}
-    for name, cudnn in (("ours", True), ("ours, cuDNN attention off", False)):
-        step.cudnn_attention = cudnn
-        unseen = interleave({name: step}, device, settings.num_batches, budget_s=15)[name]
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = interleave({name: step}, device, settings.rounds, budget_s=10)[name]
-        began, count = time.perf_counter(), max(2, len(seconds) // 2)
-        for number in range(count):
-            step(number)
-        synchronize(device)
-        free = (time.perf_counter() - began) / count
-        out[name] = step_figures(workload, step, seconds, settings.limits()) | {
-            "unseen_shapes": asdict(Quantiles.of(unseen)),
-            "free_running_clips_per_s": workload.batch_size / free,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
-    return out
+    unseen = interleave({"ours": step}, device, settings.num_batches, budget_s=15)["ours"]
+    if graphs:
+        step.warm_up()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = interleave({"ours": step}, device, settings.rounds, budget_s=6)["ours"]
+    began, count = time.perf_counter(), max(2, len(seconds) // 2)
+    for number in range(count):
+        step(number)
+    synchronize(device)
+    free = (time.perf_counter() - began) / count
+    return step_figures(workload, step, seconds, settings.limits()) | {
+        "first_step_s": first_s, "first_loss": first, "unseen_shapes": asdict(Quantiles.of(unseen)),
+        "free_running_clips_per_s": workload.batch_size / free,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
 
 
 def run_graphed(settings: Settings) -> dict[str, Any]:
     """A step so small that launches dominate, eagerly and as CUDA graphs in turns."""
-    step = OurStep(TRIAL if settings.small else FEW, settings.device, settings.num_batches)
+    step = OurStep(settings.few, settings.device, settings.num_batches)
     for number in range(settings.num_batches):
         step(number)
     return measure_graphed(step, settings.limits(), rounds=settings.rounds, budget_s=8)
 
 
+def run_few(settings: Settings) -> dict[str, Any]:
+    """The same small step, eagerly, beside the reference's without recomputing."""
+    name = "reference, and no checkpointing"
+    return _beside_reference(settings, {name: ON_GPU[name]}, warmup_s=6, budget_s=6, workload=settings.few)
+
+
+def run_kernels(settings: Settings) -> dict[str, Any]:
+    """Kernels by their time in a step, and the same of a replayed CUDA graph; where the host's time goes."""
+    out = {}
+    for name, workload in (("few", settings.few), ("large", settings.workload)):
+        step = OurStep(workload, settings.device, 2)
+        for number in range(4):
+            step(number)
+        host = cProfile.Profile()
+        host.enable()
+        for number in range(4):
+            step(number)
+        synchronize(settings.device)
+        host.disable()
+        told = io.StringIO()
+        pstats.Stats(host, stream=told).sort_stats("tottime").print_stats(40)
+        pstats.Stats(host, stream=told).sort_stats("cumtime").print_stats(60)
+        out[name] = {"kernels": kernels_of(step, 2, settings.device), "host": told.getvalue()}
+        with contextlib.suppress(UserError):
+            graphed = OurStep(workload, settings.device, 2, graphs=True)
+            graphed.warm_up()
+            out[name]["kernels, graphed"] = kernels_of(graphed, 2, settings.device)
+        settings.keep("kernels", out)
+    return out
+
+
 def _beside_reference(
-    settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float
+    settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float,
+    workload: Workload | None = None,
 ) -> dict[str, Any]:
+    root = Path(os.environ["VJEPA2_REFERENCE"])
     return beside_reference(
-        settings.workload, settings.device, Path(os.environ["VJEPA2_REFERENCE"]), variants, settings.limits(),
+        workload or settings.workload, settings.device, root, variants, settings.limits(),
         num_batches=settings.num_batches, rounds=settings.rounds, warmup_s=warmup_s, budget_s=budget_s)
 
 
 def run_reference(settings: Settings) -> dict[str, Any]:
     """Beside the reference as configured, with its attention-plan stalls avoided, and without recomputing."""
     return _beside_reference(settings, {name: options for name, options in ON_GPU.items() if name != _COMPILED},
-                             warmup_s=35, budget_s=25)
+                             warmup_s=20, budget_s=12)
 
 
 def run_reference_compiled(settings: Settings) -> dict[str, Any]:
@@ -187,11 +262,14 @@ class Part:
 PARTS = {
     "environment": Part(run_environment, 20),
     "floors": Part(run_floors, 25),
-    "step": Part(run_step, 70),
-    "reference": Part(run_reference, 120, needs_reference=True),
-    "graphed": Part(run_graphed, 28),
-    "operations": Part(run_operations, 130),
+    "step": Part(run_step, 110),
     "profile": Part(run_profile, 35),
+    "reference": Part(run_reference, 80, needs_reference=True),
+    "graphed": Part(run_graphed, 40),
+    "few": Part(run_few, 50, needs_reference=True),
+    "kernels": Part(run_kernels, 70),
+    "options": Part(run_options, 110),
+    "operations": Part(run_operations, 130),
     "reference_compiled": Part(run_reference_compiled, 110, needs_reference=True),
     "tests": Part(run_tests, 400),
 }
@@ -243,8 +321,10 @@ def as_table(report: dict[str, Any]) -> str:
             ("ms_p50", "ms"), ("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s"), ("percent_of_limit", "% of limit"),
             ("clips_per_s", "clips/s")) if key in info]
         lines.append(f"{name:42s}" + "  ".join(cells))
-    for part in ("step", "reference", "reference_compiled"):
+    for part in ("step", "options", "reference", "few", "reference_compiled"):
         for name, info in results.get(part, {}).items():
+            if isinstance(info, dict) and "error" in info:
+                lines.append(f"{part}: {name:34s} {info['error'].splitlines()[0][:120]}")
             if isinstance(info, dict) and "clips_per_s" in info:
                 ratio = info.get("over_ours", {}).get("p50")
                 free, unseen = info.get("free_running_clips_per_s"), info["unseen_shapes"]["p50"]
@@ -252,7 +332,9 @@ def as_table(report: dict[str, Any]) -> str:
                     f"{part}: {name:34s} {info['p50'] * 1e3:8.1f} ms (unseen shapes {unseen * 1e3:.1f})  "
                     f"{info['clips_per_s']:7.1f} clips/s  {100 * info['share_of_matmul_rate']:5.1f} % of matmul"
                     + (f"  {ratio:.2f} x our time" if ratio else "")
-                    + (f"  {free:.1f} clips/s running free" if free else ""))
+                    + (f"  {free:.1f} clips/s running free" if free else "")
+                    + (f"  {info['peak_memory_gib']:.1f} GiB" if info.get("peak_memory_gib") else "")
+                    + (f"  first step {info['first_step_s']:.1f} s" if "first_step_s" in info else ""))
     graphed = results["graphed"]
     if "error" in graphed:
         lines.append(f"graphed: {graphed['error']}")
@@ -286,8 +368,7 @@ def main() -> int:
     settings = Settings(pick_device("cpu" if arguments.cpu else "cuda"), arguments.small, arguments.out.resolve())
     settings.out.mkdir(parents=True, exist_ok=True)
     if arguments.part:
-        result = PARTS[arguments.part].run(settings)
-        (settings.out / f"{arguments.part}.json").write_text(json.dumps(result))
+        settings.keep(arguments.part, PARTS[arguments.part].run(settings))
         return 0
     report: dict[str, Any] = {}
     with open(settings.out / "log.txt", "wb", buffering=0) as log:

@@ -45,7 +45,9 @@ def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float, dict[str
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float, monkeypatch) -> None:
     ours = one_step(kernels, dtype)
-    assert sorted(name for name, count in _dispatch.launches.items() if count) == KERNELS
+    # The rows behind the last token are attention's business where a library attends.
+    behind = ["_zero_tail_kernel"] if kernels.type == "cuda" and dtype == "bfloat16" else []
+    assert sorted(name for name, count in _dispatch.launches.items() if count) == KERNELS + behind
     # One kernel turns both ways: forward in three networks of one block, backward in encoder and predictor.
     assert _dispatch.launches["_rope3d_kernel"] == 3 + 2
     _dispatch.launches.clear()

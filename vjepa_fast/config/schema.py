@@ -517,9 +517,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 239
     dtype: Dtype = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cuda_graphs: Switch = False
+    cuda_graphs: Switch = "auto"
     """Capture forward, backward and update as CUDA graphs and replay them, where the run allows. `auto`: if that is
-    faster in a few steps at the beginning."""
+    faster in a few steps at the beginning; on a CPU never."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: `ddp`, each has the whole model and gradients are averaged; `fsdp`, each keeps a shard of
     every parameter, of the target encoder's too, and of the optimizer's state (FSDP2, ZeRO stage 3)."""

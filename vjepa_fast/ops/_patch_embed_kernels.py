@@ -78,6 +78,20 @@ def _patch_embed_fold_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _add_product(sums, lost, left, right):  # type: ignore[no-untyped-def]
+    """sums + left @ right, and what rounding has taken from it so far.
+
+    In fp32 one long chain of additions would be less exact than PyTorch's product, which adds up shorter ones; so each
+    product is added with the error of the addition kept (Kahan). Where operands are rounded, that would show nothing.
+    """
+    if left.dtype == tl.float32:
+        product = tl.dot(left, right, input_precision="ieee")
+        total = sums + product
+        return total, lost + ((sums - total) + product)
+    return tl.dot(left, right, sums), lost
+
+
+@jit
 def _patch_embed_fwd_kernel(  # type: ignore[no-untyped-def]
     clips_ptr,  # [B, T, H, W, 3]
     rows_ptr,  # int64 [K]; None: all tokens of all clips
@@ -131,6 +145,7 @@ def _patch_embed_fwd_kernel(  # type: ignore[no-untyped-def]
     if table_ptr is not None:
         table_ptrs = table_ptr + number.to(tl.int64)[:, None] * width + cols[None, :]
         sums += tl.load(table_ptrs, mask=here, other=0.0).to(tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, PIXELS, BLOCK_K):
         index = first + tl.arange(0, BLOCK_K)
         offset = _pixel_offset(index, stride_t, stride_h, stride_w, stride_c, TUBELET, PATCH, CHANNELS_LAST)
@@ -144,8 +159,9 @@ def _patch_embed_fwd_kernel(  # type: ignore[no-untyped-def]
             weight = tl.load(weight_ptrs, mask=inside_n[None, :] & (index < PIXELS)[:, None], other=0.0)
         if CENTRE:
             pixels = (pixels - 128.0) * 0.015625
-        sums = tl.dot(pixels.to(weight.dtype), weight, sums, input_precision="ieee")
-    tl.store(tokens_ptr + token[:, None] * width + cols[None, :], sums.to(tokens_ptr.dtype.element_ty), mask=here)
+        sums, lost = _add_product(sums, lost, pixels.to(weight.dtype), weight)
+    sums = (sums + lost).to(tokens_ptr.dtype.element_ty)
+    tl.store(tokens_ptr + token[:, None] * width + cols[None, :], sums, mask=here)
 
 
 @jit
@@ -178,6 +194,7 @@ def _patch_embed_bwd_kernel(  # type: ignore[no-untyped-def]
     inside_d, inside_p = d < width, index < PIXELS
     offset = _pixel_offset(index, stride_t, stride_h, stride_w, stride_c, TUBELET, PATCH, CHANNELS_LAST)
     sums = tl.zeros((BLOCK_D, BLOCK_P), tl.float32)
+    lost = tl.zeros((BLOCK_D, BLOCK_P), tl.float32)
     for first in range(0, tokens_per_range, BLOCK_T):
         token = part * tokens_per_range + first + tl.arange(0, BLOCK_T)
         inside = token < count
@@ -190,8 +207,8 @@ def _patch_embed_bwd_kernel(  # type: ignore[no-untyped-def]
         ).to(tl.float32)
         if CENTRE:
             pixels = (pixels - 128.0) * 0.015625
-        sums = tl.dot(tl.trans(grad), pixels.to(grad.dtype), sums, input_precision="ieee")
-    tl.store(partial_ptr + (part * width + d[:, None]) * PIXELS + index[None, :], sums,
+        sums, lost = _add_product(sums, lost, tl.trans(grad), pixels.to(grad.dtype))
+    tl.store(partial_ptr + (part * width + d[:, None]) * PIXELS + index[None, :], sums + lost,
              mask=inside_d[:, None] & inside_p[None, :])
 
 

@@ -16,11 +16,15 @@ Legend: L rows of the buffer, H heads, D head width, S sequences.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from vjepa_fast.ops import _attention_choice as choice
 from vjepa_fast.ops._attention_backends import Adapter, adapter
@@ -43,6 +47,24 @@ def attention_ref(qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:
     return torch.cat([*outputs, qkv.new_zeros(len(qkv) - start, width)])
 
 
+@contextlib.contextmanager
+def _without_cudnn(qkv: Tensor) -> Iterator[None]:
+    """Keeps torch from cuDNN's attention where there will be a backward pass.
+
+    It makes a plan for each new shape, a tenth of a second on the host, and in training nearly every batch has other
+    lengths. Whole clips, as the target encoder has, are of one shape.
+    """
+    if qkv.device.type != "cuda" or not (torch.is_grad_enabled() and qkv.requires_grad) or is_compiling():
+        yield
+        return
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
 def _sdpa(qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:
     width = qkv.shape[-1] // 3
     sizes = [count * length for count, length in packing.runs]
@@ -52,7 +74,8 @@ def _sdpa(qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:
     for part, (count, length) in zip(parts, packing.runs, strict=False):
         if length:
             q, k, v = part.view(count, length, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-            out = F.scaled_dot_product_attention(q, k, v)
+            with _without_cudnn(qkv):
+                out = F.scaled_dot_product_attention(q, k, v)
             outputs.append(out.transpose(1, 2).reshape(count * length, width))
     if behind:
         outputs.append(qkv.new_zeros(behind, width))
@@ -208,7 +231,7 @@ class _Attention(torch.autograd.Function):
 def _attend(qkv: Tensor, packing: Packing, num_heads: int, name: str, deterministic: bool) -> Tensor:
     """By a given back end."""
     if name == "sdpa":
-        by_hand = qkv.device.type == "cpu" and type(qkv) in (Tensor, FakeTensor) and not torch.compiler.is_compiling()
+        by_hand = qkv.device.type == "cpu" and type(qkv) in (Tensor, FakeTensor) and not is_compiling()
         # The switch holds for the CPU's kernel too.
         by_hand = by_hand and torch.backends.cuda.flash_sdp_enabled()
         if by_hand and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
@@ -287,7 +310,7 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, backend: str | None
         return qkv[:, :width].masked_fill(torch.ones((), dtype=torch.bool, device=qkv.device), 0)
     backward = torch.is_grad_enabled() and qkv.requires_grad
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if torch.compiler.is_compiling():
+    if is_compiling():
         name = _traced_choice(str(qkv.device), qkv.dtype, head_dim, num_heads, backward, deterministic,
                               packing.dynamic, backend)
     else:

@@ -50,7 +50,8 @@ class SpeedUps:
     @property
     def measures(self) -> bool:
         """Whether anything is to be measured."""
-        return "auto" in (self.cfg.model.compile_model, self.cfg.train.cuda_graphs)
+        races_graphs = self.cfg.train.cuda_graphs == "auto" and refusal(self.train_step) is None
+        return races_graphs or self.cfg.model.compile_model == "auto"
 
     def choose(
         self, trials: Sequence[Trial], expected: Sequence[Sizes], num_groups: int, profiled: bool
@@ -71,6 +72,9 @@ class SpeedUps:
         why = refusal(self.train_step, num_groups)
         if why is None and profiled:
             why = "a profile is of single operators, of which a replay has none"
+        if why is not None and wanted == "auto" and self.device.type == "cpu":
+            # The default, where it is not about anything.
+            return self.train_step
         if why is not None:
             self.say(f"train.cuda_graphs={str(wanted).lower()}: steps run without CUDA graphs: {why}")
         elif wanted is True or self._graphs_are_faster(trials):

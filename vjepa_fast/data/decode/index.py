@@ -90,11 +90,15 @@ def reading(path: str) -> Iterator[None]:
         raise DecodeError(f"it is damaged: {str(error) or type(error).__name__}") from error
 
 
+# Before PyAV 19 metadata that is no UTF-8 was an error unless one said otherwise, later ones know no such argument.
+_ANY_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextlib.contextmanager
 def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     """The container and its first moving-picture stream, set to decode in one thread."""
     # The prefix keeps FFmpeg from reading a name that holds a colon as an address.
-    with av.open(f"file:{path}", metadata_errors="ignore") as container:
+    with av.open(f"file:{path}", **_ANY_METADATA) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise DecodeError("it has no video stream")
