@@ -36,11 +36,12 @@ from vjepa_fast.train.schedules import Schedules
 from vjepa_fast.train.trainer import Trainer
 
 SETTINGS = (
-    "data.crop_size=128", "data.batch_size=32", "data.fps=12", "data.num_workers=10",
-    "optimization.grad_accumulation=1", "mask.group_size=null", "mask.truncate=batch_min",
-    "optimization.schedule=warmup_cosine", "optimization.start_lr=1e-5", "optimization.lr=3e-4",
-    "optimization.final_lr=1e-5", "optimization.epochs=10", "optimization.warmup=1", "optimization.anneal=0", "optimization.ema=[0.996, 1.0]",
-    "loss.loss_exp=2", "train.seed=0", "train.cuda_graphs=true", "train.log_every=50", "train.checkpoint_every=1000000")
+    "data.crop_size=128", "data.batch_size=32", "data.fps=12", "data.num_workers=10", "mask.group_size=null",
+    "mask.truncate=batch_min", "loss.loss_exp=2", "optimization.grad_accumulation=1", "optimization.epochs=10",
+    "optimization.schedule=warmup_cosine", "optimization.warmup=1", "optimization.anneal=0",
+    "optimization.start_lr=1e-5", "optimization.lr=3e-4", "optimization.final_lr=1e-5",
+    "optimization.ema=[0.996, 1.0]", "train.seed=0", "train.cuda_graphs=true", "train.log_every=50",
+    "train.checkpoint_every=1000000")
 """On top of the recipe `one-gpu-vitb`, for a run of a thousand steps: the momentum and learning rate of short runs, and
 masks cut to the shortest of a batch, which is all that the reference can do."""
 
