@@ -8,6 +8,7 @@ import pytest
 
 from tests.train.tiny import tiny_config
 from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.train import runs
 from vjepa_fast.train.run_folder import choose_folder
 
 
@@ -44,3 +45,15 @@ def test_a_file_is_in_the_way() -> None:
     Path("mine").touch()
     with pytest.raises(UserError, match="cannot make the run folder mine: File exists"):
         chosen("train.out=mine")
+
+
+def test_a_run_that_never_began_leaves_nothing() -> None:
+    for changes in ([], ["train.out=mine"]):
+        with pytest.raises(UserError, match=r"a\.csv"):
+            runs.run(tiny_config(Path("a.csv"), Path("cache"), *changes))
+    assert not list(Path("runs").iterdir()) and not Path("mine").exists()
+    Path("mine").mkdir()
+    Path("mine/notes.txt").touch()
+    with pytest.raises(UserError, match=r"a\.csv"):
+        runs.run(tiny_config(Path("a.csv"), Path("cache"), "train.out=mine"))
+    assert Path("mine/notes.txt").exists()

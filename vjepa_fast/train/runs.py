@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from functools import partial
@@ -56,15 +57,20 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
         return join(partial(_run_joined, cfg=cfg, resume=resume, profile=profile, place=place), place,
                     cfg.train.connect_timeout)
     folder = choose_folder(cfg, resume)
-    if nproc == 1:
-        stop = StopSignals()
-        stop.install()
-        return _train(cfg, resume, profile, folder, stop)
     try:
-        return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
+        if nproc == 1:
+            stop = StopSignals()
+            stop.install()
+            return _train(cfg, resume, profile, folder, stop)
+        try:
+            return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
+        finally:
+            # A process that was killed in the middle of writing a file leaves it.
+            remove_leftovers(folder)
     finally:
-        # A process that was killed in the middle of writing a file leaves it.
-        remove_leftovers(folder)
+        # A run that never began, as of a misspelt dataset, leaves no folder; one with files in it stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _run_process(_: int, cfg: Config, resume: bool, profile: bool, folder: Path) -> int:
