@@ -22,7 +22,7 @@ demo: $(STAMP)
 # Where there is a compiler, an extension that is not there is a failure, not a reason to skip. Two processes, as tests use
 # one thread each; the tests of a file stay together, with what they share.
 test: $(STAMP) $(DALI)
-	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile
+	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -91,7 +91,10 @@ class Settings:
 
     def keep(self, part: str, result: dict[str, Any]) -> None:
         """Of a part that may be cut off: what it has so far."""
-        (self.out / f"{part}.json").write_text(json.dumps(result))
+        # Whole or not at all: the part may be killed at any moment.
+        beside = self.out / f"{part}.json.part"
+        beside.write_text(json.dumps(result))
+        beside.replace(self.out / f"{part}.json")
 
     def limits(self) -> Limits:
         """Of the part `floors`; measured again if that failed."""
@@ -140,7 +143,7 @@ def run_step(settings: Settings) -> dict[str, Any]:
 
 
 def run_options(settings: Settings) -> dict[str, Any]:
-    """Our step with what is off by default; one that fails has only `error`."""
+    """Our step with other settings than the plain ones; one that fails has only `error`."""
     out: dict[str, Any] = {}
     for name, options in OPTIONS.items():
         cfg = settings.workload.config.model_dump()

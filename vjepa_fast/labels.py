@@ -31,7 +31,7 @@ def backward_of(part: str) -> str:
 def kind_of(operator: str) -> str:
     """`matmul` (with convolutions and the patch embedding), `attention` or `other`, by the operator's name."""
     name = operator.rpartition("::")[2]
-    if "scaled_dot_product" in name or "flash_attention" in name or name.startswith("attention"):
+    if "scaled_dot_product" in name or "_attention_" in name or name.startswith("attention"):
         return "attention"
     if name in ("mm", "addmm", "bmm", "baddbmm") or "conv" in name or name.startswith("patch_embed"):
         return "matmul"

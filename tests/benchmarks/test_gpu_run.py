@@ -16,14 +16,14 @@ def call(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out)}
     environment.pop("VJEPA2_REFERENCE", None)
     return subprocess.run([sys.executable, "-m", "benchmarks.gpu_run", "--cpu", "--small", *arguments],
-                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_parts_write_their_results(tmp_path: Path) -> None:
-    done = call(tmp_path, "--parts", "environment", "floors", "step", "graphed")
+    done = call(tmp_path, "--parts", "environment", "step", "graphed")
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
     report = json.loads((tmp_path / "gpu_run.json").read_text())
-    assert list(report) == ["environment", "floors", "step", "graphed"]
+    assert list(report) == ["environment", "step", "graphed"]
     assert report["environment"]["result"]["cpu"]
     assert report["step"]["result"]["ours"]["clips_per_s"] > 0
     assert "step: ours" in done.stdout
@@ -57,5 +57,5 @@ def test_table_sets_the_prediction_beside_the_profile() -> None:
 
 
 def test_time_limits_fit_the_call() -> None:
-    assert sum(PARTS[name].limit_s for name in TIMED) < 9 * 60
+    assert sum(PARTS[name].limit_s for name in TIMED) <= 13 * 60
     assert sum(PARTS[name].limit_s for name in ("environment", "tests")) < 9 * 60

@@ -78,8 +78,8 @@ def test_the_file_serves_the_next_process(timed: dict[str, float], tmp_path: Pat
     assert pick() == "fa2" and timed["measured"] == 1
     file = cache.cache_file()
     assert file.parent == tmp_path and list(tmp_path.glob("tmp*")) == []
-    foreign = file.read_text().replace('"format": 1', '"format": 2')
-    for broken in (foreign, "", "[1, 2]", '{"format": 99, "choices": {}}', '{"format": 1, "choices": {"a": 3}}', "\0"):
+    foreign = file.read_text().replace('"format": 2', '"format": 1')
+    for broken in (foreign, "", "[1, 2]", '{"format": 99, "choices": {}}', '{"format": 2, "choices": {"a": 3}}', "\0"):
         stand_ins.forget()
         timed["measured"] = 0
         file.write_text(broken)

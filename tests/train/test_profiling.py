@@ -74,5 +74,6 @@ def test_nothing_is_recorded_without_a_profiler(monkeypatch: pytest.MonkeyPatch)
 def test_kinds() -> None:
     assert [kind_of(name) for name in (
         "aten::mm", "aten::addmm", "aten::convolution", "vjepa_fast::patch_embed_bwd",
-        "aten::_scaled_dot_product_flash_attention_for_cpu", "vjepa_fast::layer_norm_fwd", "aten::add",
-    )] == ["matmul"] * 4 + ["attention"] + ["other"] * 2
+        "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_cudnn_attention_forward",
+        "aten::_flash_attention_backward", "vjepa_fast::attention_bwd", "vjepa_fast::layer_norm_fwd", "aten::add",
+    )] == ["matmul"] * 4 + ["attention"] * 4 + ["other"] * 2

@@ -152,7 +152,7 @@ class ReferenceStep:
         root: the checkout.
         ours: where weights, clips and masks are taken from, before its first step.
         checkpointing: recompute activations, as all of the reference's configs do.
-        cudnn_attention: as in OurStep.
+        cudnn_attention: allow cuDNN's attention, which torch may prefer on a GPU and which plans anew for each shape.
         compiled: torch.compile of every block. Its own compile_model compiles whole networks, which takes minutes and
             starts again with every few new token counts; the blocks hold nearly all of the work and share one result.
     """

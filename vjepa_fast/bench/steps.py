@@ -33,7 +33,6 @@ class OurStep:
         workload: what to train.
         device: where.
         num_batches: different batches, each with its own clips and masks.
-        cudnn_attention: allow cuDNN's attention, which torch may prefer on a GPU and which plans anew for each shape.
         seed: of the weights.
         graphs: replay the step as CUDA graphs.
 
@@ -42,15 +41,13 @@ class OurStep:
     """
 
     def __init__(
-        self, workload: Workload, device: torch.device, num_batches: int, *, cudnn_attention: bool = True,
-        seed: int = 0, graphs: bool = False,
+        self, workload: Workload, device: torch.device, num_batches: int, *, seed: int = 0, graphs: bool = False,
     ) -> None:
         self.workload = workload
         self.model = workload.model(device, seed)
         self.train_step = TrainStep(self.model, workload.config)
         self.clips = [workload.clips(device, index) for index in range(num_batches)]
         self.masks = [workload.masks(device, index) for index in range(num_batches)]
-        self.cudnn_attention = cudnn_attention
         self.run: TrainStep | GraphedStep = self.train_step
         if graphs:
             why = refusal(self.train_step)
@@ -65,7 +62,8 @@ class OurStep:
 
     def __call__(self, step: int) -> torch.Tensor:
         """The loss, on the device."""
-        torch.backends.cuda.enable_cudnn_sdp(self.cudnn_attention)
+        # As a training run has it; a reference's step that took its turn may have switched it off.
+        torch.backends.cuda.enable_cudnn_sdp(True)
         index = step % len(self.masks)
         return self.run(step, self.clips[index], fresh(self.masks[index])).loss
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from vjepa_fast import cache_dir
 
-_FORMAT = 1
+_FORMAT = 2
+"""Of the file and of the way of measuring."""
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,11 @@ def _without_cudnn(qkv: Tensor) -> Iterator[None]:
     """Keeps torch from cuDNN's attention where there will be a backward pass.
 
     It makes a plan for each new shape, a tenth of a second on the host, and in training nearly every batch has other
-    lengths. Whole clips, as the target encoder has, are of one shape.
+    lengths. Whole clips, as the target encoder has, are of one shape. Where nothing else is allowed it may stay.
     """
-    if qkv.device.type != "cuda" or not (torch.is_grad_enabled() and qkv.requires_grad) or is_compiling():
+    cuda = torch.backends.cuda
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    if not (qkv.device.type == "cuda" and torch.is_grad_enabled() and qkv.requires_grad and others) or is_compiling():
         yield
         return
     allowed = torch.backends.cuda.cudnn_sdp_enabled()

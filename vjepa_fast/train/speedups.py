@@ -16,10 +16,14 @@ from vjepa_fast.models.layers import set_compiled
 from vjepa_fast.models.regions import NotCompiled, require_compiler
 from vjepa_fast.train.distributed import Processes
 from vjepa_fast.train.graphs import WARM_UP, GraphedStep, refusal
+from vjepa_fast.train.out_of_memory import ran_out
 from vjepa_fast.train.step import TrainStep
-from vjepa_fast.train.trial import MARGIN, race, undone
+from vjepa_fast.train.trial import MARGIN, race, seconds_of, undone
 
 StepCallable = TrainStep | GraphedStep
+
+LONG_STEP = 0.5
+"""Seconds: an eager step above this is not raced with graphs, as launches are a small part of it."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,13 @@ class SpeedUps:
     @property
     def measures(self) -> bool:
         """Whether anything is to be measured."""
-        races_graphs = self.cfg.train.cuda_graphs == "auto" and refusal(self.train_step) is None
+        races_graphs = self.cfg.train.cuda_graphs == "auto" and self.graphs_can_serve
         return races_graphs or self.cfg.model.compile_model == "auto"
+
+    @property
+    def graphs_can_serve(self) -> bool:
+        """Whether CUDA graphs are wanted, or to be tried, and nothing speaks against them."""
+        return self.cfg.train.cuda_graphs is not False and refusal(self.train_step) is None
 
     def choose(
         self, trials: Sequence[Trial], expected: Sequence[Sizes], num_groups: int, profiled: bool
@@ -72,12 +81,11 @@ class SpeedUps:
         why = refusal(self.train_step, num_groups)
         if why is None and profiled:
             why = "a profile is of single operators, of which a replay has none"
-        if why is not None and wanted == "auto" and self.device.type == "cpu":
-            # The default, where it is not about anything.
-            return self.train_step
         if why is not None:
-            self.say(f"train.cuda_graphs={str(wanted).lower()}: steps run without CUDA graphs: {why}")
-        elif wanted is True or self._graphs_are_faster(trials):
+            # `auto` is the default, and nobody has asked.
+            if wanted is True:
+                self.say(f"train.cuda_graphs=true: steps run without CUDA graphs: {why}")
+        elif wanted is True or self._graphs_are_faster(trials, expected):
             return GraphedStep(self.train_step, expected, self.say)
         return self.train_step
 
@@ -118,12 +126,14 @@ class SpeedUps:
         if self.processes.largest(missing):
             raise NotCompiled(why)
 
-    def _graphs_are_faster(self, trials: Sequence[Trial]) -> bool:
+    def _graphs_are_faster(self, trials: Sequence[Trial], expected: Sequence[Sizes]) -> bool:
         faster = False
         try:
             with undone(self.train_step):
-                faster = self._race_graphs(trials)
-        except torch.OutOfMemoryError:
+                faster = self._race_graphs(trials, expected)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
             self.say("train.cuda_graphs=auto: CUDA graphs are not used, memory does not hold them beside eager steps")
         # Theirs were throw-away graphs: the moments that they know are not there any more.
         gc.collect()
@@ -131,12 +141,20 @@ class SpeedUps:
             torch.cuda.empty_cache()
         return faster
 
-    def _race_graphs(self, trials: Sequence[Trial]) -> bool:
-        graphed = GraphedStep(self.train_step, [Sizes.of(trial.masks[0]) for trial in trials], self.say)
-        order: list[StepCallable] = [self.train_step, *[graphed] * (WARM_UP + 1)]
-        for run in order:
+    def _race_graphs(self, trials: Sequence[Trial], expected: Sequence[Sizes]) -> bool:
+        for trial in trials:
+            self._run(self.train_step, trial)
+        took = seconds_of(lambda: self._run(self.train_step, trials[0]), self.device)
+        if took > LONG_STEP:
+            self.say(f"train.cuda_graphs=auto: CUDA graphs are not tried: a step of {1e3 * took:.4g} ms hardly waits "
+                     "for launches")
+            return False
+        # The buckets of the run, with its padding and its memory.
+        sizes = expected or [Sizes.of(trial.masks[0]) for trial in trials]
+        graphed = GraphedStep(self.train_step, sizes, self.say)
+        for _ in range(WARM_UP + 1):
             for trial in trials:
-                self._run(run, trial)
+                self._run(graphed, trial)
         faster = self._faster(
             "train.cuda_graphs=auto", "CUDA graphs",
             lambda number: self._run(graphed, trials[number % len(trials)]),

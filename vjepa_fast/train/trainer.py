@@ -288,7 +288,7 @@ class Trainer:
                 ids = [group + (step - batch.step) * self.global_batch for group in batch.sample_ids]
                 trials.append(Trial(step, batch.clips, self.masks(step, ids, batch.group_ids, self.device)))
         sizes: list[Sizes] = []
-        if self.cfg.train.cuda_graphs is not False and self.device.type == "cuda" and one_length:
+        if one_length and self.speed_ups.graphs_can_serve:
             # Of the run's first steps, wherever it goes on, so that it has the same buckets after a restart.
             for step in range(NUM_EXPECTED):
                 ids = [torch.arange(step * self.batch_size, (step + 1) * self.batch_size)]

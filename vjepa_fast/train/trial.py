@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch
@@ -80,12 +81,17 @@ def race(sides: Mapping[str, Callable[[int], object]], device: torch.device, rou
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, run in sides.items():
-            _wait(device)
-            began = time.perf_counter()
-            run(number)
-            _wait(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(seconds_of(partial(run, number), device))
     return {name: median(values) for name, values in seconds.items()}
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with the device waited for before and after it."""
+    _wait(device)
+    began = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - began
 
 
 def _wait(device: torch.device) -> None:
