@@ -376,7 +376,7 @@ def optimizer_of_another_kind(step: TrainStep) -> None:
     ("encoder.blocks.0 has a hook", {}, lambda step: step.model.encoder.blocks[0].register_forward_hook(print), 1),
     ("the optimizer has a hook", {}, lambda step: step.optimizer.register_step_post_hook(print), 1),
     ("model.attention=sdpa cannot serve", {"attention": "sdpa"}, None, 1),
-], ids=str)
+], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_what_graphs_cannot_serve(
     why: str | None, settings: dict, change: Callable[[TrainStep], object] | None, num_groups: int, on_cpu: None,
     monkeypatch: pytest.MonkeyPatch,
