@@ -56,7 +56,7 @@ def _without_cudnn(qkv: Tensor) -> Iterator[None]:
     """
     cuda = torch.backends.cuda
     others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
-    if not (qkv.device.type == "cuda" and torch.is_grad_enabled() and qkv.requires_grad and others) or is_compiling():
+    if not (torch.is_grad_enabled() and qkv.requires_grad and others):
         yield
         return
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
@@ -76,7 +76,8 @@ def _sdpa(qkv: Tensor, packing: Packing, num_heads: int) -> Tensor:
     for part, (count, length) in zip(parts, packing.runs, strict=False):
         if length:
             q, k, v = part.view(count, length, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-            with _without_cudnn(qkv):
+            # A compiler cannot trace the switch.
+            with _without_cudnn(qkv) if qkv.is_cuda and not is_compiling() else contextlib.nullcontext():
                 out = F.scaled_dot_product_attention(q, k, v)
             outputs.append(out.transpose(1, 2).reshape(count * length, width))
     if behind:
