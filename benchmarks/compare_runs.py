@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +62,34 @@ def as_markdown(runs: list[dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(folders: list[Path], out: Path) -> None:
-    """Loss curves on one axis, each smoothed over the last ten steps."""
+def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[steps] means of the last ten."""
+    values = np.asarray(losses)
+    return np.array([values[max(0, i - 9) : i + 1].mean() for i in range(len(values))])
+
+
+def plot_losses(runs: Iterable[tuple[str, Sequence[float] | np.ndarray, dict[str, Any]]], out: Path) -> None:
+    """Smoothed loss curves on one axis: name, losses and the look of each (of matplotlib's plot)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for place, folder in enumerate(folders):
-        losses = losses_of(folder)
-        smooth = [losses[max(0, i - 9) : i + 1].mean() for i in range(len(losses))]
-        style, colour = "--" if place % 2 else "-", f"C{place // 2}"
-        axis.plot(np.arange(1, len(losses) + 1), smooth, style, color=colour, label=folder.name, linewidth=1.5)
+    for name, losses, look in runs:
+        axis.plot(np.arange(1, len(losses) + 1), smooth(losses), label=name, **look)
     axis.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(out, dpi=100)
     plt.close(figure)
+
+
+def plot(folders: list[Path], out: Path) -> None:
+    """Loss curves of runs; neighbours share a colour."""
+    plot_losses([(folder.name, losses_of(folder), {
+        "linestyle": "--" if place % 2 else "-", "color": f"C{place // 2}", "linewidth": 1.5})
+        for place, folder in enumerate(folders)], out)
 
 
 def main() -> None:

@@ -23,15 +23,51 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import vjepa_fast as vf
+from benchmarks.compare_runs import plot_losses, smooth
 from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep, normalise
 from vjepa_fast.bench.timing import ROOT, environment
+from vjepa_fast.data.loader import Batch
 from vjepa_fast.evaluation.demo import probe_scores
 from vjepa_fast.train.schedules import Schedules
+from vjepa_fast.train.trainer import Trainer
 
 SIDES = ("reference", "ours")
 SCORES = ("velocity_r2", "position_r2", "shape_accuracy")
+
+
+class FedReference:
+    """The reference's step on the batches of a trainer, from the weights that the trainer begins with.
+
+    Args:
+        root: checkout of facebookresearch/vjepa2.
+        trainer: whose masks and schedule of the momentum it is given.
+        first: any batch.
+        options: of ReferenceStep.
+    """
+
+    def __init__(self, root: Path, trainer: Trainer, first: Batch, **options: bool) -> None:
+        self.trainer = trainer
+        # What ReferenceStep takes weights and first clips from.
+        start: Any = SimpleNamespace(
+            workload=SimpleNamespace(config=trainer.cfg, torch_dtype=getattr(torch, trainer.cfg.train.dtype)),
+            clips=first.clips, masks=trainer._masks_of(first), model=trainer.model)
+        self.step = ReferenceStep(root, start, **options)
+        self.schedules = Schedules(trainer.cfg.optimization)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Train on a batch; the loss, on the device."""
+        self.step.clips = [normalise(clips, torch.float32).contiguous() for clips in batch.clips]
+        self.step.masks = [one.to_meta() for one in self.trainer._masks_of(batch)]
+        self.step.momentum = self.schedules.momentum(batch.step)
+        return self.step.train(0)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """With the names of our encoder's."""
+        backbone: Any = self.step.networks["encoder"].backbone
+        return backbone.state_dict()
 
 
 def train_both(seed: int, num_steps: int | None, folder: Path) -> dict[str, Any]:
@@ -40,27 +76,16 @@ def train_both(seed: int, num_steps: int | None, folder: Path) -> dict[str, Any]
     trainer = vf.Trainer(cfg, folder=folder)
     cfg, batches = trainer.cfg, iter(trainer.loader)
     first = next(batches)
-    masks = trainer._masks_of(first)
-    # What ReferenceStep takes weights and first clips from.
-    start = SimpleNamespace(
-        workload=SimpleNamespace(config=cfg, torch_dtype=torch.float32), clips=first.clips, masks=masks,
-        model=trainer.model)
-    reference = ReferenceStep(Path(os.environ["VJEPA2_REFERENCE"]), start, checkpointing=False)  # type: ignore[arg-type]
-    schedules = Schedules(cfg.optimization)
+    reference = FedReference(Path(os.environ["VJEPA2_REFERENCE"]), trainer, first, checkpointing=False)
     losses: dict[str, list[float]] = {side: [] for side in SIDES}
     total = min(num_steps or trainer.total_steps, trainer.total_steps)
     for step in range(total):
         batch = first if step == 0 else next(batches)
-        masks = trainer._masks_of(batch)
-        reference.clips = [normalise(clips, torch.float32).contiguous() for clips in batch.clips]
-        reference.masks = [one.to_meta() for one in masks]
-        reference.momentum = schedules.momentum(step)
-        losses["reference"].append(float(reference.train(0)))
+        losses["reference"].append(float(reference(batch)))
         losses["ours"].append(float(trainer.run_step(batch).loss))
     trainer.loader.close()
     theirs = copy.deepcopy(trainer.model)
-    backbone: Any = reference.networks["encoder"].backbone
-    theirs.encoder.load_state_dict(backbone.state_dict())
+    theirs.encoder.load_state_dict(reference.encoder_state())
     found = {"reference": probe_scores(cfg, theirs, trainer.synthetic),
              "ours": probe_scores(cfg, trainer.model, trainer.synthetic)}
     return {"seed": seed, "losses": losses, "untrained": found["ours"]["untrained encoder"],
@@ -73,8 +98,7 @@ def spread(values: list[float]) -> str:
 
 def curves(runs: list[dict[str, Any]], side: str) -> np.ndarray:
     """[seeds, steps] losses, each the mean of the last ten."""
-    losses = np.array([run["losses"][side] for run in runs])
-    return np.stack([losses[:, max(0, i - 9) : i + 1].mean(1) for i in range(losses.shape[1])], 1)
+    return np.stack([smooth(run["losses"][side]) for run in runs])
 
 
 def outside(runs: list[dict[str, Any]]) -> float:
@@ -120,22 +144,11 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def plot(runs: list[dict[str, Any]], out: Path) -> None:
     """Curves of both sides, a colour a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for side, style, width in (("reference", "-", 3.0), ("ours", "--", 1.2)):
-        for place, (run, losses) in enumerate(zip(runs, curves(runs, side), strict=True)):
-            axis.plot(np.arange(1, len(losses) + 1), losses, style, linewidth=width,
-                      color=f"C{place}" if side == "reference" else "black", alpha=0.5 if side == "reference" else 1.0,
-                      label=f"{side}, seed {run['seed']}")
-    axis.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+    plot_losses([(f"{side}, seed {run['seed']}", run["losses"][side], {
+        "linestyle": style, "linewidth": width, "alpha": 0.5 if side == "reference" else 1.0,
+        "color": f"C{place}" if side == "reference" else "black"})
+        for side, style, width in (("reference", "-", 3.0), ("ours", "--", 1.2))
+        for place, run in enumerate(runs)], out)
 
 
 def main() -> None:

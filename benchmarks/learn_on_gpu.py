@@ -19,21 +19,28 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import vjepa_fast as vf
-from benchmarks.physics_probes import QUANTITIES, Split, features, pack_videos, read_split, scores
-from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep, normalise
+from benchmarks.compare_runs import losses_of, plot_losses
+from benchmarks.learn_beside_reference import FedReference
+from benchmarks.physics_probes import (
+    QUANTITIES,
+    Split,
+    effective_rank,
+    features,
+    pack_videos,
+    read_split,
+    scores,
+)
+from vjepa_fast.bench.reference import REFERENCE_COMMIT
 from vjepa_fast.bench.timing import ROOT, environment, pick_device, synchronize
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.physics import make_physics
-from vjepa_fast.train.health import effective_ranks
-from vjepa_fast.train.metrics import read_csv
-from vjepa_fast.train.schedules import Schedules
 from vjepa_fast.train.trainer import Trainer
 
 SETTINGS = (
@@ -58,9 +65,8 @@ def train_ours(cfg: Config, folder: Path) -> tuple[Trainer, dict[str, Any]]:
     trainer = Trainer(cfg, folder=folder)
     began = time.perf_counter()
     summary = trainer.fit()
-    rows = read_csv(folder / "log_r0.csv")
     return trainer, {
-        "losses": [float(row["loss"]) for row in rows], "seconds": time.perf_counter() - began,
+        "losses": losses_of(folder).tolist(), "seconds": time.perf_counter() - began,
         "clips_per_s": summary.clips_per_s, "data_wait": summary.data_wait,
         "log": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
         "peak_memory_gib": _peak(trainer.device)}
@@ -81,19 +87,12 @@ def train_reference(cfg: Config, folder: Path, root: Path, limit_s: float) -> tu
     trainer = Trainer(cfg, folder=folder)
     cfg, device, batches = trainer.cfg, trainer.device, iter(trainer.loader)
     first = next(batches)
-    # What ReferenceStep takes weights and first clips from.
-    start = SimpleNamespace(
-        workload=SimpleNamespace(config=cfg, torch_dtype=getattr(torch, cfg.train.dtype)), clips=first.clips,
-        masks=trainer._masks_of(first), model=trainer.model)
-    reference = ReferenceStep(root, start, checkpointing=False, cudnn_attention=False)  # type: ignore[arg-type]
-    schedules, losses = Schedules(cfg.optimization), []
+    reference = FedReference(root, trainer, first, checkpointing=False, cudnn_attention=False)
+    losses: list[Tensor] = []
     began = time.perf_counter()
     for step in range(trainer.total_steps):
         batch = first if step == 0 else next(batches)
-        reference.clips = [normalise(clips.to(device), torch.float32).contiguous() for clips in batch.clips]
-        reference.masks = [one.to_meta() for one in trainer._masks_of(batch)]
-        reference.momentum = schedules.momentum(step)
-        losses.append(reference.train(0))
+        losses.append(reference(batch))
         # As often as ours reads its losses back: its own loop waits for every one.
         if step % cfg.train.log_every == 0 or step == trainer.total_steps - 1:
             synchronize(device)
@@ -102,9 +101,7 @@ def train_reference(cfg: Config, folder: Path, root: Path, limit_s: float) -> tu
     seconds = time.perf_counter() - began
     trainer.loader.close()
     encoder = trainer.model.encoder
-    backbone: Any = reference.networks["encoder"].backbone
-    missing, unexpected = encoder.load_state_dict(backbone.state_dict(), strict=False)
-    assert not missing and all(key.endswith("pos_embed") for key in unexpected), (missing, unexpected)
+    encoder.load_state_dict(reference.encoder_state())
     return encoder, {"losses": torch.stack(losses).tolist(), "seconds": seconds,
                      "clips_per_s": trainer.global_batch * len(losses) / seconds,
                      "peak_memory_gib": _peak(device)}
@@ -114,10 +111,9 @@ def train_reference(cfg: Config, folder: Path, root: Path, limit_s: float) -> tu
 def probe(encoder: Any, splits: tuple[Split, Split]) -> dict[str, Any]:
     """Scores by read-out and quantity, and in how many directions the tokens differ."""
     device = next(encoder.parameters()).device
-    out = encoder.eval()(splits[1].clips[:64].to(device))
     there = [Split(split.clips, {key: value.to(device) for key, value in split.values.items()}) for split in splits]
     found = [{key: x.to(device) for key, x in features(encoder, split.clips).items()} for split in splits]
-    return {"rank": float(effective_ranks([out.float().flatten(0, 1)])[0]),
+    return {"rank": effective_rank(encoder, splits[1].clips[:64].to(device)),
             "scores": scores(there[0], there[1], found[0], found[1])}
 
 
@@ -152,22 +148,12 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(sides: dict[str, Any], out: Path) -> None:
-    """Loss curves, each the mean of ten steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for name, side in sides.items():
-        if losses := side.get("losses"):
-            axis.plot(np.convolve(losses, np.ones(10) / 10, "valid"), label=name)
-    axis.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+def write(report: dict[str, Any], out: Path) -> None:
+    """Figures, page and picture; once more with the second side, so that a run cut off has the first."""
+    out.with_name(out.name + ".json").write_text(json.dumps(report) + "\n")
+    out.with_name(out.name + ".md").write_text(as_markdown(report))
+    plot_losses([(name, side["losses"], {}) for name, side in report["sides"].items() if "losses" in side],
+                out.with_name(out.name + ".png"))
 
 
 def main() -> None:
@@ -175,55 +161,45 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--videos", type=int, nargs=2, default=(400, 200), metavar=("TRAIN", "VAL"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
-    parser.add_argument("--sides", nargs="+", choices=["ours", "reference"], default=["ours", "reference"],
-                        help="those that are run; figures of the other are taken from --out where they are")
     parser.add_argument("--reference-seconds", type=float, default=float("inf"), help="the reference stops then")
     parser.add_argument("--cpu", action="store_true", help="to try the command out")
     parser.add_argument("--work", type=Path, help="folder with videos, or for them")
     parser.add_argument("--out", type=Path, help="without suffix")
     args = parser.parse_args()
     root = os.environ.get("VJEPA2_REFERENCE")
-    if "reference" in args.sides and not root:
-        parser.error("VJEPA2_REFERENCE does not name a checkout of facebookresearch/vjepa2; or give --sides ours")
+    if not root:
+        parser.error("VJEPA2_REFERENCE does not name a checkout of facebookresearch/vjepa2")
     device = pick_device("cpu" if args.cpu else "cuda")
     about = environment(device)
     name = "cpu" if args.cpu else torch.cuda.get_device_name().split()[-1].lower()
     out = args.out or ROOT / "benchmarks" / "results" / f"learn_{name}_{about['date'][:10]}"
     out.parent.mkdir(parents=True, exist_ok=True)
+    sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(
             2, multiprocessing.get_context("spawn")) as pool:
         folder = args.work or Path(temporary)
         made = make_physics(folder / "videos", *args.videos)
         pack_videos(made, folder / "pack")
         cfg = config(folder / "pack", args.steps, [f"train.device={device.type}", *args.set])
+        # Decoded while the first side trains.
         reading = [pool.submit(read_split, csv, cfg.data, 2) for csv in (made.train_csv, made.val_csv)]
-        kept = out.with_name(out.name + ".json")
-        report = json.loads(kept.read_text()) if kept.exists() and len(args.sides) == 1 else {"sides": {}}
-        report["environment"], sides = about, report["sides"]
-        if "ours" in args.sides:
-            trainer, ours = train_ours(cfg, Path(temporary) / "ours")
-            kept.with_suffix(".ours.json").write_text(json.dumps(ours) + "\n")
-            splits = reading[0].result(), reading[1].result()
-            torch.manual_seed(0)
-            with device:
-                untrained = vf.VJEPA(cfg.model).encoder
-            sides["ours"] = ours | {"probe": probe(trainer.model.encoder, splits)}
-            sides["untrained"] = {"probe": probe(untrained, splits)}
-            del trainer, untrained
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            kept.write_text(json.dumps(report) + "\n")
-        if root and "reference" in args.sides:
-            encoder, reference = train_reference(
-                cfg, Path(temporary) / "reference", Path(root), args.reference_seconds)
-            splits = reading[0].result(), reading[1].result()
-            sides["reference"] = reference | {"probe": probe(encoder, splits)}
-    out.with_name(out.name + ".json").write_text(json.dumps(report) + "\n")
-    out.with_name(out.name + ".md").write_text(as_markdown(report))
-    plot(sides, out.with_name(out.name + ".png"))
-    print(as_markdown(report))
+        trainer, ours = train_ours(cfg, Path(temporary) / "ours")
+        splits = reading[0].result(), reading[1].result()
+        torch.manual_seed(0)
+        with device:
+            untrained = vf.VJEPA(cfg.model).encoder
+        sides["ours"] = ours | {"probe": probe(trainer.model.encoder, splits)}
+        sides["untrained"] = {"probe": probe(untrained, splits)}
+        write({"environment": about, "sides": sides}, out)
+        del trainer, untrained
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        encoder, reference = train_reference(cfg, Path(temporary) / "reference", Path(root), args.reference_seconds)
+        sides["reference"] = reference | {"probe": probe(encoder, splits)}
+    write({"environment": about, "sides": sides}, out)
+    print(as_markdown({"environment": about, "sides": sides}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +160,19 @@ def test_under_fake_tensors_nothing_is_asked() -> None:
         for name in ("fa4", "auto"):
             out = attention(qkv, packing, 2, name)
             assert out.shape == (14, 32) and out.device == qkv.device
+
+
+@pytest.mark.parametrize(
+    ("grad", "others", "expected"), [(True, True, False), (False, True, True), (True, False, True)])
+def test_cudnn_is_kept_out_of_training(grad: bool, others: bool, expected: bool) -> None:
+    switches = torch.backends.cuda
+    with contextlib.ExitStack() as undo:
+        for name in ("cudnn", "flash", "mem_efficient", "math"):
+            undo.callback(getattr(switches, f"enable_{name}_sdp"), getattr(switches, f"{name}_sdp_enabled")())
+            getattr(switches, f"enable_{name}_sdp")(name == "cudnn" or others)
+        with module._without_cudnn(torch.zeros(1, requires_grad=grad)):
+            assert switches.cudnn_sdp_enabled() == expected
+        assert switches.cudnn_sdp_enabled()
 
 
 @pytest.mark.gpu

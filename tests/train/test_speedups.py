@@ -182,6 +182,13 @@ def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Counted, "stopped", True)
     assert speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, False) is step
 
+    # A long step is not raced: the launches are a small part of it.
+    monkeypatch.setattr(speedups, "LONG_STEP", 0.0)
+    raced = len(runs)
+    assert speedups.SpeedUps(cfg, step, processes, said.append).choose(trials, [], 1, False) is step
+    assert "CUDA graphs are not tried" in said[-1] and len(runs) == raced and equal(everything(step), before)
+    monkeypatch.setattr(speedups, "LONG_STEP", 60.0)
+
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

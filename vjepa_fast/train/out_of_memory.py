@@ -33,8 +33,8 @@ def explain(cfg: Config, batch_size: int, device: torch.device, step: int, num_p
     adviser = Adviser(cfg, draw_masks(cfg, batch_size), num_processes, kernels=on_gpu)
     total = f" ({torch.cuda.get_device_properties(device).total_memory / _GIB:.1f} GiB)" if on_gpu else ""
     advice = "; ".join(map(str, adviser.single()))
-    if on_gpu and cfg.train.cuda_graphs is not False:
-        advice = "; ".join(filter(None, [advice, "train.cuda_graphs=false, if they were used: they hold memory apart"]))
+    graphs = on_gpu and cfg.train.cuda_graphs is not False
     return (f"memory of the {'GPU' if on_gpu else 'machine'}{total} ran out in step {step}; predicted for this config: "
             f"{adviser.peak(cfg) / _GIB:.1f} GiB a process. "
-            + (f"With {advice}" if advice else "Use fewer clips a process or a smaller model"))
+            + (f"With {advice}" if advice else "Use fewer clips a process or a smaller model")
+            + ("; CUDA graphs, which train.cuda_graphs=false leaves out, hold memory beside that" if graphs else ""))

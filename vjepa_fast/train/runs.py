@@ -62,12 +62,10 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
             stop = StopSignals()
             stop.install()
             return _train(cfg, resume, profile, folder, stop)
-        try:
-            return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
-        finally:
-            # A process that was killed in the middle of writing a file leaves it.
-            remove_leftovers(folder)
+        return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
     finally:
+        # A process that was killed in the middle of writing a file leaves it.
+        remove_leftovers(folder)
         # A run that never began, as of a misspelt dataset, leaves no folder; one with files in it stays.
         with contextlib.suppress(OSError):
             folder.rmdir()
