@@ -63,7 +63,7 @@ def test_terminal(config: Path, tmp_path: Path) -> None:
     """A bar with its figures; after Ctrl-C the cursor is back and the prompt starts on a line of its own."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command("--config", config, "--out", tmp_path / "run"), stdin=theirs, stdout=theirs,
                                stderr=theirs, env=environment, start_new_session=True)
     os.close(theirs)

@@ -165,6 +165,7 @@ class _Progress:
         if self._began is None:
             self._began = now, counts.done
             if self._bar is not None:
+                self._bar.update(self._task, total=counts.total)
                 self._bar.start()
         self.counts = counts
         pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_FRAMES

@@ -54,6 +54,28 @@ class RunConsole(Console):
         os.close(devnull)
 
 
+_DROPPED = ("lr", "data wait", "explained", "speed")
+"""What a narrow terminal goes without, first to last; steps, loss and the time left are always there."""
+
+_NARROWEST_BAR = 8
+"""Columns, with the spaces beside it."""
+
+
+def fitting(figures: dict[str, str], width: int) -> str:
+    """The figures side by side, without those of _DROPPED that do not fit.
+
+    Args:
+        figures: name -> text, in their order.
+        width: columns there are.
+    """
+    kept = dict(figures)
+    for name in _DROPPED:
+        if len("  ".join(kept.values())) <= width:
+            break
+        kept.pop(name, None)
+    return "  ".join(kept.values())
+
+
 class ProgressReport:
     """Shows loss, lr, clips/s, data-wait share and time left.
 
@@ -98,13 +120,17 @@ class ProgressReport:
             return
         pace = (time.perf_counter() - self.began) / max(1, done - self.start)
         left = timedelta(seconds=round(pace * (self.total - done)))
-        health = "" if explained is None else f"  explained {100 * explained:.0f} %"
-        text = (f"loss {loss:.4f}{health}  lr {lr:.2e}  {clips_per_s:.1f} clips/s  data wait {100 * data_wait:.0f} %  "
-                f"eta {left}")
+        figures = {"loss": f"loss {loss:.4f}"}
+        if explained is not None:
+            figures["explained"] = f"explained {100 * explained:.0f} %"
+        figures |= {"lr": f"lr {lr:.2e}", "speed": f"{clips_per_s:.1f} clips/s",
+                    "data wait": f"data wait {100 * data_wait:.0f} %", "eta": f"eta {left}"}
         if self.bar is not None:
-            self.bar.update(self.task, description=text, completed=done)
+            room = self.console.width - len(f"step {self.total}/{self.total}") - _NARROWEST_BAR
+            self.bar.update(self.task, description=fitting(figures, room), completed=done)
         else:
-            self.console.print(f"step {done}/{self.total}  {text}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {done}/{self.total}  {'  '.join(figures.values())}", highlight=False,
+                               soft_wrap=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
