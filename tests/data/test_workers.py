@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
 import signal
 import sys
+import weakref
+from multiprocessing.connection import Connection
 
 import pytest
 
 from vjepa_fast.data import workers
-from vjepa_fast.data.workers import _report
+from vjepa_fast.data.workers import _report, start_context
+
+
+class Node:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def collect(answer: Connection) -> None:
+    gc.collect()
+    answer.send(gc.isenabled())
+
+
+def test_garbage_of_the_parent_is_left_alone_in_a_worker() -> None:
+    """Its destructor may wait for a thread that is not there: a DALI pipeline in a cycle made a worker hang."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    parent = os.getpid()
+    node = Node()
+    # In a worker this would be sent before the answer.
+    weakref.finalize(node, lambda: theirs.send("destroyed") if os.getpid() != parent else None).atexit = False
+    process = start_context().Process(target=collect, args=(theirs,))
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del node
+        gc.enable()
+        process.start()
+        assert gc.isenabled()
+        # And what the worker leaves behind itself is collected.
+        assert ours.recv() is True
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        gc.enable() if was_enabled else gc.disable()
 
 
 def report(error: BaseException) -> None:
