@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ def read_split(manifest: Path, cfg: DataConfig, starts: int = 5) -> Split:
             values["hidden"].append(classes.get(behind(truth, last), -1))
     tensors = {name: torch.tensor(np.array(value)) for name, value in values.items()}
     return Split(torch.stack(clips), tensors)
+
+
+@cache
+def _split(manifest: Path, data: str) -> Split:
+    """read_split, once in a process; data: of the config, as JSON."""
+    return read_split(manifest, DataConfig.model_validate_json(data))
 
 
 @torch.no_grad()
@@ -187,48 +194,58 @@ class Job:
     steps: int | None
     threads: int
     changes: list[str]
-    made: PhysicsSet
+    labelled: PhysicsSet
+    """What the read-outs are fitted and scored on."""
     pack: Path
     """Of the training videos: decoding would take half of the time of so small a model."""
     folder: Path
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train and score one encoder; what the same job has left before is taken as it is."""
+    """Train and score one encoder; what the same job has left before is taken as it is.
+
+    Of a job that differs in `labelled` alone the encoder is taken, and scored anew.
+    """
     torch.set_num_threads(job.threads)
     folder = job.folder / f"{job.objective}_{job.seed}"
-    kept = folder / "found.json"
+    kept, checkpoint = folder / "found.json", folder / "run" / "latest.pt"
     about = {"objective": job.objective, "seed": job.seed, "changes": job.changes}
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        if found | about == found:
-            return found
-    found = dict(about)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    labelled = [len(read_manifest(str(manifest))[0]) for manifest in (job.labelled.train_csv, job.labelled.val_csv)]
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    same = found | about == found
+    if same and found.get("labelled") == labelled:
+        return found
     cfg = config("latent", job.seed, job.pack, 20, job.changes)
+    encoders: dict[str, VisionTransformer] = {}
+    names = {"encoder": "encoder"} | ({"target encoder": "target_encoder"} if job.objective == "latent" else {})
     if job.objective == "untrained":
+        folder.mkdir(parents=True, exist_ok=True)
+        found = dict(about)
         torch.manual_seed(job.seed)
-        encoders = {"encoder": vf.VJEPA(cfg.model).encoder}
+        encoders["encoder"] = vf.VJEPA(cfg.model).encoder
+    elif same and checkpoint.exists():
+        encoders |= {name: vf.load(checkpoint, weights=key, predictor=False).encoder for name, key in names.items()}
     else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         num_steps = job.steps
         if num_steps is None:
             _, pace = train(job.objective, job.seed, job.pack, WARM_UP + TIMED, folder / "timed", job.changes)
             num_steps = max(20, int(60 * job.minutes / pace))
         began = time.perf_counter()
         trainer, _ = train(job.objective, job.seed, job.pack, num_steps // 10 * 10, folder / "run", job.changes)
-        found |= {"steps": trainer.step, "minutes": (time.perf_counter() - began) / 60}
-        encoders = {"encoder": trainer.model.encoder}
-        if job.objective == "latent":
-            encoders["target encoder"] = trainer.model.target_encoder
+        found = {**about, "steps": trainer.step, "minutes": (time.perf_counter() - began) / 60}
         found["log"] = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    splits = read_split(job.made.train_csv, cfg.data), read_split(job.made.val_csv, cfg.data)
+        encoders |= {name: getattr(trainer.model, key) for name, key in names.items()}
+    found["labelled"] = labelled
+    splits = [_split(manifest, cfg.data.model_dump_json())
+              for manifest in (job.labelled.train_csv, job.labelled.val_csv)]
     found["rank"] = {name: effective_rank(encoder, splits[1].clips[:64]) for name, encoder in encoders.items()}
     found["scores"] = {
-        name: scores(*splits, *(features(encoder, split.clips) for split in splits))
+        name: scores(splits[0], splits[1], *(features(encoder, split.clips) for split in splits))
         for name, encoder in encoders.items()}
     if job.objective == "untrained" and job.seed == 0:
-        found["pixels"] = scores(*splits, *(pixels(split.clips) for split in splits))["all"]
+        found["pixels"] = scores(splits[0], splits[1], *(pixels(split.clips) for split in splits))["all"]
         found["clips"] = [len(split.clips) for split in splits]
     kept.write_text(json.dumps(found))
     return found
@@ -253,6 +270,25 @@ def table(rows: dict[str, dict[str, list[float]]]) -> str:
     lines = [f"| features | {' | '.join(QUANTITIES)} |", "|---" * (len(QUANTITIES) + 1) + "|"]
     for name, row in rows.items():
         cells = [f"{np.mean(v):.2f}" + (f" ({min(v):.2f} to {max(v):.2f})" if len(v) > 1 else "") for v in row.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def margins(rows: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: trained less untrained, and in standard deviations of the difference between two seeds."""
+    lines = [f"| less untrained | {' | '.join(QUANTITIES)} |", "|---" * (len(QUANTITIES) + 1) + "|"]
+    for name in rows:
+        which, _, read_out = name.rpartition(", ")
+        beside = rows.get(f"untrained, {read_out}")
+        if beside is None or which == "untrained":
+            continue
+        cells = []
+        for quantity in QUANTITIES:
+            own, other = rows[name][quantity], beside[quantity]
+            margin, cell = np.mean(own) - np.mean(other), ""
+            if len(own) > 1 and len(other) > 1:
+                cell = f" ({margin / np.hypot(np.std(own, ddof=1), np.std(other, ddof=1)):.1f} std)"
+            cells.append(f"{margin:+.2f}{cell}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -310,6 +346,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--videos", type=int, nargs=2, default=(400, 200), metavar=("TRAIN", "VAL"))
+    parser.add_argument("--labelled", type=int, nargs=2, metavar=("TRAIN", "VAL"),
+                        help="videos that read-outs are fitted and scored on; default: those of --videos. With more of "
+                        "them scores are higher and steadier, the encoders are the same")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
@@ -322,14 +361,18 @@ def main() -> None:
         folder = args.work or Path(name)
         made = make_physics(folder / "videos", *args.videos)
         pack_videos(made, folder / "pack")
+        labelled = make_physics(folder / "labelled", *args.labelled) if args.labelled else made
         jobs = [
-            Job(objective, seed, args.minutes, args.steps, threads, args.set, made, folder / "pack", folder / length)
+            Job(objective, seed, args.minutes, args.steps, threads, args.set, labelled, folder / "pack",
+                folder / length)
             for seed in range(args.seeds) for objective in (*OBJECTIVES, "untrained")]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             runs = list(pool.map(run, jobs))
     rows = gather(runs)
     given = [f"--{'steps' if args.steps else 'minutes'} {args.steps or format(args.minutes, 'g')}",
-             f"--seeds {args.seeds} --jobs {args.jobs}", *(["--set", *map(repr, args.set)] if args.set else [])]
+             f"--seeds {args.seeds} --jobs {args.jobs}",
+             *([f"--labelled {args.labelled[0]} {args.labelled[1]}"] if args.labelled else []),
+             *(["--set", *map(repr, args.set)] if args.set else [])]
     counts = next(one["clips"] for one in runs if "clips" in one)
     about = {"command": f"python -m benchmarks.physics_probes {' '.join(given)}", "date": str(date.today()),
              "versions": versions(),
@@ -344,7 +387,8 @@ def main() -> None:
         f"{LONGEST:g} s). Balanced accuracy, 0.25 by chance: which disc is hidden at the end "
         f"({', '.join(HIDDEN.values())}), and the law ({', '.join(KINDS)}). `mean` of all tokens, or the tokens "
         f"of the `last` frames side by side. Mean over {args.seeds} seeds, and their spread.\n\n{table(rows)}\n\n"
-        f"Effective rank of the tokens: {ranks(runs)}.\n")
+        "What training adds, and how many standard deviations of the difference between two seeds that is.\n\n"
+        f"{margins(rows)}\n\nEffective rank of the tokens: {ranks(runs)}.\n")
     out.with_name(out.name + ".md").write_text(text)
     plot(rows, out.with_name(out.name + ".png"))
     print(text)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.physics_probes import QUANTITIES, Job, effective_rank, gather, pack_videos, run, table
+from benchmarks.physics_probes import QUANTITIES, Job, effective_rank, gather, margins, pack_videos, run, table
 from benchmarks.small_scale import READ
 from benchmarks.small_scale import table as table_of_settings
 from vjepa_fast.data.physics import make_physics
@@ -35,6 +35,15 @@ def test_tables_give_means_and_spreads() -> None:
     assert settings[3].startswith("| untrained |  | 0.00")
 
 
+def test_margins_in_deviations_of_a_difference() -> None:
+    rows = gather([one("latent", 0, 0.5), one("latent", 1, 0.7), one("untrained", 0, 0.1), one("untrained", 1, 0.1),
+                   one("untrained", 2, 0.1, pixels={q: 0.0 for q in QUANTITIES})])
+    lines = margins(rows).splitlines()
+    # 0.5 over the deviation of 0.5 and 0.7, which is 0.1 * sqrt(2).
+    assert lines[2] == "| latent, mean" + " | +0.50 (3.5 std)" * len(QUANTITIES) + " |"
+    assert len(lines) == 4
+
+
 def test_effective_rank() -> None:
     class Known(torch.nn.Module):
         def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -57,5 +66,11 @@ def test_a_run_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "runs" / "latent_0" / "found.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "steps": 11}))
     assert run(job)["steps"] == 11
+    # Scored on other videos it is not trained again.
+    more = make_physics(tmp_path / "more", 12, 4)
+    again = run(replace(job, labelled=more))
+    assert again["steps"] == 11 and again["labelled"] == [12, 4] and again["rank"] == pytest.approx(found["rank"])
+    # As text, in which nan (of a class that so few videos lack) is itself.
+    assert json.dumps(again["scores"]) != json.dumps(found["scores"]) == json.dumps(run(job)["scores"])
     # Of other settings it is done anew.
     assert run(replace(job, changes=[*small, "optimization.lr=1e-4"]))["steps"] == 10
