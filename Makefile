@@ -19,9 +19,10 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_
 demo: $(STAMP)
 	$(BIN)/vjepa-fast train
 
-# Where there is a compiler, an extension that is not there is a failure, not a reason to skip.
+# Where there is a compiler, an extension that is not there is a failure, not a reason to skip. Two processes, as tests use
+# one thread each; the tests of a file stay together, with what they share.
 test: $(STAMP) $(DALI)
-	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest
+	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
