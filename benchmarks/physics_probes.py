@@ -41,7 +41,7 @@ from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.writer import make_pack
 from vjepa_fast.data.physics import KINDS, PhysicsSet, load_physics_labels, make_physics
 from vjepa_fast.data.sampling import Box, clip_step
-from vjepa_fast.evaluation.linear_probe import Ridge, r2
+from vjepa_fast.evaluation.linear_probe import Decomposition, Ridge
 from vjepa_fast.evaluation.physics_targets import behind
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.train.health import effective_ranks
@@ -134,9 +134,10 @@ def scores(train: Split, test: Split, x: dict[str, Tensor], x_test: dict[str, Te
     """By read-out and quantity."""
     found: dict[str, dict[str, float]] = {}
     for name in x:
+        decomposed = Decomposition.of(x[name])
         found[name] = {
             q: _balanced(x[name], train.values[q], x_test[name], test.values[q], CLASSES[q]) if q in CLASSES
-            else r2(x[name], train.values[q], x_test[name], test.values[q]) for q in QUANTITIES}
+            else decomposed.fit(train.values[q]).r2(x_test[name], test.values[q]) for q in QUANTITIES}
     return found
 
 
