@@ -65,7 +65,7 @@ class Flag:
 _METHOD = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
-class _Process(_METHOD.Process):  # type: ignore[misc,name-defined]
+class _Process(_METHOD.Process):  # type: ignore[name-defined]
     """A process that leaves alone what the one that forked it left behind as garbage.
 
     Destructors of such objects may wait for threads that a fork does not copy: a DALI pipeline's does, for ever.
