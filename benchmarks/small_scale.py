@@ -123,7 +123,8 @@ def main() -> None:
             runs = list(pool.map(run, jobs))
     found = {variant: runs[i : -args.seeds : len(names)] for i, variant in enumerate(names)}
     untrained = runs[-args.seeds :]
-    given = f"--steps {args.steps} --seeds {args.seeds} --jobs {args.jobs}"
+    given = " ".join([f"--steps {args.steps} --seeds {args.seeds} --jobs {args.jobs}",
+                      *(["--only", *(json.dumps(name) for name in args.only)] if args.only else [])])
     about = {"command": f"python -m benchmarks.small_scale {given}",
              "date": str(date.today()), "versions": versions(),
              "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each"}
