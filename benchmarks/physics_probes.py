@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,9 @@ def read_split(manifest: Path, cfg: DataConfig, starts: int = 5) -> Split:
     return Split(torch.stack(clips), tensors)
 
 
-@cache
+@lru_cache(maxsize=2)
 def _split(manifest: Path, data: str) -> Split:
-    """read_split, once in a process; data: of the config, as JSON."""
+    """read_split, not again for the next encoder of the same settings; data: of the config, as JSON."""
     return read_split(manifest, DataConfig.model_validate_json(data))
 
 
@@ -216,7 +216,8 @@ def run(job: Job) -> dict[str, Any]:
     same = found | about == found
     if same and found.get("labelled") == labelled:
         return found
-    cfg = config("latent", job.seed, job.pack, 20, job.changes)
+    # What encoders are built and clips read with, the same for all seeds.
+    cfg = config("latent", 0, job.pack, 20, job.changes)
     encoders: dict[str, VisionTransformer] = {}
     names = {"encoder": "encoder"} | ({"target encoder": "target_encoder"} if job.objective == "latent" else {})
     if job.objective == "untrained":

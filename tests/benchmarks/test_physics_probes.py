@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.physics_probes import QUANTITIES, Job, effective_rank, gather, margins, pack_videos, run, table
+from benchmarks.physics_probes import (
+    QUANTITIES,
+    Job,
+    _split,
+    effective_rank,
+    gather,
+    margins,
+    pack_videos,
+    run,
+    table,
+)
 from benchmarks.small_scale import READ
 from benchmarks.small_scale import table as table_of_settings
 from vjepa_fast.data.physics import make_physics
@@ -72,5 +82,10 @@ def test_a_run_is_kept(tmp_path: Path) -> None:
     assert again["steps"] == 11 and again["labelled"] == [12, 4] and again["rank"] == pytest.approx(found["rank"])
     # As text, in which nan (of a class that so few videos lack) is itself.
     assert json.dumps(again["scores"]) != json.dumps(found["scores"]) == json.dumps(run(job)["scores"])
+    # Clips are read once for encoders of all seeds.
+    _split.cache_clear()
+    for seed in (0, 1):
+        run(replace(job, objective="untrained", seed=seed))
+    assert _split.cache_info().misses == 2
     # Of other settings it is done anew.
     assert run(replace(job, changes=[*small, "optimization.lr=1e-4"]))["steps"] == 10
