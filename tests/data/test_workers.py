@@ -28,27 +28,26 @@ def collect(answer: Connection) -> None:
     answer.send(gc.isenabled())
 
 
-def test_garbage_of_the_parent_is_left_alone_in_a_worker() -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_of_the_parent_is_left_alone_in_a_worker(enabled: bool) -> None:
     """Its destructor may wait for a thread that is not there: a DALI pipeline in a cycle made a worker hang."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     parent = os.getpid()
-    node = Node()
-    # In a worker this would be sent before the answer.
-    weakref.finalize(node, lambda: theirs.send("destroyed") if os.getpid() != parent else None).atexit = False
     process = start_context().Process(target=collect, args=(theirs,))
-    was_enabled = gc.isenabled()
     gc.disable()
     try:
-        del node
-        gc.enable()
+        # In a worker this would be sent before the answer.
+        weakref.finalize(Node(), lambda: theirs.send("destroyed") if os.getpid() != parent else None).atexit = False
+        if enabled:
+            gc.enable()
         process.start()
-        assert gc.isenabled()
-        # And what the worker leaves behind itself is collected.
+        assert gc.isenabled() == enabled
+        # What the worker leaves behind itself is collected.
         assert ours.recv() is True
         process.join(60)
         assert process.exitcode == 0
     finally:
-        gc.enable() if was_enabled else gc.disable()
+        gc.enable()
 
 
 def report(error: BaseException) -> None:
