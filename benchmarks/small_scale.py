@@ -29,10 +29,6 @@ from vjepa_fast.data.physics import make_physics
 BLOCKS = "{num_blocks: %d, spatial_scale: [%s, %s], temporal_scale: [1.0, 1.0], aspect_ratio: [0.75, 1.5]}"
 """Multi-block masks of the reference, through all of a clip's time."""
 
-FUTURE = "{num_blocks: 1, spatial_scale: [1.0, 1.0], temporal_scale: [0.5, 0.5], aspect_ratio: [1.0, 1.0], " \
-    "max_temporal_keep: 0.5}"
-"""The recipe's own: all that follows the first quarter or half."""
-
 BRIGHT = "bright walls and screens"
 """The variant whose clips have walls and screens much brighter than the background, as the discs are."""
 
@@ -55,8 +51,6 @@ VARIANTS: dict[str, tuple[float, list[str]]] = {
     "L1 loss": (1, ["loss.loss_exp=1"]),
     "mask tokens begin at zero": (1, ["model.zero_init_mask_tokens=true"]),
     "multi-block masks": (1, [f"mask.masks=[{BLOCKS % (8, 0.15, 0.15)}, {BLOCKS % (2, 0.7, 0.7)}]"]),
-    "future and 8 blocks, 0.7 of the steps": (
-        0.7, [f"mask.masks=[{FUTURE}, {BLOCKS % (8, 0.15, 0.15)}]"]),
     "4 frames a second, not 6": (1, ["data.fps=4"]),
     "whole pictures, no crops": (1, [
         "data.aug.random_resize_scale=[1.0,1.0]", "data.aug.random_resize_aspect_ratio=[1.0,1.0]"]),
