@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 import vjepa_fast as vf
-from vjepa_fast import extension
 from vjepa_fast.bench.reference import REFERENCE_COMMIT
 from vjepa_fast.bench.timing import ROOT, Quantiles, environment
 from vjepa_fast.bench.workload import LARGE
-from vjepa_fast.ops import mask_sample as mask_ops
+from vjepa_fast.common import extension
+from vjepa_fast.masking import mask_sample as mask_ops
 
 CALLS = 5
 """Of a turn."""

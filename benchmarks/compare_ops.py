@@ -32,7 +32,7 @@ from vjepa_fast.ops.packing import Packing
 from vjepa_fast.ops.patch_embed import patch_embed
 from vjepa_fast.ops.rope3d import Rope
 from vjepa_fast.ops.variance_loss import variance_loss
-from vjepa_fast.train.optim import ema_update, parameter_groups
+from vjepa_fast.optim.adamw_ema import ema_update, parameter_groups
 
 Run = Callable[[], list[Tensor]]
 """Does the operation and returns results that the other side's must equal."""

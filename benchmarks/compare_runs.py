@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vjepa_fast.bench.timing import environment
-from vjepa_fast.train.metrics import read_csv
+from vjepa_fast.train.monitor.metrics import read_csv
 
 
 def losses_of(folder: Path) -> np.ndarray:

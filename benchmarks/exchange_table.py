@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from vjepa_fast.config import load_recipe
-from vjepa_fast.cost.exchange import NAMES, WAYS, Cluster, exchange
+from vjepa_fast.cost.communication import NAMES, WAYS, Cluster, exchange
 from vjepa_fast.cost.gpus import gpu_named
 from vjepa_fast.cost.plan import draw_masks
 from vjepa_fast.cost.prediction import predict

@@ -47,11 +47,11 @@ from vjepa_fast.bench.timing import (
     synchronize,
 )
 from vjepa_fast.bench.workload import FEW, LARGE, TRIAL, Workload
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost import check
 from vjepa_fast.cost.gpus import gpu_of_device, with_measured
 from vjepa_fast.cost.prediction import predict
-from vjepa_fast.errors import UserError
 
 _NUM_BATCHES = 8
 _COMPILED = "reference, and compiled"

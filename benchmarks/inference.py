@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 import vjepa_fast as vf
+from vjepa_fast.checkpoints.export import write
+from vjepa_fast.checkpoints.huggingface import weights as huggingface
+from vjepa_fast.checkpoints.huggingface.config import to_hf_config
+from vjepa_fast.checkpoints.open import Checkpoint
 from vjepa_fast.config.schema import Config
-from vjepa_fast.inference import InferenceModel
-from vjepa_fast.interop import huggingface
-from vjepa_fast.interop.files import Checkpoint
-from vjepa_fast.interop.huggingface_config import to_hf_config
-from vjepa_fast.interop.writing import write
+from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.models.layers import set_compiled
 from vjepa_fast.ops.patch_embed import normalise
 

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 import vjepa_fast as vf
+from vjepa_fast.checkpoints import infer_config, meta_format
+from vjepa_fast.checkpoints.export import write
+from vjepa_fast.checkpoints.huggingface import weights as huggingface
+from vjepa_fast.checkpoints.huggingface.config import to_hf_config
+from vjepa_fast.checkpoints.open import Checkpoint, open_checkpoint
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.errors import UserError
-from vjepa_fast.inference import check_fit, model_config
-from vjepa_fast.interop import huggingface, meta, proof, shapes
-from vjepa_fast.interop.files import Checkpoint, open_checkpoint
-from vjepa_fast.interop.huggingface_config import to_hf_config
-from vjepa_fast.interop.writing import write
+from vjepa_fast.inference import verify
+from vjepa_fast.inference.model import check_fit, model_config
 from vjepa_fast.models.vit import size_of
 
 State = dict[str, Tensor]
@@ -117,9 +119,9 @@ def config_of(architecture: Architecture, **changes: Any) -> ModelConfig:
 
 def reference_networks(cfg: ModelConfig, root: Path, action: bool = False) -> dict[str, Any]:
     """Encoder and predictor of a checkout, on the default device."""
-    networks: dict[str, Any] = dict(proof.reference_modules(cfg, root))
+    networks: dict[str, Any] = dict(verify.reference_modules(cfg, root))
     if action:
-        with proof.importing(root):
+        with verify.importing(root):
             predictors = importlib.import_module("src.models.ac_predictor")
         assert cfg.crop_size is not None
         # Its mask of all pairs of tokens would not fit the memory at 64 frames; no parameter depends on it.
@@ -136,7 +138,7 @@ def reference_states(architecture: Architecture, root: Path) -> dict[str, State]
     on_cpu = mock.patch.object(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
     with torch.device("meta"), on_cpu:
         networks = reference_networks(config_of(architecture), root, architecture.action)
-    return {name: meta.strip_prefixes(network.state_dict()) for name, network in networks.items()}
+    return {name: meta_format.strip_prefixes(network.state_dict()) for name, network in networks.items()}
 
 
 def compare_names(architecture: Architecture, states: Mapping[str, State]) -> str:
@@ -188,7 +190,7 @@ def compare_hf_names(architecture: Architecture, states: Mapping[str, State]) ->
         theirs = {key: value for key, value in theirs.items() if key.startswith("encoder.")}
     else:
         ours = huggingface.to_hf(states["encoder"], states["predictor"])
-    if differences := shapes.differences(theirs, ours):
+    if differences := infer_config.differences(theirs, ours):
         raise UserError(f"{architecture.name} differs from transformers' model: {differences}")
 
 
@@ -210,7 +212,7 @@ def write_metas(architecture: Architecture, cfg: ModelConfig, root: Path, path: 
     """A checkpoint as the reference writes it, of its own modules with random weights."""
     networks = reference_networks(cfg, root, architecture.action)
     contents: dict[str, Any] = {"epoch": 1}
-    prefix = "module." if architecture.action else meta.PREFIX
+    prefix = "module." if architecture.action else meta_format.PREFIX
     for seed, key in enumerate(("encoder", architecture.key, "predictor")):
         network = networks["predictor" if key == "predictor" else "encoder"]
         network = getattr(network, "module", network)
@@ -218,7 +220,7 @@ def write_metas(architecture: Architecture, cfg: ModelConfig, root: Path, path: 
         contents[key] = {prefix + name: value.clone() for name, value in network.state_dict().items()}
     if architecture.heads is not None:
         depth = 1 if architecture.version == "v1" else 4
-        probe = proof.reference_probe(root, size_of(cfg).embed_dim, _heads(architecture, cfg), 10, depth)
+        probe = verify.reference_probe(root, size_of(cfg).embed_dim, _heads(architecture, cfg), 10, depth)
         randomise(probe, 3)
         contents["classifiers"] = [{f"module.{name}": value for name, value in probe.state_dict().items()}]
     torch.save(contents, path)
@@ -253,7 +255,7 @@ def meta_trip(
     write(middle, build_config(middle), architecture.key, back, "meta")
     end = open_checkpoint(back)
     compare(start, end, architecture.key)
-    return start, proof.against_meta(back, root)
+    return start, verify.against_meta(back, root)
 
 
 def hf_trip(cfg: ModelConfig, start: Checkpoint, key: str, heads: int, folder: Path) -> dict[str, float]:
@@ -275,8 +277,8 @@ def hf_trip(cfg: ModelConfig, start: Checkpoint, key: str, heads: int, folder: P
     middle = open_checkpoint(ours)
     back = write(middle, build_config(middle), "encoder", folder / "back_hf", "hf")
     compare(first, open_checkpoint(back), "encoder")
-    proof.assert_same_bits("encoder", start.encoders[key], first.encoders["encoder"])
-    return proof.against_hf(back)
+    verify.assert_same_bits("encoder", start.encoders[key], first.encoders["encoder"])
+    return verify.against_hf(back)
 
 
 def build_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -292,7 +294,7 @@ def compare(start: Checkpoint, end: Checkpoint, key: str) -> None:
              ("action predictor", start.action_predictor, end.action_predictor),
              *(("probe", *both) for both in zip(start.classifiers, end.classifiers, strict=True))]
     for name, before, after in pairs:
-        proof.assert_same_bits(name, before or {}, after or {})
+        verify.assert_same_bits(name, before or {}, after or {})
 
 
 def run(architecture: Architecture, root: Path, depth: int | None, **sizes: Any) -> Row:

@@ -14,9 +14,9 @@ import torch
 from vjepa_fast.bench.timing import randn
 from vjepa_fast.bench.workload import Workload
 from vjepa_fast.cost import flops
-from vjepa_fast.ops import _attention_choice as choice
-from vjepa_fast.ops._attention_backends import NAMES
-from vjepa_fast.ops.attention import attention
+from vjepa_fast.ops.attention import choice
+from vjepa_fast.ops.attention.backends import NAMES
+from vjepa_fast.ops.attention.op import attention
 from vjepa_fast.ops.packing import Packing
 
 

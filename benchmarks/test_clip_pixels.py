@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vjepa_fast import extension
 from vjepa_fast.bench.workload import Workload
+from vjepa_fast.common import extension
 from vjepa_fast.ops.clip_pixels import clip_pixels
 
 # 360p, and a crop of average size.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vjepa_fast.bench.workload import Workload
-from vjepa_fast.ops.context_weights import context_weights
+from vjepa_fast.models.context_weights import context_weights
 
 
 def test_context_weights(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:

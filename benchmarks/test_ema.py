@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vjepa_fast.bench.workload import Workload
-from vjepa_fast.train.optim import ema_update
+from vjepa_fast.optim.adamw_ema import ema_update
 
 
 def test_ema(measure: Callable[..., None], workload: Workload, device: torch.device) -> None:

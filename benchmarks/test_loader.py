@@ -14,7 +14,7 @@ import torch
 from vjepa_fast.bench.loader import read_batches
 from vjepa_fast.bench.workload import TRIAL, Workload
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data.synthetic import make_synthetic
+from vjepa_fast.data.generated.synthetic import make_synthetic
 from vjepa_fast.data.workers import auto_num_workers
 
 _BATCH = 4

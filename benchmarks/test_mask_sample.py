@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from vjepa_fast import extension
 from vjepa_fast.bench.workload import Workload
+from vjepa_fast.common import extension
 
 
 @pytest.mark.parametrize("drawn_by", ["extension", "numpy"])

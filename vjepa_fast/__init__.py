@@ -13,11 +13,11 @@ _HOME = {
     "VJEPA": "models.jepa",
     "MaskSampler": "masking.sampler",
     "MaskBatch": "masking.batch",
-    "AdamWEMA": "train.optim",
+    "AdamWEMA": "optim.adamw_ema",
     "build_loader": "data.loader",
     "Trainer": "train.trainer",
-    "load": "inference",
-    "swap": "interop.swap",
+    "load": "inference.model",
+    "swap": "swapping.swap",
 }
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
 if TYPE_CHECKING:
     from vjepa_fast.config import load_config, load_recipe
     from vjepa_fast.data.loader import build_loader
-    from vjepa_fast.inference import load
-    from vjepa_fast.interop.swap import swap
+    from vjepa_fast.inference.model import load
     from vjepa_fast.masking.batch import MaskBatch
     from vjepa_fast.masking.sampler import MaskSampler
     from vjepa_fast.models.jepa import VJEPA
-    from vjepa_fast.train.optim import AdamWEMA
+    from vjepa_fast.optim.adamw_ema import AdamWEMA
+    from vjepa_fast.swapping.swap import swap
     from vjepa_fast.train.trainer import Trainer
 
 

@@ -19,8 +19,8 @@ os.environ |= {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLAS
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from vjepa_fast.ops._attention_backends import BACKENDS, adapter  # noqa: E402
-from vjepa_fast.ops._attention_choice import _CHECKED_LENGTHS  # noqa: E402
+from vjepa_fast.ops.attention.backends import BACKENDS, adapter  # noqa: E402
+from vjepa_fast.ops.attention.choice import _CHECKED_LENGTHS  # noqa: E402
 
 
 def main(head_dim: int) -> None:

@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vjepa_fast.ops import (
-    _dispatch,
     activation,
     adamw_ema,
     ema,
@@ -36,6 +35,7 @@ from vjepa_fast.ops import (
     variance_loss,
     zero_tail,
 )
+from vjepa_fast.ops.triton_support import dispatch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -216,7 +216,7 @@ def main(capabilities: list[int]) -> None:
             if capability < SINCE.get(name.split()[0], 0):
                 continue
             launched.clear()
-            _dispatch.assumed_capability = capability
+            dispatch.assumed_capability = capability
             case()
             for kernel, args, options in launched:
                 found.setdefault(f"{kernel.fn.__name__} ({name})", {})[str(capability)] = resources(triton.compile(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vjepa_fast.ops._attention_backends import BACKENDS
+from vjepa_fast.ops.attention.backends import BACKENDS
 
 HERE = Path(__file__).parent
 

@@ -18,13 +18,13 @@ from vjepa_fast.bench import sample as sampled
 from vjepa_fast.bench.loader import add_need, describe_need, measure_loader
 from vjepa_fast.bench.sample import open_sample
 from vjepa_fast.bench.timing import ROOT
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.decode.dali import missing
+from vjepa_fast.data.generated.synthetic import make_synthetic
 from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.writer import make_pack
-from vjepa_fast.data.synthetic import make_synthetic
 from vjepa_fast.data.workers import available_cores
-from vjepa_fast.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 

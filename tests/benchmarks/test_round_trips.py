@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import round_trips
 from benchmarks.round_trips import ARCHITECTURES, Architecture
-from tests.interop import released_names
-from vjepa_fast.errors import UserError
+from tests.checkpoints import released_names
+from vjepa_fast.common.errors import UserError
 
 ROOTS = {"v1": "VJEPA1_REFERENCE", "v2": "VJEPA2_REFERENCE", "v2.1": "VJEPA21_REFERENCE"}
 SMALL: dict[str, Any] = {"embed_dim": 192, "num_heads": 16, "pred_embed_dim": 48, "pred_num_heads": 3,

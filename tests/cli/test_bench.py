@@ -17,7 +17,7 @@ from vjepa_fast.bench.workload import TRIAL, of_config
 from vjepa_fast.cli.main import app
 from vjepa_fast.config import load_recipe
 from vjepa_fast.data.decode.dali import missing
-from vjepa_fast.data.synthetic import make_synthetic
+from vjepa_fast.data.generated.synthetic import make_synthetic
 
 
 def invoke(*args: str) -> Result:

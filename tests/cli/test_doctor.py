@@ -9,14 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from tests.ops import attention_stand_ins as stand_ins
-from vjepa_fast import extension
+from tests.ops.attention import stand_ins
 from vjepa_fast.cli.main import app
-from vjepa_fast.ops import _attention_cache as cache
-from vjepa_fast.ops import _attention_choice as choice
-from vjepa_fast.ops import attention as ops_attention
-from vjepa_fast.ops import mask_sample
-from vjepa_fast.ops._attention_backends import adapter
+from vjepa_fast.common import extension
+from vjepa_fast.masking import mask_sample
+from vjepa_fast.ops.attention import cache, choice
+from vjepa_fast.ops.attention import op as ops_attention
+from vjepa_fast.ops.attention.backends import adapter
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vjepa_fast as vf
+from tests.checkpoints import models
 from tests.data.conftest import write_video
-from tests.interop import models
-from vjepa_fast import inference_videos
 from vjepa_fast.cli.main import app
-from vjepa_fast.inference import InferenceModel
+from vjepa_fast.inference import videos as inference_videos
+from vjepa_fast.inference.model import InferenceModel
 
 
 @pytest.fixture(scope="module")

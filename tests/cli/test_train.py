@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 import vjepa_fast.train
 from vjepa_fast.cli.main import app
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import Config, load_config, load_recipe
-from vjepa_fast.errors import ConfigError, UserError
 
 
 def invoke(*args: str) -> Result:
@@ -38,7 +38,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     stand_in = Runs()
-    module = types.ModuleType("vjepa_fast.train.runs")
+    module = types.ModuleType("vjepa_fast.train.launch_run")
     module.run = stand_in.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(vjepa_fast.train, "runs", module, raising=False)

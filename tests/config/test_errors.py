@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import load_config, load_recipe
-from vjepa_fast.errors import ConfigError
 
 
 def message(*overrides: str) -> str:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import Config, dump, load_config, load_recipe, recipe_names
 from vjepa_fast.config.schema import MODEL_NAMES
-from vjepa_fast.errors import ConfigError
 
 
 def test_names() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import load_recipe, recipe_names
 from vjepa_fast.config.schema import Config
-from vjepa_fast.errors import ConfigError
 
 DENSE = ["model.n_output_distillation=4", "loss.predict_all=true"]
 IMAGES = [*DENSE, "model.img_temporal_dim_size=1", "img_data.datasets=[a.csv]"]

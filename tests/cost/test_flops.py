@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vjepa_fast as vf
-from tests.flops import CountFlops
+from tests.helpers.flops import CountFlops
 from vjepa_fast.bench.workload import LARGE
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.flops import step_flops

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from vjepa_fast.bench.workload import LARGE, TINY
+from vjepa_fast.common.errors import ConfigError
+from vjepa_fast.common.profiler_labels import backward_of
 from vjepa_fast.config import load_recipe
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.check import as_table, compare
@@ -19,8 +21,6 @@ from vjepa_fast.cost.operations import Load, Loads, step_operations
 from vjepa_fast.cost.parameters import count_parameters
 from vjepa_fast.cost.plan import draw_masks
 from vjepa_fast.cost.prediction import ORDER, predict
-from vjepa_fast.errors import ConfigError
-from vjepa_fast.labels import backward_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA
 

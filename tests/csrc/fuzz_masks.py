@@ -33,8 +33,8 @@ EXTREMES = [-(2**63), -(2**32), -(2**31), -2, -1, 0, 1, 2, 13, 14, 255, 2**18, 2
 
 class Fuzzer:
     def __init__(self, folder: Path, seed: int) -> None:
-        from tests.ops import mask_cases
-        from vjepa_fast.ops import mask_sample as mask_ops
+        from tests.masking import mask_cases
+        from vjepa_fast.masking import mask_sample as mask_ops
 
         torch.ops.load_library(str(folder / "operators.so"))
         self.ops = torch.ops.vjepa_fast
@@ -48,7 +48,7 @@ class Fuzzer:
     def spec(self) -> Any:
         """A random MaskSpec."""
         from vjepa_fast.config.schema import MaskSpec
-        from vjepa_fast.ops.mask_rules import STRATEGIES
+        from vjepa_fast.masking.mask_rules import STRATEGIES
 
         pick = self.random
         strategy = pick.choice(STRATEGIES)

@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 
 import vjepa_fast
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import loader as loader_module
 from vjepa_fast.data import sampling, workers
+from vjepa_fast.data.clip_reader import ClipReader
 from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.decode.convert import ToPixels
 from vjepa_fast.data.decode.index import build_index
 from vjepa_fast.data.decode.pyav import decode_each
 from vjepa_fast.data.loader import Batch, Loader, build_loader
-from vjepa_fast.data.reader import ClipReader
-from vjepa_fast.errors import UserError
 
 BASE: dict[str, Any] = {"batch_size": 4, "dataset_fpcs": [4], "crop_size": 32, "fps": 8.0, "num_workers": 0}
 

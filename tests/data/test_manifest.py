@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.manifest import PathList, load_datasets, read_manifest
-from vjepa_fast.errors import ConfigError, UserError
 
 
 def write(path: Path, text: str) -> str:

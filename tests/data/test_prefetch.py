@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data import feed as feed_module
+from vjepa_fast.data import clip_reader as reader_module
 from vjepa_fast.data import loader as loader_module
-from vjepa_fast.data import reader as reader_module
+from vjepa_fast.data import worker_supervisor as feed_module
+from vjepa_fast.data.clip_reader import RawBatch
 from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.loader import build_loader
 from vjepa_fast.data.prefetch import PlainPrefetcher, ThreadedPrefetcher
-from vjepa_fast.data.reader import RawBatch
-from vjepa_fast.errors import UserError
 
 
 class Source:

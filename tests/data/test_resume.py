@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vjepa_fast.config.schema import DataConfig
+from vjepa_fast.data import clip_reader as reader_module
 from vjepa_fast.data import loader as loader_module
-from vjepa_fast.data import reader as reader_module
 from vjepa_fast.data.decode.backend import HostFinisher
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.decode.request import ClipRequest

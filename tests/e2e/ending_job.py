@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from tests.e2e.harness import signal_in_step
-from vjepa_fast.submit import TrainingJob
+from vjepa_fast.cli.submit import TrainingJob
 
 
 class EndingJob(TrainingJob):

@@ -25,8 +25,8 @@ from tests.e2e.harness import (
     read_only_at_checkpoint,
     weights,
 )
-from vjepa_fast.train.run_folder import newest_checkpoint
-from vjepa_fast.train.saving import damage
+from vjepa_fast.checkpoints.run_folder import newest_checkpoint
+from vjepa_fast.checkpoints.writer import damage
 
 STEPS = 9
 """Of a run; a checkpoint every 3."""

@@ -114,7 +114,7 @@ class Runner:
         self.folder = folder
         self.count = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vjepa_fast.train.runs", "vjepa_fast.cli.main", "matplotlib.pyplot",
+        self.context.set_forkserver_preload(["vjepa_fast.train.launch_run", "vjepa_fast.cli.main", "matplotlib.pyplot",
                                              "tests.e2e.harness", "torch.utils.tensorboard"])
 
     def start(self, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None) -> Run:
@@ -169,8 +169,8 @@ def losses(folder: Path) -> list[str]:
 
 def weights(folder: Path) -> dict[str, Any]:
     """Networks and optimizer state of the last checkpoint."""
-    from vjepa_fast.interop.dcp import Folder
-    from vjepa_fast.train.run_folder import newest_checkpoint
+    from vjepa_fast.checkpoints.run_folder import newest_checkpoint
+    from vjepa_fast.checkpoints.sharded_format import Folder
 
     path = newest_checkpoint(folder)
     assert path is not None
@@ -232,7 +232,7 @@ def kill_in_checkpoint(number: int) -> None:
 def before_each_tensor(act: Callable[[int, int, Any], None]) -> None:
     """Calls `act(checkpoint, tensor, file)` before each tensor that is written to a folder of shards; both are counted
     from 1."""
-    from vjepa_fast.train.sharded import ShardedWriter
+    from vjepa_fast.checkpoints.sharded_writer import ShardedWriter
 
     write, save = ShardedWriter.write, torch.save
     count = [0, 0]
@@ -365,7 +365,7 @@ def read_only_at_checkpoint(number: int) -> None:
     """Patch: from the given checkpoint on no file can be made in its folder (also by root, who may always)."""
     import errno
 
-    from vjepa_fast.train import files
+    from vjepa_fast.common import atomic
 
     original = os.replace
     calls = []
@@ -377,4 +377,4 @@ def read_only_at_checkpoint(number: int) -> None:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
         original(source, target)
 
-    files.os.replace = replace
+    atomic.os.replace = replace

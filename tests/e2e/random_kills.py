@@ -36,7 +36,7 @@ from tests.e2e.harness import (
     start_tasks,
     weights,
 )
-from vjepa_fast.train.metrics import read_csv
+from vjepa_fast.train.monitor.metrics import read_csv
 
 INTERVAL = 3
 """Steps between checkpoints, as in CONFIG."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.e2e.harness import Runner, losses, no_leftovers, record_clips, start_tasks, wait_until
-from vjepa_fast.train.run_folder import newest_checkpoint
+from vjepa_fast.checkpoints.run_folder import newest_checkpoint
 
 SHARDED, FSDP = "train.checkpoint_format=sharded", "train.parallel=fsdp"
 BACKGROUND, SPREAD = "train.async_checkpoint=true", "train.shard_optimizer=true"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import Runner, losses, no_leftovers
-from vjepa_fast import submit
+from vjepa_fast.cli import submit
 from vjepa_fast.config import load_config
 
 submitit = pytest.importorskip("submitit")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import models
 from tests.data.conftest import write_video
-from tests.interop import models
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from PIL import Image
 from vjepa_fast.bench.reference import import_environment
 from vjepa_fast.evaluation import augment
 from vjepa_fast.evaluation.views import ClipRule, read_views, segment_frames, view_boxes
-from vjepa_fast.inference_videos import list_videos
+from vjepa_fast.inference.videos import list_videos
 
 
 def draw(seed: int = 0) -> np.random.Generator:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vjepa_fast.cli.main import app
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.evaluation.attentive_probe import HeadSetting
 from vjepa_fast.evaluation.eval_yaml import read_eval_yaml
 

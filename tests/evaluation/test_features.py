@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.evaluation import features, views
 from vjepa_fast.evaluation.features import Entry, FeatureStore, entries_of
 from vjepa_fast.evaluation.views import ClipRule
-from vjepa_fast.inference import InferenceModel
-from vjepa_fast.inference_videos import list_videos
+from vjepa_fast.inference.model import InferenceModel
+from vjepa_fast.inference.videos import list_videos
 
 RULE = ClipRule(8, 8.0, None, (64, 64), segments=2, views=3)
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ import torch
 import vjepa_fast as vf
 from vjepa_fast.evaluation import features
 from vjepa_fast.evaluation.views import ClipRule
-from vjepa_fast.inference_videos import list_videos
+from vjepa_fast.inference.videos import list_videos
 
 features._PART_SECONDS = 0.0
 videos = list_videos([sys.argv[2]])

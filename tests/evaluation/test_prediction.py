@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import vjepa_fast as vf
+from tests.checkpoints import models
 from tests.data.conftest import write_video
-from tests.interop import models
+from vjepa_fast.checkpoints.open import open_checkpoint
 from vjepa_fast.cli.main import app
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.errors import UserError
 from vjepa_fast.evaluation import horizon, prediction, surprise
 from vjepa_fast.evaluation.views import ClipRule
-from vjepa_fast.inference_videos import list_videos
-from vjepa_fast.interop.files import open_checkpoint
+from vjepa_fast.inference.videos import list_videos
 
 RULE = ClipRule(8, 8.0, None, (64, 64))
 

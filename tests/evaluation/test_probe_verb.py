@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vjepa_fast.checkpoints.open import open_checkpoint
 from vjepa_fast.cli.main import app
-from vjepa_fast.interop.files import open_checkpoint
 from vjepa_fast.models.attentive import AttentiveClassifier
 
 QUICK = ("--epochs", "2", "--lr", "1e-3,1e-4", "--weight-decay", "0.1")

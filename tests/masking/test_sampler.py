@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import MaskSampler, StepMasks
 

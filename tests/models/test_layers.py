@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.flops import CountFlops
+from tests.helpers.flops import CountFlops
 from tests.models.test_packed import config
 from vjepa_fast.models.layers import Block, make_blocks, run_blocks
 from vjepa_fast.models.vit import VisionTransformer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.layers import drop_path_scale
 from vjepa_fast.models.predictor import Predictor

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vjepa_fast.ops import _dispatch
+from vjepa_fast.ops.triton_support import dispatch
 
 
 class PoisonedTorch:
@@ -33,8 +33,8 @@ class PoisonedTorch:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device on which operators run their Triton kernels, with poisoned outputs and launches counted from 0."""
     pytest.importorskip("triton")
-    if _dispatch.interpreted():
-        from tests.interpreter import repair
+    if dispatch.interpreted():
+        from tests.helpers.interpreter import repair
 
         repair()
         device = torch.device("cpu")
@@ -43,10 +43,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("kernels need a CUDA device or TRITON_INTERPRET=1")
         device = torch.device("cuda")
     monkeypatch.setenv("VJEPA_FAST_OPS", "triton")
-    op = request.module.__name__.rpartition("test_")[2]
-    if importlib.util.find_spec(f"vjepa_fast.ops.{op}"):
-        monkeypatch.setattr(importlib.import_module(f"vjepa_fast.ops.{op}"), "torch", PoisonedTorch(), raising=False)
-    _dispatch.launches.clear()
+    op = request.module.__name__.replace("tests.", "vjepa_fast.", 1).replace(".test_", ".")
+    if importlib.util.find_spec(op):
+        monkeypatch.setattr(importlib.import_module(op), "torch", PoisonedTorch(), raising=False)
+    dispatch.launches.clear()
     torch._dynamo.reset()
     yield device
 
@@ -54,14 +54,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def own_attention_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Attention back ends are chosen as if for the first time, and what is chosen is kept in a folder of the test's."""
-    from tests.ops import attention_stand_ins
-    from vjepa_fast.ops import _attention_choice
+    from tests.ops.attention import stand_ins
+    from vjepa_fast.ops.attention import choice as _attention_choice
 
     monkeypatch.delenv(_attention_choice.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    attention_stand_ins.forget()
+    stand_ins.forget()
     yield
-    attention_stand_ins.forget()
+    stand_ins.forget()
 
 
 FAR = 2**30 + 32

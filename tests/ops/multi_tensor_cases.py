@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_fast.ops._multi_tensor import CHUNK
+from vjepa_fast.ops.triton_support.multi_tensor import CHUNK
 
 SHAPES = [(1,), (3,), (16,), (5, 7), (33, 32), (0,), (CHUNK,), (CHUNK + 1,), (2 * CHUNK + 48,), (1009,)]
 """One element, odd, prime and empty, less than a block, whole chunks, one more than that, and a tail."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.tolerance import assert_as_good
 from vjepa_fast.models.layers import MLP, SwiGLU
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import activation as module
 from vjepa_fast.ops.activation import gelu, swiglu
+from vjepa_fast.ops.triton_support import dispatch
 
 SHAPES = [(1,), (16,), (1, 1024), (13, 31), (3, 1409), (2, 3, 257), (4, 1536)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ def check(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -
 def test_gelu(kernels, shape, dtype):
     x, grad = operands(shape, dtype, kernels, 2)
     check(gelu, [x], grad)
-    assert _dispatch.launches == GELU
+    assert dispatch.launches == GELU
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +57,7 @@ def test_gelu(kernels, shape, dtype):
 def test_swiglu(kernels, shape, dtype):
     gate, value, grad = operands(shape, dtype, kernels, 3)
     check(swiglu, [gate, value], grad)
-    assert _dispatch.launches == SWIGLU
+    assert dispatch.launches == SWIGLU
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -81,7 +81,7 @@ def test_empty(kernels):
         x, value = (t.requires_grad_() for t in operands(shape, torch.float32, kernels, 2))
         (gelu(x).sum() + swiglu(x, value).sum()).backward()
         assert x.grad is not None and value.grad is not None and x.grad.shape == value.grad.shape == shape
-    assert not _dispatch.launches
+    assert not dispatch.launches
 
 
 @pytest.mark.parametrize("width", [30, 1100])
@@ -108,7 +108,7 @@ def test_rows_are_read_where_they_are(kernels, monkeypatch):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
     x, value, grad = operands((3, width), torch.float32, kernels, 3)
@@ -121,16 +121,16 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
         (module._swiglu_fwd_kernel, module._swiglu_bwd_kernel, swiglu, [far, far_value], [grad_x, grad_value]),
     ):
         strides = [FAR] * len(inputs) + [width]
-        _dispatch.launch(forward, (3,), *inputs, y, *strides, **shape)
-        _dispatch.launch(backward, (3,), grad, *inputs, *grads, *strides, **shape)
+        dispatch.launch(forward, (3,), *inputs, y, *strides, **shape)
+        dispatch.launch(backward, (3,), grad, *inputs, *grads, *strides, **shape)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VJEPA_FAST_OPS", "ref")
             wanted = expected(*leaves[: len(inputs)])
         torch.testing.assert_close(y, wanted)
         torch.testing.assert_close(grads, list(torch.autograd.grad(wanted, leaves[: len(inputs)], grad)))
     # And where the results lie that far apart.
-    _dispatch.launch(module._gelu_fwd_kernel, (3,), x, far, width, FAR, **shape)
-    _dispatch.launch(module._gelu_fwd_kernel, (3,), far, y, FAR, width, **shape)
+    dispatch.launch(module._gelu_fwd_kernel, (3,), x, far, width, FAR, **shape)
+    dispatch.launch(module._gelu_fwd_kernel, (3,), far, y, FAR, width, **shape)
     torch.testing.assert_close(y, F.gelu(F.gelu(x)))
 
 
@@ -152,13 +152,13 @@ def test_compiles_whole(kernels, make):
     x = torch.randn(7, 24, device=kernels, requires_grad=True)
     leaves = [x, *mlp.parameters()]
     eager = torch.autograd.grad(mlp(x).square().sum(), leaves)
-    launched = dict(_dispatch.launches)
+    launched = dict(dispatch.launches)
     compiled = torch.autograd.grad(
         torch.compile(mlp, fullgraph=True, backend="aot_eager")(x).square().sum(), leaves)
     for ours, oracle in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, oracle)
     # The compiler gets the PyTorch lines, which it can fuse with what surrounds them.
-    assert launched in (GELU, SWIGLU) and _dispatch.launches == launched
+    assert launched in (GELU, SWIGLU) and dispatch.launches == launched
 
 
 def test_the_pytorch_path_is_pytorchs(monkeypatch):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.ops.multi_tensor_cases import far_tensor, rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import adamw_ema as module
-from vjepa_fast.ops._multi_tensor import CHUNK
 from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_fit
+from vjepa_fast.ops.triton_support import dispatch
+from vjepa_fast.ops.triton_support.multi_tensor import CHUNK
 
 GROUPS = [(1e-3, 0.9, 0.999, 1e-8, 0.04, 0.999), (2e-2, 0.8, 0.95, 1e-6, 0.0, 0.9), (1e-4, 0.0, 0.0, 1e-3, 0.5, 0.0)]
 LISTS = [field.name for field in fields(Operands) if field.name != "groups"]
@@ -77,7 +77,7 @@ def test_three_steps(kernels, start):
             adamw_ema_ref(oracle, GROUPS, scalar(1.0, kernels))
     assert_close(ours, plain, truth)
     assert_shadows_are_fresh(ours)
-    assert _dispatch.launches == {"_adamw_ema_factors_kernel": 3, "_adamw_ema_kernel": 6}
+    assert dispatch.launches == {"_adamw_ema_factors_kernel": 3, "_adamw_ema_kernel": 6}
     assert {float(s) for s in ours.steps if s is not None} == {start + 3.0}
 
 
@@ -146,16 +146,16 @@ def test_what_the_kernels_do_not_serve(kernels):
 
 
 def test_elements_beyond_two_to_the_31(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     start, values = 2**31, torch.arange(1.0, 21.0)
     made = [far_tensor(x, start) for x in (values, values, torch.zeros(20), torch.zeros(20), torch.zeros(20))]
     step = torch.zeros(())
     row = torch.tensor([[*(address for address, _, _ in made), 0, 0, step.data_ptr()]])
     factors = torch.full((1, 8), torch.nan)
-    _dispatch.launch(module._adamw_ema_factors_kernel, (1,), row, torch.tensor([0]), on_device(kernels)[1:2],
+    dispatch.launch(module._adamw_ema_factors_kernel, (1,), row, torch.tensor([0]), on_device(kernels)[1:2],
                      torch.tensor(1.0), factors, 1, BLOCK=16)
-    _dispatch.launch(
+    dispatch.launch(
         module._adamw_ema_kernel, (1,), row, torch.tensor([start + 20]),
         torch.tensor([[0, start // CHUNK]], dtype=torch.int32), factors, torch.tensor(1.0), SHADOW_FP16=False,
         ALIGNED=False, CHUNK=CHUNK, BLOCK=32)

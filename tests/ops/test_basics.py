@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vjepa_fast.ops.attention import attention
+from vjepa_fast.ops.attention.op import attention
 from vjepa_fast.ops.packing import Packing, concatenate, permute_rows
 from vjepa_fast.ops.patch_embed import MEAN, STD, patch_embed
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.csrc.building import load_emulator
-from tests.ops.mask_cases import needs_extension
+from tests.masking.mask_cases import needs_extension
 from tests.ops.pixel_cases import EXAMPLES, Case, cases, emulate
 from vjepa_fast.ops.clip_pixels import (
     CHROMA_444,
@@ -231,7 +231,7 @@ def test_without_the_extension_pytorch_makes_the_same_clips(
     """In a process of its own, whose library is missing."""
     script = (
         "import pathlib, warnings\n"
-        "from vjepa_fast import extension\n"
+        "from vjepa_fast.common import extension\n"
         f"extension.LIBRARY = pathlib.Path({str(tmp_path / '_C.so')!r})\n"
         "from tests.ops.pixel_cases import EXAMPLES\n"
         "from vjepa_fast.ops.clip_pixels import clip_pixels\n"

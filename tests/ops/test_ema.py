@@ -7,9 +7,10 @@ import torch
 
 from tests.ops.multi_tensor_cases import far_tensor, rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch, ema
-from vjepa_fast.ops._multi_tensor import CHUNK
+from vjepa_fast.ops import ema
 from vjepa_fast.ops.ema import ema_, ema_ref
+from vjepa_fast.ops.triton_support import dispatch
+from vjepa_fast.ops.triton_support.multi_tensor import CHUNK
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
@@ -20,7 +21,7 @@ def test_all_sizes_in_two_launches(kernels, momentum, half):
     shadows = [torch.full_like(t, torch.nan, dtype=half) for t in ours] if half else []
     ema_(ours, sources, momentum, shadows)
     ema_ref(plain, sources, momentum, [])
-    assert _dispatch.launches == {"_ema_kernel": 2}
+    assert dispatch.launches == {"_ema_kernel": 2}
     for number, triple in enumerate(zip(ours, plain, truth, strict=True)):
         assert_as_good(f"target {number}", *triple)
     for target, shadow in zip(ours, shadows, strict=False):
@@ -33,7 +34,7 @@ def test_momentum_on_the_device(kernels):
     sources, ours, plain = rows(0, kernels), rows(1, kernels), rows(1, kernels)
     momentum = torch.tensor(0.9, dtype=torch.float64, device=kernels)
     ema_(ours, sources, momentum)
-    assert _dispatch.launches["_ema_kernel"] == 2
+    assert dispatch.launches["_ema_kernel"] == 2
     ema_ref(plain, sources, momentum.float(), [])
     for target, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(target, expected)
@@ -55,7 +56,7 @@ def test_what_the_kernel_cannot_take_goes_through_pytorch(kernels):
     other_strides = [torch.ones(4, 3, device=kernels).t()], [torch.zeros(3, 4, device=kernels)]
     ema_(*other_strides, 0.5)
     assert torch.equal(other_strides[0][0], torch.full((3, 4), 0.5, device=kernels))
-    assert not _dispatch.launches
+    assert not dispatch.launches
 
 
 def test_writes_are_seen_by_autograd(kernels):
@@ -78,12 +79,12 @@ def test_bad_arguments(kernels):
 
 
 def test_elements_beyond_two_to_the_31(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     start = 2**31
     target_address, target, _one = far_tensor(torch.ones(20), start)
     source_address, _, _two = far_tensor(torch.zeros(20), start)
-    _dispatch.launch(
+    dispatch.launch(
         ema._ema_kernel, (1,), torch.tensor([[target_address, source_address, 0]]), torch.tensor([start + 20]),
         torch.tensor([[0, start // CHUNK]], dtype=torch.int32), torch.tensor(0.75).double(), SHADOW_FP16=False,
         ALIGNED=False, CHUNK=CHUNK, BLOCK=32)

@@ -7,12 +7,13 @@ import torch
 
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.test_model_step import config, make_batch
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.models.jepa import VJEPA
-from vjepa_fast.ops import _dispatch, fp8_linear
+from vjepa_fast.ops import fp8_linear
 from vjepa_fast.ops.fp8_linear import check_device, quantise_rows, quantise_rows_ref, serves
 from vjepa_fast.ops.linear import Linear
+from vjepa_fast.ops.triton_support import dispatch
 
 
 def rows(count: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -28,7 +29,7 @@ def test_kernel_equals_pytorch(kernels, count, width, dtype):
     x = rows(count, width, dtype, kernels)
     found, scale = quantise_rows(x)
     expected, expected_scale = quantise_rows_ref(x)
-    assert _dispatch.launches["_quantise_rows_kernel"] == bool(count)
+    assert dispatch.launches["_quantise_rows_kernel"] == bool(count)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     # Dividing by a scale that differs by a rounding may move a number to its neighbour.
     assert (found.float() != expected.float()).float().mean() <= 0.01 or not count
@@ -57,11 +58,11 @@ def test_strided_rows(kernels):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     x = rows(3, 16, torch.float32, kernels)
     y, scale = torch.zeros(3, 16, dtype=torch.float8_e4m3fn), torch.zeros(3)
-    _dispatch.launch(fp8_linear._quantise_rows_kernel, (3,), far_rows(x), y, scale, FAR, 16, BLOCK=16)
+    dispatch.launch(fp8_linear._quantise_rows_kernel, (3,), far_rows(x), y, scale, FAR, 16, BLOCK=16)
     assert torch.equal(y.view(torch.uint8), quantise_rows(x)[0].view(torch.uint8))
 
 

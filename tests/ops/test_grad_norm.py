@@ -7,9 +7,10 @@ import torch
 
 from tests.ops.multi_tensor_cases import far_tensor, rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch, grad_norm
-from vjepa_fast.ops._multi_tensor import CHUNK
+from vjepa_fast.ops import grad_norm
 from vjepa_fast.ops.grad_norm import sum_of_squares, sum_of_squares_ref
+from vjepa_fast.ops.triton_support import dispatch
+from vjepa_fast.ops.triton_support.multi_tensor import CHUNK
 
 
 def test_all_sizes_in_two_launches(kernels):
@@ -17,7 +18,7 @@ def test_all_sizes_in_two_launches(kernels):
     truth = sum((x.double().square().sum() for x in tensors), torch.zeros((), dtype=torch.float64, device=kernels))
     assert_as_good("sum", sum_of_squares(tensors), sum_of_squares_ref(tensors), truth)
     # Aligned tensors, then the others.
-    assert _dispatch.launches == {"_sum_of_squares_kernel": 2}
+    assert dispatch.launches == {"_sum_of_squares_kernel": 2}
     assert torch.equal(sum_of_squares(tensors), sum_of_squares(tensors))
     # The elements count, not where they were.
     moved = [x.clone() for x in tensors]
@@ -35,7 +36,7 @@ def test_any_element_that_is_not_finite_shows(kernels, place, value):
 
 def test_no_elements_and_no_tensors(kernels):
     assert sum_of_squares([torch.zeros(0, device=kernels)]) == 0
-    assert not _dispatch.launches
+    assert not dispatch.launches
     with pytest.raises(ValueError, match="no tensors"):
         sum_of_squares([])
 
@@ -49,16 +50,16 @@ def test_gaps_between_elements_are_not_counted(kernels):
 def test_other_dtypes_take_pytorch(kernels):
     assert sum_of_squares([torch.full((3,), 2.0, dtype=torch.float64, device=kernels)]).dtype == torch.float64
     assert sum_of_squares([torch.full((3,), 2.0, dtype=torch.bfloat16, device=kernels)]).dtype == torch.bfloat16
-    assert not _dispatch.launches
+    assert not dispatch.launches
 
 
 def test_elements_beyond_two_to_the_31(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     start = 2**31
     address, _, _memory = far_tensor(torch.arange(20, dtype=torch.float32), start)
     sums = torch.full((1,), torch.nan)
-    _dispatch.launch(
+    dispatch.launch(
         grad_norm._sum_of_squares_kernel, (1,), torch.tensor([[address]]), torch.tensor([start + 20]),
         torch.tensor([[0, start // CHUNK]], dtype=torch.int32), sums, ALIGNED=False, CHUNK=CHUNK, BLOCK=32)
     assert sums.item() == sum(i * i for i in range(20))

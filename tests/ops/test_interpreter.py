@@ -12,9 +12,9 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from vjepa_fast.ops import _dispatch  # noqa: E402
+from vjepa_fast.ops.triton_support import dispatch  # noqa: E402
 
-needs_interpreter = pytest.mark.skipif(not _dispatch.interpreted(), reason="kernels run on the GPU")
+needs_interpreter = pytest.mark.skipif(not dispatch.interpreted(), reason="kernels run on the GPU")
 
 
 @triton.jit
@@ -84,7 +84,7 @@ print(torch.equal(y, x.bfloat16()))
 
 @needs_interpreter
 def test_the_repair_is_still_needed(tmp_path):
-    """Once this fails, Triton rounds by itself and tests/interpreter.py has less to do."""
+    """Once this fails, Triton rounds by itself and tests/helpers/interpreter.py has less to do."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     env = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -95,21 +95,21 @@ def test_the_repair_is_still_needed(tmp_path):
 def test_unknown_choice_is_refused(monkeypatch):
     monkeypatch.setenv("VJEPA_FAST_OPS", "cuda")
     with pytest.raises(ValueError, match="VJEPA_FAST_OPS='cuda'; expected ref, triton"):
-        _dispatch.use_triton(torch.zeros(1))
+        dispatch.use_triton(torch.zeros(1))
 
 
 def test_choice(monkeypatch):
     monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
-    assert not _dispatch.use_triton(torch.zeros(1))
+    assert not dispatch.use_triton(torch.zeros(1))
     monkeypatch.setenv("VJEPA_FAST_OPS", "triton")
-    if _dispatch.interpreted():
-        assert _dispatch.use_triton(torch.zeros(1)) and not _dispatch.use_triton(torch.zeros(1, dtype=torch.float64))
+    if dispatch.interpreted():
+        assert dispatch.use_triton(torch.zeros(1)) and not dispatch.use_triton(torch.zeros(1, dtype=torch.float64))
         monkeypatch.delenv("VJEPA_FAST_OPS")
-        assert not _dispatch.use_triton(torch.zeros(1))
+        assert not dispatch.use_triton(torch.zeros(1))
     monkeypatch.setenv("VJEPA_FAST_OPS", "triton")
-    monkeypatch.setattr(_dispatch, "triton", None)
+    monkeypatch.setattr(dispatch, "triton", None)
     with pytest.raises(ValueError, match="Triton is not installed"):
-        _dispatch.use_triton(torch.zeros(1))
+        dispatch.use_triton(torch.zeros(1))
 
 
 WITHOUT_TRITON = """

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import latent_loss as module
 from vjepa_fast.ops.latent_loss import latent_loss, latent_loss_ref, target_features
+from vjepa_fast.ops.triton_support import dispatch
 
 SIZES = [(1, 1), (2, 16), (13, 31), (7, 257), (5, 1024), (3, 1408)]
 
@@ -53,7 +53,7 @@ def check(
 def test_value_and_gradient(kernels, count, width, dtype, exponent):
     z, features, weights, rows, norm = operands(count, width, dtype, kernels, 2 * count + 1)
     check(z, features, weights, exponent, rows, norm)
-    assert _dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
+    assert dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +64,7 @@ def test_levels(kernels, count, width, levels, dtype, exponent):
     z, features, weights, rows, norm = operands(count, levels * width, dtype, kernels, count + 2)
     wide = torch.cat([z, torch.full_like(z, torch.nan)], dim=1)[:, : z.shape[1]]
     check(wide, features, weights, exponent, rows, norm, levels=levels)
-    assert _dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
+    assert dispatch.launches == {"_latent_loss_fwd_kernel": 1, "_latent_loss_bwd_kernel": 1}
 
 
 def test_levels_are_losses_of_their_own(kernels):
@@ -87,7 +87,7 @@ def test_empty(kernels):
     z.requires_grad_()
     loss = latent_loss(z, features, weights, rows=torch.zeros(0, dtype=torch.int64, device=kernels), final_norm=norm)
     loss.backward()
-    assert loss.item() == 0.0 and z.grad is not None and z.grad.shape == (0, 8) and not _dispatch.launches
+    assert loss.item() == 0.0 and z.grad is not None and z.grad.shape == (0, 8) and not dispatch.launches
 
 
 def test_non_contiguous(kernels):
@@ -119,14 +119,14 @@ def test_nan_reaches_loss_and_gradient_and_infinity_the_loss(kernels):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
     z, features, weights, _, _ = operands(3, width, torch.float32, kernels)
     far = far_rows(features)
     losses, slopes = torch.zeros(3), torch.zeros(3, width, dtype=torch.int8)
     rows = torch.tensor([0, 1, 2])
-    _dispatch.launch(
+    dispatch.launch(
         module._latent_loss_fwd_kernel, (3,), z, far, rows, weights.float(), None, None, losses, slopes, width, FAR,
         width, 0.0, 1e-5, 1.0, IS_L1=True, LEVELS=1, BLOCK=16)
     torch.testing.assert_close(losses.sum(), latent_loss_ref(z, features, weights, 1.0, rows, None))
@@ -156,7 +156,7 @@ def test_compiles_whole(kernels):
     (eager,) = torch.autograd.grad(scaled(z), z)
     (compiled,) = torch.autograd.grad(torch.compile(scaled, fullgraph=True, backend="aot_eager")(z), z)
     assert torch.equal(eager, compiled)
-    assert _dispatch.launches == {"_latent_loss_fwd_kernel": 2, "_latent_loss_bwd_kernel": 2}
+    assert dispatch.launches == {"_latent_loss_fwd_kernel": 2, "_latent_loss_bwd_kernel": 2}
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 1.5])

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import layer_norm as module
 from vjepa_fast.ops.layer_norm import LayerNorm, add_layer_norm, layer_norm, layer_norm_ref
+from vjepa_fast.ops.triton_support import dispatch
 
 SIZES = [(1, 1), (2, 16), (13, 31), (29, 257), (5, 1024), (3, 1408)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ def check(function, names: list[str], inputs: list[Tensor], grads: list[Tensor])
 def test_layer_norm(kernels, count, width, dtype):
     weight, bias, x, grad = operands(count, width, dtype, kernels, 2)
     check(lambda x, w, b: layer_norm(x, w, b, EPS), ["y", "dx", "dweight", "dbias"], [x, weight, bias], [grad])
-    assert _dispatch.launches == {"_layer_norm_fwd_kernel": 1, "_layer_norm_bwd_kernel": 1}
+    assert dispatch.launches == {"_layer_norm_fwd_kernel": 1, "_layer_norm_bwd_kernel": 1}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,7 +58,7 @@ def test_add_layer_norm(kernels, count, width, dtype):
     weight, bias, x, branch, grad, grad_sum = operands(count, width, dtype, kernels)
     check(lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), ["sum", "y", "dx", "dbranch", "dweight", "dbias"],
           [x, branch, weight, bias], [grad_sum, grad])
-    assert _dispatch.launches == {"_layer_norm_fwd_kernel": 1, "_layer_norm_bwd_kernel": 1}
+    assert dispatch.launches == {"_layer_norm_fwd_kernel": 1, "_layer_norm_bwd_kernel": 1}
 
 
 def test_stream_and_branch_of_different_dtypes_and_output_cast(kernels):
@@ -90,7 +90,7 @@ def test_empty(kernels):
     total, y = add_layer_norm(leaf, branch, weight, bias, EPS)
     (total.sum() + y.sum()).backward()
     assert y.shape == (0, 8) and leaf.grad is not None and leaf.grad.shape == (0, 8)
-    assert torch.equal(weight.grad, torch.zeros_like(weight)) and not _dispatch.launches
+    assert torch.equal(weight.grad, torch.zeros_like(weight)) and not dispatch.launches
 
 
 def test_non_contiguous(kernels):
@@ -109,18 +109,18 @@ def test_leading_dimensions(kernels):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
     weight, bias, x, grad = operands(3, width, torch.float32, kernels, 2)
     far = far_rows(x)
     y, mean, rstd, grad_x = torch.zeros(3, width), torch.zeros(3), torch.zeros(3), torch.zeros(3, width)
-    _dispatch.launch(module._layer_norm_fwd_kernel, (3,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width,
+    dispatch.launch(module._layer_norm_fwd_kernel, (3,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width,
                      EPS, BLOCK=16)
     leaf = x.clone().requires_grad_()
     expected = layer_norm_ref(leaf, None, weight, bias, EPS, torch.float32)[1]
     torch.testing.assert_close(y, expected)
-    _dispatch.launch(module._layer_norm_bwd_kernel, (1,), grad, None, far, weight, mean, rstd, grad_x,
+    dispatch.launch(module._layer_norm_bwd_kernel, (1,), grad, None, far, weight, mean, rstd, grad_x,
                      torch.zeros(1, width), torch.zeros(1, width), FAR, 3, width, 3, BLOCK=16)
     torch.testing.assert_close(grad_x, torch.autograd.grad(expected, leaf, grad)[0])
 
@@ -148,7 +148,7 @@ def test_compiles_whole(kernels):
     compiled = torch.autograd.grad(torch.compile(used, fullgraph=True, backend="aot_eager")(*leaves), leaves)
     for ours, oracle in zip(compiled, eager, strict=True):
         assert torch.equal(ours, oracle)
-    assert _dispatch.launches == {"_layer_norm_fwd_kernel": 4, "_layer_norm_bwd_kernel": 4}
+    assert dispatch.launches == {"_layer_norm_fwd_kernel": 4, "_layer_norm_bwd_kernel": 4}
 
 
 def test_module_keeps_the_dtype_of_its_input(kernels):

@@ -9,9 +9,10 @@ import vjepa_fast as vf
 from tests.models.test_packed import config, make_batch
 from vjepa_fast.config.schema import Dtype
 from vjepa_fast.models.layers import make_blocks, run_blocks
-from vjepa_fast.ops import _dispatch, layer_norm
+from vjepa_fast.ops import layer_norm
 from vjepa_fast.ops.packing import Packing
-from vjepa_fast.train.optim import ema_update
+from vjepa_fast.ops.triton_support import dispatch
+from vjepa_fast.optim.adamw_ema import ema_update
 from vjepa_fast.train.step import TrainStep
 
 KERNELS = [
@@ -47,13 +48,13 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
     ours = one_step(kernels, dtype)
     # The rows behind the last token are attention's business where a library attends.
     behind = ["_zero_tail_kernel"] if kernels.type == "cuda" and dtype == "bfloat16" else []
-    assert sorted(name for name, count in _dispatch.launches.items() if count) == KERNELS + behind
+    assert sorted(name for name, count in dispatch.launches.items() if count) == KERNELS + behind
     # One kernel turns both ways: forward in three networks of one block, backward in encoder and predictor.
-    assert _dispatch.launches["_rope3d_kernel"] == 3 + 2
-    _dispatch.launches.clear()
+    assert dispatch.launches["_rope3d_kernel"] == 3 + 2
+    dispatch.launches.clear()
     monkeypatch.setenv("VJEPA_FAST_OPS", "ref")
     plain = one_step(kernels, dtype)
-    assert not _dispatch.launches
+    assert not dispatch.launches
     assert ours[:2] == pytest.approx(plain[:2], rel=rtol)
     assert ours[2].keys() == plain[2].keys()
     oracle = one_step(kernels, "float32")[2]
@@ -76,13 +77,13 @@ def test_dense_step(kernels: torch.device, monkeypatch) -> None:
     results = []
     for choice in ("triton", "ref"):
         monkeypatch.setenv("VJEPA_FAST_OPS", choice)
-        _dispatch.launches.clear()
+        dispatch.launches.clear()
         torch.manual_seed(0)
         model = vf.VJEPA(cfg.model, weight_distance_loss=True).to(kernels)
         loss = model([c.to(kernels) for c in clips], [m.to(kernels) for m in masks]).loss
         loss.backward()
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-        launched = _dispatch.launches["_latent_loss_fwd_kernel"], _dispatch.launches["_latent_loss_bwd_kernel"]
+        launched = dispatch.launches["_latent_loss_fwd_kernel"], dispatch.launches["_latent_loss_bwd_kernel"]
         assert launched == ((2, 2) if choice == "triton" else (0, 0))
     (loss, found), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -103,7 +104,7 @@ def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None
     *_, (x, branch) = run_blocks(blocks, x, packing, None)
     (x + branch).sum().backward()
     assert [b is None for b in branches] == [True, *[False] * 5]
-    assert _dispatch.launches["_layer_norm_fwd_kernel"] == _dispatch.launches["_layer_norm_bwd_kernel"] == 6
+    assert dispatch.launches["_layer_norm_fwd_kernel"] == dispatch.launches["_layer_norm_bwd_kernel"] == 6
 
 
 def test_the_moving_average_by_itself_has_a_kernel(kernels: torch.device) -> None:
@@ -111,4 +112,4 @@ def test_the_moving_average_by_itself_has_a_kernel(kernels: torch.device) -> Non
     model = vf.VJEPA(config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1).model)
     model.to(kernels)
     ema_update(model.target_encoder, model.encoder, 0.99)
-    assert list(_dispatch.launches) == ["_ema_kernel"]
+    assert list(dispatch.launches) == ["_ema_kernel"]

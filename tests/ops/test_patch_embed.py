@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.ops.conftest import FAR
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops.patch_embed import normalise, patch_embed, patch_embed_ref
+from vjepa_fast.ops.triton_support import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Clips [B, T, H, W], tubelet and patch, width.
@@ -73,13 +73,13 @@ def test_kept_tokens_with_positions(kernels, shape, kernel, width, dtype):
     table = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(4)).to(kernels)
     check(pixels(shape, kernels), *parameters(kernel, width, kernels), rows_of(29, shape[0] * num_tokens, kernels),
           dtype, table)
-    assert _dispatch.launches == LAUNCHED
+    assert dispatch.launches == LAUNCHED
 
 
 @pytest.mark.parametrize("shape, kernel, width", [SIZES[0], SIZES[1], SIZES[-1]])
 def test_all_tokens(kernels, shape, kernel, width):
     check(pixels(shape, kernels), *parameters(kernel, width, kernels), None, torch.bfloat16)
-    assert _dispatch.launches == LAUNCHED
+    assert dispatch.launches == LAUNCHED
 
 
 @pytest.mark.parametrize("pixel_dtype, dtype", [
@@ -89,7 +89,7 @@ def test_float_clips_are_taken_as_they_are(kernels, pixel_dtype, dtype):
     shape, kernel = (2, 4, 16, 24), (2, 8)
     clips = torch.randn(*shape, 3, generator=torch.Generator().manual_seed(1)).to(kernels, pixel_dtype)
     check(clips, *parameters(kernel, 20, kernels), rows_of(9, 24, kernels), dtype)
-    assert _dispatch.launches == LAUNCHED
+    assert dispatch.launches == LAUNCHED
 
 
 def test_layouts(kernels):
@@ -130,7 +130,7 @@ def test_several_ranges_of_tokens_and_the_same_bits_again(kernels, dtype):
 @pytest.mark.parametrize("far, tubelet", [(0, 1), (1, 1), (1, 3), (2, 1), (4, 1)])
 def test_pixels_beyond_two_to_the_31_elements(kernels, far, tubelet):
     """One dimension of three has steps of FAR: clip, frame (token and tubelet), line of tokens, channel."""
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     shape = [3 if i == far else n for i, n in enumerate((1, 1, 2, 2, 3))]
     near = pixels(tuple(shape[:4]), kernels)
@@ -142,7 +142,7 @@ def test_pixels_beyond_two_to_the_31_elements(kernels, far, tubelet):
     clips.copy_(near)
     patch = 1 if far == 2 else 2
     check(clips, *parameters((tubelet, patch), 16, kernels), None, torch.float32)
-    assert _dispatch.launches == LAUNCHED
+    assert dispatch.launches == LAUNCHED
 
 
 def test_empty(kernels):
@@ -153,7 +153,7 @@ def test_empty(kernels):
         assert out.shape == (0, 20)
         for grad in torch.autograd.grad(out.sum(), (weight, bias)):
             assert torch.equal(grad, torch.zeros_like(grad))
-    assert not _dispatch.launches
+    assert not dispatch.launches
 
 
 def test_pixels_that_were_not_asked_for_do_not_matter(kernels):
@@ -173,10 +173,10 @@ def test_pytorch_serves_what_the_kernels_do_not(kernels):
     patch_embed(clips, weight, bias, None, torch.float32).sum().backward()
     patch_embed(clips.detach(), weight, bias, None, torch.float32, table).sum().backward()
     patch_embed(clips.detach().double(), weight.double(), bias.double(), None, torch.float64)
-    assert clips.grad is not None and table.grad is not None and not _dispatch.launches
+    assert clips.grad is not None and table.grad is not None and not dispatch.launches
     with torch.no_grad():
         patch_embed(clips, weight, bias, None, torch.float32, table)
-    assert _dispatch.launches == {"_patch_embed_fold_kernel": 1, "_patch_embed_fwd_kernel": 1}
+    assert dispatch.launches == {"_patch_embed_fold_kernel": 1, "_patch_embed_fwd_kernel": 1}
 
 
 def test_opcheck(kernels):
@@ -204,7 +204,7 @@ def test_compiles_whole(kernels):
     compiled = torch.autograd.grad(
         torch.compile(used, fullgraph=True, backend="aot_eager")(weight, bias), (weight, bias))
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
-    assert _dispatch.launches == {name: 2 for name in LAUNCHED}
+    assert dispatch.launches == {name: 2 for name in LAUNCHED}
 
 
 def test_bits_of_pytorch_with_positions():

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.tolerance import assert_as_good
-from vjepa_fast import extension
-from vjepa_fast.ops import _dispatch
+from vjepa_fast.common import extension
 from vjepa_fast.ops import rope3d as module
 from vjepa_fast.ops.rope3d import Rope, axis_width, join_ids, rope3d, rope_tables, token_positions
+from vjepa_fast.ops.triton_support import dispatch
 
 GRID = (6, 3, 4)
 HEAD_DIMS = [32, 64, 80, 88, 96, 104]
@@ -195,9 +195,9 @@ def check(qkv: Tensor, grad: Tensor, ids: Tensor, num_heads: int, **options) -> 
 def test_kernels(kernels, count, num_heads, head_dim, style, dtype):
     qkv, grad, ids = operands(count, num_heads, head_dim, dtype, kernels)
     for precision in ("fp32", "reference"):
-        _dispatch.launches.clear()
+        dispatch.launches.clear()
         check(qkv, grad, ids, num_heads, style=style, precision=precision)
-        assert _dispatch.launches == {"_rope3d_kernel": 2}
+        assert dispatch.launches == {"_rope3d_kernel": 2}
 
 
 def test_kernels_with_scale_and_wide_ids(kernels):
@@ -234,7 +234,7 @@ def test_empty(kernels, choice, monkeypatch):
     leaf = torch.zeros(0, 96, device=kernels, requires_grad=True)
     out = rope3d(leaf + 0, torch.zeros(0, dtype=torch.int32, device=kernels), GRID, 1)
     out.sum().backward()
-    assert out.shape == (0, 96) and leaf.grad is not None and not _dispatch.launches
+    assert out.shape == (0, 96) and leaf.grad is not None and not dispatch.launches
 
 
 def test_strided_rows_and_gradients_of_any_layout(kernels):
@@ -252,14 +252,14 @@ def test_strided_rows_and_gradients_of_any_layout(kernels):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     qkv, _, ids = operands(3, 2, 32, torch.float32, kernels)
     expected = rope3d(qkv.clone(), ids, GRID, 2)
     tables = rope_tables(GRID, 32, torch.float32, "tiled", "fp32", (1.0, 1.0, 1.0), kernels)
 
     def run(x: Tensor, y: Tensor, x_stride: int, y_stride: int, num_turned: int) -> None:
-        _dispatch.launch(module._rope3d_kernel, (2,), x, y, ids, tables[0], tables[1], x_stride, y_stride, 3, *GRID, 6,
+        dispatch.launch(module._rope3d_kernel, (2,), x, y, ids, tables[0], tables[1], x_stride, y_stride, 3, *GRID, 6,
                          num_turned, HEAD_DIM=32, AXIS=10, ROUND=False, TOKENS=2, ROWS=8, COLS=32)
 
     far, near = far_rows(qkv), torch.zeros(3, 192)
@@ -300,7 +300,7 @@ def test_compiles_whole(kernels):
     compiled = torch.compile(used, fullgraph=True, backend="aot_eager")(x)
     (compiled_grad,) = torch.autograd.grad(compiled, x)
     assert torch.equal(eager, compiled) and torch.equal(eager_grad, compiled_grad)
-    assert _dispatch.launches == {"_rope3d_kernel": 8}
+    assert dispatch.launches == {"_rope3d_kernel": 8}
 
 
 @pytest.mark.parametrize("qkv, message", [

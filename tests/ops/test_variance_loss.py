@@ -15,9 +15,9 @@ from tests.ops.tolerance import assert_as_good
 from vjepa_fast.config.schema import Config
 from vjepa_fast.models import jepa
 from vjepa_fast.models.jepa import JEPAOutput
-from vjepa_fast.ops import _dispatch
 from vjepa_fast.ops import variance_loss as module
 from vjepa_fast.ops.packing import Packing
+from vjepa_fast.ops.triton_support import dispatch
 from vjepa_fast.ops.variance_loss import variance_loss, variance_loss_ref
 from vjepa_fast.train.step import TrainStep
 
@@ -59,7 +59,7 @@ def test_value_and_gradient(kernels, lengths, num_clips, width, dtype):
     z, packing, weights = operands(lengths, num_clips, width, dtype, kernels)
     loss, grad = check(z, packing, weights)
     assert loss.dtype == torch.float32 and grad.dtype == dtype
-    assert _dispatch.launches == KERNELS
+    assert dispatch.launches == KERNELS
 
 
 def test_equals_the_formula_on_dense_predictions():
@@ -143,7 +143,7 @@ def test_no_tokens(kernels):
 
 
 def test_rows_beyond_two_to_the_31_elements(kernels):
-    if not _dispatch.interpreted():
+    if not dispatch.interpreted():
         pytest.skip("needs host memory")
     width = 16
     z, packing, weights = operands([3], 1, width, torch.float32, kernels)
@@ -153,11 +153,11 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     partial, losses, grad = torch.zeros(1, 1, 2, width), torch.zeros(1, 1), torch.zeros(3, width)
     means, scales, slopes = torch.zeros(3, 1, width)
     offsets, cols = packing.cu_seqlens, {"COLS": 16}
-    _dispatch.launch(module._variance_loss_stats_kernel, (1,), far, offsets, partial, FAR, 1, width, ROWS=2, TILES=2,
+    dispatch.launch(module._variance_loss_stats_kernel, (1,), far, offsets, partial, FAR, 1, width, ROWS=2, TILES=2,
                      **cols)
-    _dispatch.launch(module._variance_loss_fwd_kernel, (1, 1), offsets, partial, weights.float(), losses, means, scales,
+    dispatch.launch(module._variance_loss_fwd_kernel, (1, 1), offsets, partial, weights.float(), losses, means, scales,
                      slopes, 1, 1, width, module.EPS, CHUNK=4, **cols)
-    _dispatch.launch(module._variance_loss_bwd_kernel, (1,), far, offsets, means, scales, slopes, torch.ones(()), grad,
+    dispatch.launch(module._variance_loss_bwd_kernel, (1,), far, offsets, means, scales, slopes, torch.ones(()), grad,
                      FAR, 3, 1, 1, 1, width, CHUNK=4, ROWS=2, **cols)
     torch.testing.assert_close(losses.sum(), wanted)
     torch.testing.assert_close(grad, torch.autograd.grad(wanted, leaf)[0])
@@ -183,7 +183,7 @@ def test_compiles_whole(kernels):
     (eager,) = torch.autograd.grad(used(leaf), leaf)
     (compiled,) = torch.autograd.grad(torch.compile(used, fullgraph=True, backend="aot_eager")(leaf), leaf)
     assert torch.equal(compiled, eager)
-    assert _dispatch.launches == {name: 2 for name in KERNELS}
+    assert dispatch.launches == {name: 2 for name in KERNELS}
 
 
 def one_loss(reg_coeff: float) -> JEPAOutput:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import vjepa_fast as vf
+from vjepa_fast.checkpoints.huggingface import weights as huggingface
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.errors import UserError
-from vjepa_fast.interop import huggingface
 from vjepa_fast.ops.patch_embed import normalise
 
 from .cases import Case, make_batch, recipe_weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vjepa_fast.interop import meta
+from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.train.step import TrainStep
 
 from . import meta_reference, ours
@@ -116,7 +116,7 @@ def test_theirs_resumes_here(name: str, tmp_path: Path) -> None:
     torch.save(their_checkpoint(triple, training, epoch=1), tmp_path / "latest.pt")
 
     model, train_step = our_training(case)
-    info = meta.load_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer)
+    info = meta_format.load_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer)
     assert info == {"epoch": 1, "loss": 1.25, "batch_size": 3, "world_size": 1, "lr": OPTIMIZATION["lr"]}
     assert_same_state(case, model, train_step, triple, training)
     assert_same_continuation(case, model, train_step, training, triple)
@@ -130,7 +130,7 @@ def test_ours_resumes_there(name: str, is_anneal: bool, tmp_path: Path) -> None:
     ours.load(model, start(case))
     for step in range(BEFORE):
         ours.train(model, train_step, make_batch(case, step), step)
-    meta.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
+    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
                          world_size=1, lr=OPTIMIZATION["lr"], extra={"step": BEFORE})
 
     triple, training = their_training(case)
@@ -154,7 +154,7 @@ def test_layout_is_theirs(tmp_path: Path) -> None:
     model, train_step = our_training(case)
     ours.load(model, start(case))
     ours.train(model, train_step, make_batch(case, 0), 0)
-    meta.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
+    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
                          world_size=1, lr=OPTIMIZATION["lr"])
     found = torch.load(tmp_path / "latest.pt", weights_only=True)
     assert found.keys() == expected.keys()
@@ -171,7 +171,7 @@ def test_scaler_state_of_a_bf16_run_loads_there(tmp_path: Path) -> None:
     model, cfg = ours.build(CASES["rope"])
     model.cfg.dtype = "bfloat16"
     train_step = TrainStep(model, cfg)
-    meta.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=0, loss=0.0, batch_size=3,
+    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=0, loss=0.0, batch_size=3,
                          world_size=1, lr=1e-3)
     triple = meta_reference.build(CASES["rope"])
     training = meta_reference.Training(triple, CASES["rope"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vjepa_fast.interop.meta import MaskCollator
+from vjepa_fast.swapping.mask_collator import MaskCollator
 
 from . import meta_reference, meta_v1_reference
 from .mask_cases import MASK_CASES, SHORT, VARIED, MaskCase

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vjepa_fast.interop import meta
+from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.train.step import TrainStep
 
 from . import meta_reference, ours
@@ -48,7 +48,7 @@ def networks(path: Path) -> dict[str, torch.Tensor]:
 def our_training(checkpoint: Path) -> tuple[Any, TrainStep, dict[str, Any]]:
     model, cfg = ours.build(CASE)
     train_step = TrainStep(model, cfg)
-    return model, train_step, meta.load_checkpoint(checkpoint, model, train_step.optimizer)
+    return model, train_step, meta_format.load_checkpoint(checkpoint, model, train_step.optimizer)
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -82,7 +82,7 @@ def test_ours_resumes_there(reference_run: tuple[Path, list[float]], tmp_path: P
     model, train_step, info = our_training(folder / "e0.pt")
     for step in range(IPE, 2 * IPE):
         ours.train(model, train_step, make_batch(CASE, step), step)
-    meta.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=2, loss=info["loss"],
+    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=2, loss=info["loss"],
                          batch_size=info["batch_size"], world_size=info["world_size"], lr=info["lr"])
     shutil.copy(tmp_path / "latest.pt", tmp_path / "ours.pt")
     assert run_reference(tmp_path) == pytest.approx(losses[2 * IPE:], abs=1.1e-5)

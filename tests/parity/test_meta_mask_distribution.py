@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
+from vjepa_fast.masking.mask_rules import BlockSpec, block_size
 from vjepa_fast.masking.sampler import MaskSampler
-from vjepa_fast.ops.mask_rules import BlockSpec, block_size
 
 from . import meta_reference
 from .mask_cases import MASK_CASES, VARIED

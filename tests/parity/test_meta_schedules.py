@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vjepa_fast.config.schema import OptimizationConfig
-from vjepa_fast.train.schedules import Schedules
+from vjepa_fast.optim.schedules import Schedules
 
 from . import meta_reference
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import vjepa_fast as vf
+from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.config.schema import Config, DataConfig, MaskConfig, MaskSpec
 from vjepa_fast.data import sampling
-from vjepa_fast.data.reader import ClipReader
-from vjepa_fast.interop import meta
+from vjepa_fast.data.clip_reader import ClipReader
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.train.step import TrainStep
@@ -138,7 +138,7 @@ def test_their_checkpoint_goes_on_here(name: str, tmp_path: Path) -> None:
 
     model, cfg = ours.build(case, torch.float64)
     train_step = TrainStep(model, cfg)
-    info = meta.load_checkpoint(tmp_path / "jepa-latest.pth.tar", model, train_step.optimizer)
+    info = meta_format.load_checkpoint(tmp_path / "jepa-latest.pth.tar", model, train_step.optimizer)
     assert info["epoch"] == 2
     mine = ours.weights_of(model)
     assert all(torch.equal(mine[key], value) for key, value in triple.weights().items())

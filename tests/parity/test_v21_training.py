@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vjepa_fast.interop import meta
+from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.masking.batch import MaskBatch
-from vjepa_fast.ops.context_weights import context_weights
+from vjepa_fast.models.context_weights import context_weights
 from vjepa_fast.train.step import TrainStep
 
 from . import ours, v21_ours, v21_reference
@@ -96,7 +96,7 @@ def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
 
     model, cfg = ours.build(case, torch.float64)
     train_step = TrainStep(model, cfg)
-    meta.load_checkpoint(tmp_path / "theirs.pth.tar", model, train_step.optimizer)
+    meta_format.load_checkpoint(tmp_path / "theirs.pth.tar", model, train_step.optimizer)
     for number in (1, 2):
         expected = theirs.step(make_batch(case, number))
         found = train_step(number, *v21_ours.inputs(make_batch(case, number)))
@@ -104,9 +104,9 @@ def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
     for name, value in ours.weights_of(model).items():
         assert (value - triple.weights()[name]).abs().max() <= 1e-9, name
 
-    meta.save_checkpoint(tmp_path / "ours.pt", model, train_step.optimizer, epoch=0, loss=1.0, batch_size=2,
+    meta_format.save_checkpoint(tmp_path / "ours.pt", model, train_step.optimizer, epoch=0, loss=1.0, batch_size=2,
                          world_size=1, lr=1e-3)
-    saved = meta.read(tmp_path / "ours.pt")
+    saved = meta_format.read(tmp_path / "ours.pt")
     again = v21_reference.build(case, torch.float64)
     for part, module in again.parts():
         DataParallelNames(module).load_state_dict(saved[part])

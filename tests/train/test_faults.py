@@ -16,16 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.tiny import tiny_config
 from tests.train.test_trainer import poison
-from tests.train.tiny import tiny_config
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost import advice
-from vjepa_fast.errors import UserError
-from vjepa_fast.train import distributed, out_of_memory, watchdog
-from vjepa_fast.train.bad_steps import BadSteps
-from vjepa_fast.train.distributed import Processes
+from vjepa_fast.distributed import processes as distributed
+from vjepa_fast.distributed import watchdog
+from vjepa_fast.distributed.processes import Processes
+from vjepa_fast.distributed.watchdog import Phase, Watchdog
+from vjepa_fast.train.monitor import out_of_memory
+from vjepa_fast.train.monitor.bad_steps import BadSteps
 from vjepa_fast.train.trainer import Trainer
-from vjepa_fast.train.watchdog import Phase, Watchdog
 
 Make = Callable[..., Trainer]
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import vjepa_fast as vf
+from vjepa_fast.checkpoints.open import open_checkpoint
 from vjepa_fast.cli.main import app
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.data.manifest import read_manifest
-from vjepa_fast.errors import ConfigError
-from vjepa_fast.inference_videos import default_sampling, list_videos, read_clips
-from vjepa_fast.interop.files import open_checkpoint
+from vjepa_fast.inference.videos import default_sampling, list_videos, read_clips
 from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.train.trainer import Trainer
 

@@ -13,7 +13,7 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.linear import Linear, shadow_of
-from vjepa_fast.train.optim import AdamWEMA, ema_update, parameter_groups
+from vjepa_fast.optim.adamw_ema import AdamWEMA, ema_update, parameter_groups
 from vjepa_fast.train.step import TrainStep
 
 

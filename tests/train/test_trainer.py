@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.tiny import tiny_config
-from vjepa_fast.errors import ConfigError, UserError
+from tests.helpers.tiny import tiny_config
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.train import trainer as trainer_module
 from vjepa_fast.train.trainer import Trainer
 

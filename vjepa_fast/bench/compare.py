@@ -15,9 +15,9 @@ from vjepa_fast.bench.reference import ReferenceStep
 from vjepa_fast.bench.steps import OurStep, Step, check_same_loss, interleave, masks_of_batches, profile_steps
 from vjepa_fast.bench.timing import Limits, Quantiles, synchronize
 from vjepa_fast.bench.workload import Workload
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.cost.flops import step_flops
-from vjepa_fast.errors import UserError
-from vjepa_fast.train.graphs import GraphedStep
+from vjepa_fast.train.speed.graphs import GraphedStep
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative difference of the losses of the first step, above which nothing is timed."""

@@ -21,13 +21,13 @@ import torch
 import vjepa_fast as vf
 from vjepa_fast.bench.sample import Sample, open_sample, pack_sample
 from vjepa_fast.bench.timing import Quantiles
-from vjepa_fast.cache_dir import default_cache_dir
+from vjepa_fast.common.cache_dir import default_cache_dir
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.decode import dali
 from vjepa_fast.data.manifest import open_pack
 from vjepa_fast.data.pack.reader import is_pack
 from vjepa_fast.data.workers import auto_num_workers, available_cores
-from vjepa_fast.errors import UserError
 
 # In this process a clip costs the same in a batch of any size: small ones end sooner.
 _MAX_BATCH_IN_PROCESS = 8

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa_fast.bench.steps import OurStep
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.errors import UserError
 from vjepa_fast.models.vit import size_of
 
 REFERENCE_COMMIT = "c2963a4"

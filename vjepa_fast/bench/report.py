@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_fast.bench.loader import backend_name
-from vjepa_fast.labels import PARTS, backward_of
+from vjepa_fast.common.profiler_labels import PARTS, backward_of
 
 _COLOURS = {"ours": "#2a6fbb", "reference": "#b8b8b8"}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
 from vjepa_fast.data.decode.index import DecodeError
@@ -19,7 +20,6 @@ from vjepa_fast.data.pack.encode import packed_size
 from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.writer import make_pack
 from vjepa_fast.data.workers import available_cores
-from vjepa_fast.errors import UserError
 
 _MAX_VIDEOS = 256
 _OPEN_SECONDS = 10.0

@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from vjepa_fast.bench.timing import synchronize
 from vjepa_fast.bench.workload import Workload, fresh
-from vjepa_fast.errors import UserError
-from vjepa_fast.labels import kind_of
+from vjepa_fast.common.errors import UserError
+from vjepa_fast.common.profiler_labels import kind_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.dynamic import Sizes
-from vjepa_fast.train.graphs import WARM_UP, GraphedStep, refusal
-from vjepa_fast.train.profiling import LABELS, times_by_part
+from vjepa_fast.train.speed.graphs import WARM_UP, GraphedStep, refusal
+from vjepa_fast.train.speed.profiling import LABELS, times_by_part
 from vjepa_fast.train.step import TrainStep
 
 
@@ -137,7 +137,8 @@ def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: to
 
     Returns:
         Milliseconds a step by kind: `matmul` (with the patch embedding's convolution), `attention`, `other`; by part
-        of the step (vjepa_fast.labels), where the step has labels; and the operators with the largest self time.
+        of the step (vjepa_fast.common.profiler_labels), where the step has labels; and the operators with the largest
+        self time.
     """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]

@@ -15,7 +15,7 @@ import typer
 
 from vjepa_fast.cli.config import load
 from vjepa_fast.cli.console import exit_codes
-from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.common.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch

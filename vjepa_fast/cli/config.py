@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from vjepa_fast.cli.console import say
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import Config, load_config, load_recipe, recipe_names
-from vjepa_fast.errors import ConfigError
 
 Overrides = Annotated[
     list[str] | None,

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vjepa_fast.errors import UserError
-from vjepa_fast.launchers import is_first_here
+from vjepa_fast.common.errors import UserError
+from vjepa_fast.distributed.launchers import is_first_here
 
 INTERRUPTED = 130
 

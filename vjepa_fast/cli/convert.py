@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vjepa_fast.cli.console import exit_codes, say
-from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.common.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from vjepa_fast.checkpoints.open import Checkpoint, State
     from vjepa_fast.config.schema import ModelConfig
-    from vjepa_fast.interop.files import Checkpoint, State
 
 EPILOG = """
 Examples:
@@ -75,8 +75,8 @@ def convert(
         if reference is not None and to != "meta":
             raise ConfigError(f"--reference runs Meta's modules on a file in Meta's layout; --to is {to}")
         # Imported here: torch takes seconds, which --help need not wait for.
-        from vjepa_fast.interop.files import open_checkpoint
-        from vjepa_fast.interop.writing import write
+        from vjepa_fast.checkpoints.export import write
+        from vjepa_fast.checkpoints.open import open_checkpoint
 
         checkpoint = apply_config(open_checkpoint(src), config)
         if probe is not None:
@@ -101,7 +101,7 @@ def convert(
 
 def apply_config(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
     """The checkpoint with what a YAML file says of it; warnings about the file go to stderr."""
-    from vjepa_fast.inference import with_config
+    from vjepa_fast.inference.model import with_config
 
     if config is None:
         return checkpoint
@@ -148,7 +148,7 @@ def _choose_classifier(checkpoint: Checkpoint, given: int | None) -> int:
 
 
 def _config(checkpoint: Checkpoint, key: str, fields: dict[str, Any]) -> ModelConfig:
-    from vjepa_fast.inference import check_fit, model_config
+    from vjepa_fast.inference.model import check_fit, model_config
 
     cfg, assumed = model_config(checkpoint, key, fields)
     check_fit(checkpoint, key, cfg)
@@ -192,8 +192,8 @@ def _describe(cfg: ModelConfig) -> str:
 def _check(
     checkpoint: Checkpoint, key: str, chosen: int, written: Path, to: str, reference: Path | None
 ) -> None:
-    from vjepa_fast.interop import proof
-    from vjepa_fast.interop.files import open_checkpoint
+    from vjepa_fast.checkpoints.open import open_checkpoint
+    from vjepa_fast.inference import verify
 
     again = open_checkpoint(written)
     pairs: list[tuple[str, State | None, State | None]] = [
@@ -205,18 +205,18 @@ def _check(
     names = []
     for name, before, after in pairs:
         if before is not None:
-            proof.assert_same_bits(name, before, after or {})
+            verify.assert_same_bits(name, before, after or {})
             names.append(name)
     typer.echo(f"weights read back: {', '.join(names)} equal to the bit")
     if to == "hf":
         try:
-            differences = proof.against_hf(written)
+            differences = verify.against_hf(written)
         except ImportError:
             typer.echo("not run in transformers, which is not installed (pip install vjepa-fast[hf])")
             return
         _report("transformers", differences)
     elif reference is not None:
-        _report(str(reference), proof.against_meta(written, reference))
+        _report(str(reference), verify.against_meta(written, reference))
 
 
 def _report(where: str, differences: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from vjepa_fast import __version__
 from vjepa_fast.cli.console import exit_codes
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _accepted_torch() -> str | None:
 
 
 def _extension() -> Iterator[Finding]:
-    from vjepa_fast import extension
+    from vjepa_fast.common import extension
 
     found = extension.load()
     if found.path is None:
@@ -109,8 +109,8 @@ def _masks() -> Iterator[Finding]:
     import torch
 
     from vjepa_fast.config.schema import MaskSpec
-    from vjepa_fast.ops import mask_sample
-    from vjepa_fast.ops.mask_rules import BlockSpec
+    from vjepa_fast.masking import mask_sample
+    from vjepa_fast.masking.mask_rules import BlockSpec
 
     grid, ids = (8, 16, 16), np.arange(24)
     masks = MaskSpec(num_blocks=8, spatial_scale=(0.15, 0.15)), MaskSpec(num_blocks=2, spatial_scale=(0.7, 0.7))
@@ -163,10 +163,9 @@ def _attention() -> Iterator[Finding]:
     """Whether each back end can be used for bf16 with heads of 64 on the first GPU, and what is chosen."""
     import torch
 
-    from vjepa_fast.ops import _attention_cache as cache
-    from vjepa_fast.ops import _attention_choice as choice
-    from vjepa_fast.ops import attention
-    from vjepa_fast.ops._attention_backends import BACKENDS
+    from vjepa_fast.ops.attention import cache, choice
+    from vjepa_fast.ops.attention import op as attention
+    from vjepa_fast.ops.attention.backends import BACKENDS
 
     device = _first_gpu()
     case = choice.Case(device, torch.bfloat16, head_dim=64, num_heads=4, backward=True, deterministic=False)
@@ -215,7 +214,7 @@ def _video() -> Finding:
 def _dali() -> Finding:
     import torch
 
-    from vjepa_fast.data.decode.choice import choose
+    from vjepa_fast.data.decode.choose_backend import choose
     from vjepa_fast.data.decode.dali import missing
 
     device = _first_gpu() if torch.cuda.is_available() else torch.device("cpu")

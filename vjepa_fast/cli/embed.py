@@ -12,7 +12,7 @@ from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import exit_codes, say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.errors import UserError
 
 EPILOG = """
 Examples:
@@ -67,10 +67,10 @@ def embed(
         # Imported here: they need seconds, which --help need not wait for.
         import torch
 
+        from vjepa_fast.checkpoints.open import open_checkpoint
         from vjepa_fast.data.workers import auto_num_workers
-        from vjepa_fast.inference import InferenceModel, build
-        from vjepa_fast.inference_videos import EmbedJob, default_sampling, list_videos
-        from vjepa_fast.interop.files import open_checkpoint
+        from vjepa_fast.inference.model import InferenceModel, build
+        from vjepa_fast.inference.videos import EmbedJob, default_sampling, list_videos
 
         target = usable_device(device)
         found = list_videos(videos)

@@ -11,8 +11,8 @@ import typer
 
 from vjepa_fast.cli.config import ConfigOption, Overrides, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import Config
-from vjepa_fast.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from vjepa_fast.masking.batch import MaskBatch
@@ -130,7 +130,7 @@ def _group_of(cfg: Config, fpcs: list[int]) -> Callable[[np.ndarray], np.ndarray
     if not data.datasets:
         raise ConfigError(f"data.dataset_fpcs is {data.dataset_fpcs}, and the datasets decide which clips have how "
                           "many frames; name them in data.datasets, or give one number, as in data.dataset_fpcs=[16]")
-    from vjepa_fast.data.generated import GENERATED
+    from vjepa_fast.data.generated.registry import GENERATED
     from vjepa_fast.data.manifest import read_manifest
     from vjepa_fast.data.sampling import choose_videos
 
@@ -163,7 +163,7 @@ def _panel(cfg: Config, group: _Group, samples: int, video: Path | None, is_one_
 
 def _made_up_clip(seed: int, number: int, fpc: int, size: tuple[int, int]) -> np.ndarray:
     """uint8 [fpc, *size, 3], cut from the middle of a square."""
-    from vjepa_fast.data.synthetic import render
+    from vjepa_fast.data.generated.synthetic import render
 
     top, left = ((max(size) - side) // 2 for side in size)
     frames, _ = render(seed, 0, number, max(size), fpc)
@@ -214,8 +214,8 @@ def _facts(cfg: Config, nproc: int, global_batch: int, groups: list[_Group]) -> 
 
 
 def _write(panels: list[Panel], title: str, facts: list[str], out: Path) -> None:
+    from vjepa_fast.common.atomic import atomic_path
     from vjepa_fast.masking.picture import draw
-    from vjepa_fast.train.files import atomic_path
 
     try:
         with atomic_path(out) as temporary:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vjepa_fast.cli.console import exit_codes, say
-from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.common.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from vjepa_fast.data.pack.writer import Counts, Summary

@@ -10,7 +10,7 @@ import typer
 
 from vjepa_fast.cli.config import ConfigOption, Overrides, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from vjepa_fast.cost.gpus import Gpu
@@ -65,7 +65,7 @@ def plan(
     with exit_codes():
         cfg = load(recipe, config, list(overrides or ()))
         # Imported here: torch takes seconds, which --help need not wait for.
-        from vjepa_fast.cost.exchange import Cluster, as_table
+        from vjepa_fast.cost.communication import Cluster, as_table
         from vjepa_fast.cost.gpus import gpu_named
         from vjepa_fast.cost.plan import describe, draw_masks
         from vjepa_fast.cost.prediction import predict

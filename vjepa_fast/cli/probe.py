@@ -14,10 +14,10 @@ from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
 from vjepa_fast.cli.probe_labels import ProbeRun
 from vjepa_fast.cli.probe_prediction import run_prediction
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vjepa_fast.inference import InferenceModel
+    from vjepa_fast.inference.model import InferenceModel
 
 EPILOG = """
 Examples:
@@ -154,14 +154,14 @@ def probe(
             raise ConfigError(f"{out / RESULTS} exists; give another --out or remove it")
         # Imported here: they need seconds, which --help need not wait for.
 
+        from vjepa_fast.checkpoints.open import open_checkpoint
         from vjepa_fast.data.workers import auto_num_workers
         from vjepa_fast.evaluation.attentive_probe import HeadSetting
-        from vjepa_fast.evaluation.frozen import ProbeSettings
         from vjepa_fast.evaluation.labels import read_labels
         from vjepa_fast.evaluation.prediction import Prediction, load_encoders
-        from vjepa_fast.inference import build
-        from vjepa_fast.inference_videos import list_videos
-        from vjepa_fast.interop.files import open_checkpoint
+        from vjepa_fast.evaluation.run_probes import ProbeSettings
+        from vjepa_fast.inference.model import build
+        from vjepa_fast.inference.videos import list_videos
 
         target = usable_device(device)
         opened = apply_config(open_checkpoint(checkpoint), config)
@@ -212,7 +212,7 @@ def probe(
 def _rule(model: InferenceModel, frames: int | None, fps: float | None, frame_step: int | None, size: int | None,
           segments: int, views: int, layers: tuple[int, ...] | None = None) -> Any:
     from vjepa_fast.evaluation.views import ClipRule
-    from vjepa_fast.inference_videos import default_sampling
+    from vjepa_fast.inference.videos import default_sampling
 
     sampling = default_sampling(model, frames, fps, size, 1)
     return ClipRule(sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views,

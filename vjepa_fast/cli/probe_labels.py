@@ -12,9 +12,9 @@ from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import say
 
 if TYPE_CHECKING:
-    from vjepa_fast.evaluation.frozen import ProbeResult, ProbeSettings
     from vjepa_fast.evaluation.labels import Labels
-    from vjepa_fast.inference import InferenceModel
+    from vjepa_fast.evaluation.run_probes import ProbeResult, ProbeSettings
+    from vjepa_fast.inference.model import InferenceModel
 
 
 class ProbeRun:
@@ -26,9 +26,9 @@ class ProbeRun:
 
     def features(self, cache: Path | None, rule: Any, kinds: list[str], batch: int, num_workers: int) -> None:
         """What probes are fitted on, from the disk or computed."""
-        from vjepa_fast.cache_dir import default_cache_dir
+        from vjepa_fast.common.cache_dir import default_cache_dir
         from vjepa_fast.evaluation.features import FeatureStore, FillProgress
-        from vjepa_fast.evaluation.frozen import FrozenFeatures
+        from vjepa_fast.evaluation.run_probes import FrozenFeatures
 
         store = FeatureStore(cache or default_cache_dir() / "features", self._model)
         self._features = FrozenFeatures(store, self._labels, rule, self._settings)
@@ -60,20 +60,20 @@ class ProbeRun:
 
     def probe(self, kinds: list[str], head: dict[str, Any]) -> None:
         """Fit, measure, write and show."""
-        from vjepa_fast.evaluation import frozen, report
-        from vjepa_fast.train.files import disk_errors
+        from vjepa_fast.common.atomic import disk_errors
+        from vjepa_fast.evaluation import report, run_probes
 
         labels = self._features.labels
-        results: dict[str, ProbeResult] = {"baseline": frozen.baseline(labels)}
+        results: dict[str, ProbeResult] = {"baseline": run_probes.baseline(labels)}
         if "linear" in kinds:
-            results["linear"] = frozen.linear(self._features)
+            results["linear"] = run_probes.linear(self._features)
         if "knn" in kinds:
-            results["knn"] = frozen.knn(self._features)
+            results["knn"] = run_probes.knn(self._features)
         if "attentive" in kinds:
             score = "accuracy" if labels.task == "classification" else "R2"
             bar = Bar("trained", "epochs", self._settings.epochs)
             try:
-                results["attentive"] = frozen.attentive(
+                results["attentive"] = run_probes.attentive(
                     self._features, self._settings, self._device,
                     lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"))
             finally:
@@ -81,7 +81,7 @@ class ProbeRun:
         with disk_errors(self._out, advice="give the command once more"):
             self._out.mkdir(parents=True, exist_ok=True)
         best = max((name for name in results if name != "baseline"),
-                   key=lambda name: frozen.main_score(results[name].scores))
+                   key=lambda name: run_probes.main_score(results[name].scores))
         if "attentive" in results:
             report.draw_curves(self._out / report.CURVES, results["attentive"],
                                "top1" if labels.task == "classification" else "r2")

@@ -15,7 +15,7 @@ from vjepa_fast.cli.console import say
 if TYPE_CHECKING:
     from vjepa_fast.evaluation.prediction import Prediction
     from vjepa_fast.evaluation.views import ClipRule
-    from vjepa_fast.inference_videos import Videos
+    from vjepa_fast.inference.videos import Videos
 
 
 def run_prediction(
@@ -38,9 +38,9 @@ def run_prediction(
         out: folder of the results.
         head: what results.json begins with.
     """
+    from vjepa_fast.common.atomic import disk_errors
     from vjepa_fast.evaluation import horizon, report, surprise
     from vjepa_fast.evaluation.prediction import errors_of_videos
-    from vjepa_fast.train.files import disk_errors
 
     if task == "surprise":
         all_labels = surprise.read_anomalies(name, videos)

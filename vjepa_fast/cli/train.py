@@ -11,8 +11,8 @@ import typer
 
 from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import Config, dump
-from vjepa_fast.errors import ConfigError
 
 EPILOG = """
 Examples:
@@ -81,14 +81,14 @@ def train(
             _submit(cfg, submit, nproc, resume, profile)
             return
         # Imported here: torch takes seconds, which --help and --print-config need not wait for.
-        from vjepa_fast.train import runs
+        from vjepa_fast.train import launch_run
 
-        code = runs.run(cfg, nproc=nproc, resume=resume, profile=profile)
+        code = launch_run.run(cfg, nproc=nproc, resume=resume, profile=profile)
     raise typer.Exit(code)
 
 
 def _submit(cfg: Config, text: str, nproc: int, resume: bool, profile: bool) -> None:
-    from vjepa_fast import submit
+    from vjepa_fast.cli import submit
 
     if nproc > 1:
         raise ConfigError("--nproc is for processes that this command starts; how many the job of --submit has, "

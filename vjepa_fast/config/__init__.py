@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vjepa_fast.config import meta_v1, meta_v21, meta_yaml, yaml_io
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import overrides as _overrides
+from vjepa_fast.config import yaml_io
 from vjepa_fast.config.messages import explain
+from vjepa_fast.config.meta import v1, v2, v21
 from vjepa_fast.config.schema import Config, MaskConfig
-from vjepa_fast.errors import ConfigError
 
 __all__ = ["Config", "ConfigWarning", "contents", "dump", "load_config", "load_recipe", "recipe_names"]
 
@@ -62,9 +63,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     raw = yaml_io.read(path)
-    if meta_yaml.is_meta(raw):
-        meta_yaml.check_kind(raw, str(path))
-        reference = meta_v21 if raw.get("app") == meta_v21.APP else meta_v1 if meta_v1.is_v1(raw) else meta_yaml
+    if v2.is_meta(raw):
+        v2.check_kind(raw, str(path))
+        reference = v21 if raw.get("app") == v21.APP else v1 if v1.is_v1(raw) else v2
         raw, ignored = reference.convert(raw, str(path))
         if ignored:
             warnings.warn(f"{path}: ignored, nothing reads these: {', '.join(ignored)}", ConfigWarning, stacklevel=2)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.messages import known_keys, suggest
 from vjepa_fast.config.schema import MaskSpec
 from vjepa_fast.config.yaml_io import describe, parse
-from vjepa_fast.errors import ConfigError
 
 ALIASES = {
     "folder": "train.out",

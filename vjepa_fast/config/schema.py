@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pydantic import model_validator
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.sections.base import Checkpointing, Dtype, Section, Switch
 from vjepa_fast.config.sections.data import AugmentationConfig, DataConfig, ImageDataConfig
 from vjepa_fast.config.sections.masks import MaskConfig, MaskSpec, MaskStrategy
 from vjepa_fast.config.sections.model import MODEL_NAMES, LossConfig, ModelConfig
 from vjepa_fast.config.sections.run import OptimizationConfig, TrainConfig
-from vjepa_fast.errors import ConfigError
 
 __all__ = [
     "MODEL_NAMES", "AugmentationConfig", "Checkpointing", "Config", "DataConfig", "Dtype", "ImageDataConfig",

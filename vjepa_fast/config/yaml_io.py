@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,7 +6,7 @@ norms, of the four linear layers and of the activation, queries, keys, values, a
 normed in fp32, the output of attention twice, and with SwiGLU silu's result.
 
 Recomputed in full, a block keeps its input, D s; selectively also the results of products and attention, 6 D s + F s
-(vjepa_fast/models/recompute.py). Its backward then has the whole block for a moment.
+(vjepa_fast/models/activation_checkpointing.py). Its backward then has the whole block for a moment.
 
 A block that runs holds besides: what the block before gave, and the output of attention until it ends; the two widest
 tensors of the MLP; on a CPU in half precision the products of RoPE in fp32.

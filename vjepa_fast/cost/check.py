@@ -30,7 +30,7 @@ def compare(predicted: Mapping[str, float], measured: Mapping[str, float]) -> li
 
     Args:
         predicted: milliseconds by part, see Prediction.milliseconds.
-        measured: the same, see vjepa_fast.train.profiling.times_by_part; `other` is what lies outside all parts.
+        measured: the same, see vjepa_fast.train.speed.profiling.times_by_part; `other` is what lies outside all parts.
     """
     names = [*ORDER, *sorted((set(predicted) | set(measured)) - set(ORDER))]
     rows = [Row(name, predicted.get(name, 0.0), measured.get(name, 0.0)) for name in names

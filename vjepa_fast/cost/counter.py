@@ -24,13 +24,14 @@ from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from vjepa_fast.common.profiler_labels import Tracker, kind_of
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.operations import image_groups
-from vjepa_fast.labels import Tracker, kind_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models import predictor
 from vjepa_fast.models.jepa import VJEPA
-from vjepa_fast.ops import _dispatch, linear
+from vjepa_fast.ops import linear
+from vjepa_fast.ops.triton_support import dispatch
 from vjepa_fast.train.step import TrainStep
 
 _NO_LAUNCH = {
@@ -67,7 +68,7 @@ def _returns_view(function: Any) -> bool:
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts what is dispatched within it, part by part (vjepa_fast.labels).
+    """Counts what is dispatched within it, part by part (vjepa_fast.common.profiler_labels).
 
     `tallies` maps the parts that were seen to their Tally.
     """
@@ -132,7 +133,7 @@ def fake_tensors(kernels: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"VJEPA_FAST_OPS": "ref"}))
         if kernels:
-            stack.enter_context(mock.patch.object(_dispatch, "_choose", lambda _: True))
+            stack.enter_context(mock.patch.object(dispatch, "_choose", lambda _: True))
         stack.enter_context(mock.patch.object(predictor._Interleave, "__init__", on_the_host))
         # Fake tensors have no addresses.
         stack.enter_context(mock.patch.object(linear, "_state", lambda _: (0, 0, 0)))

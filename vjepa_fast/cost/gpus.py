@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _H100_FLOPS = 989e12

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from vjepa_fast.common.profiler_labels import backward_of
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.parameters import Parameters, count_parameters
-from vjepa_fast.labels import backward_of
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.vit import size_of
 
@@ -26,7 +26,7 @@ class Operation:
     """One kind of kernel of one part, all its calls in a step together."""
 
     part: str
-    """As vjepa_fast.labels names it; the backward is a part of its own."""
+    """As vjepa_fast.common.profiler_labels names it; the backward is a part of its own."""
     kind: Kind
     name: str
     num_bytes: float

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from vjepa_fast.common.errors import ConfigError
+from vjepa_fast.common.profiler_labels import PARTS, backward_of
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.counter import count_step
 from vjepa_fast.cost.gpus import Gpu
 from vjepa_fast.cost.operations import Loads, Operation, image_groups, step_operations
-from vjepa_fast.errors import ConfigError
-from vjepa_fast.labels import PARTS, backward_of
 from vjepa_fast.masking.batch import MaskBatch
 
 ORDER = tuple(name for part in PARTS for name in (part, backward_of(part)))

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
+from vjepa_fast.data.clip_reader import ClipReader, Outcome
 from vjepa_fast.data.decode.backend import Finisher
-from vjepa_fast.data.decode.choice import make_backend
-from vjepa_fast.data.feed import Feed
+from vjepa_fast.data.decode.choose_backend import make_backend
 from vjepa_fast.data.manifest import load_datasets
 from vjepa_fast.data.prefetch import Pending, PlainPrefetcher, Prefetcher, ThreadedPrefetcher
-from vjepa_fast.data.reader import ClipReader, Outcome
+from vjepa_fast.data.worker_supervisor import Feed
 from vjepa_fast.data.workers import auto_num_workers
-from vjepa_fast.errors import UserError
 
 _MIN_TRIED = 20
 # Standard deviations by which chance may exceed data.max_broken before all videos are tried.

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from vjepa_fast.data.pack.reader import Pack

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from vjepa_fast.data.clip_reader import RawBatch
 from vjepa_fast.data.decode.backend import Finisher
-from vjepa_fast.data.reader import RawBatch
 
 Take = Callable[[threading.Event], "RawBatch | None"]
 """The next batch; None behind the last one, or soon after the event is set."""

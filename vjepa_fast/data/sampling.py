@@ -2,7 +2,7 @@
 
 Global sample number g counts the clips of a whole run over all processes: step s, process r of W with b clips each
 holds g in [s*b*W + r*b, s*b*W + (r+1)*b). The epoch is g // (number of videos). Every draw is a Philox word
-(vjepa_fast.rng) with counter (g, epoch) and the stream of what is drawn, so a clip is the same at any number of
+(vjepa_fast.common.rng) with counter (g, epoch) and the stream of what is drawn, so a clip is the same at any number of
 processes and workers and after any restart.
 
 With n clips a video (data.clips_per_video) the n sample numbers from n*u on show video number u of the run: what picks
@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vjepa_fast.rng import Stream, below, pack_tag, random_words, unit
+from vjepa_fast.common.rng import Stream, below, pack_tag, random_words, unit
 
 MAX_REPLACEMENTS = 50
 _NUM_CROP_TRIES = 10

@@ -26,9 +26,9 @@ from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
+from vjepa_fast.data.generated.synthetic import SyntheticSet, load_labels
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.sampling import Box, clip_step
-from vjepa_fast.data.synthetic import SyntheticSet, load_labels
 from vjepa_fast.evaluation.linear_probe import accuracy, r2
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import VisionTransformer

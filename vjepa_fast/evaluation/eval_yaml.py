@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config import yaml_io
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.evaluation.attentive_probe import HeadSetting
 
 _V1_FINAL_DECAY = 1e-6

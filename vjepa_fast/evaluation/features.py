@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vjepa_fast import __version__
+from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.pack.pool import Failed, Pool
-from vjepa_fast.errors import UserError
+from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.evaluation.views import ClipRule, read_views
-from vjepa_fast.inference import InferenceModel
-from vjepa_fast.inference_videos import Videos
-from vjepa_fast.train.files import atomic_path, disk_errors, write_text
+from vjepa_fast.inference.model import InferenceModel
+from vjepa_fast.inference.videos import Videos
 
 _FORMAT = 1
 _PART_SECONDS, _PART_BYTES = 10.0, 256 * 2**20

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.evaluation.prediction import KINDS, standard_error
 from vjepa_fast.evaluation.report import save_figure
 

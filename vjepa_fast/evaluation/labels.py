@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vjepa_fast.errors import ConfigError, UserError
-from vjepa_fast.inference_videos import Videos, list_videos
+from vjepa_fast.common.errors import ConfigError, UserError
+from vjepa_fast.inference.videos import Videos, list_videos
 
 Task = Literal["classification", "regression"]
 

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vjepa_fast.data.physics import load_physics_labels
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.atomic import write_text
+from vjepa_fast.common.errors import UserError
+from vjepa_fast.data.generated.physics import load_physics_labels
 from vjepa_fast.evaluation.views import ClipRule, segment_frames
-from vjepa_fast.inference_videos import list_videos
-from vjepa_fast.train.files import write_text
+from vjepa_fast.inference.videos import list_videos
 
 HORIZON = 1.0
 """Seconds ahead in which a contact is asked for."""

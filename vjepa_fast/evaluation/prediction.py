@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vjepa_fast.checkpoints.open import Checkpoint
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.data.decode.backend import HostPreparer
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.decode.request import ClipRequest, Source
-from vjepa_fast.data.pack.pool import Failed, Pool
+from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.data.sampling import clip_step, window_frames
-from vjepa_fast.errors import ConfigError, UserError
 from vjepa_fast.evaluation.views import ClipRule
-from vjepa_fast.inference import InferenceModel, build
-from vjepa_fast.inference_videos import Videos, middle_box
-from vjepa_fast.interop.files import Checkpoint
+from vjepa_fast.inference.model import InferenceModel, build
+from vjepa_fast.inference.videos import Videos, middle_box
 
 _MAX_BYTES = 2 * 2**30
 KINDS = ("predicted", "copied", "averaged")

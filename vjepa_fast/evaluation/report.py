@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_fast.evaluation.frozen import ProbeResult, confusion_of
+from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.evaluation.labels import Labels
-from vjepa_fast.train.files import atomic_path, disk_errors, write_text
+from vjepa_fast.evaluation.run_probes import ProbeResult, confusion_of
 
 RESULTS, PROBE, CURVES, CONFUSION, SCATTER = "results.json", "probe.pt", "curves.png", "confusion.png", "predicted.png"
 _DPI = 110

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vjepa_fast.errors import UserError
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.evaluation.report import save_figure
-from vjepa_fast.inference_videos import Videos
+from vjepa_fast.inference.videos import Videos
 
 MEASURED = ("predicted", "copied")
 REDUCTIONS = ("mean window", "worst window", "worst token")

@@ -26,7 +26,7 @@ from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.decode.request import ClipRequest, Source
 from vjepa_fast.data.sampling import Box, clip_step, crop_box, window_frames
 from vjepa_fast.evaluation.augment import CROP_RATIO, CROP_SCALE, crop_and_resize, erase, rand_augment
-from vjepa_fast.inference_videos import middle_box
+from vjepa_fast.inference.videos import middle_box
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights, checkpoints, collators and live modules of others. Submodules are imported on first use."""
+"""Documented names of `vjepa_fast.interop`, which live in checkpoints/ and swapping/. Loaded on first use."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid
 
 

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import MaskConfig
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
+from vjepa_fast.masking.mask_rules import BlockSpec
+from vjepa_fast.masking.mask_sample import mask_sample
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
-from vjepa_fast.ops.mask_rules import BlockSpec
-from vjepa_fast.ops.mask_sample import mask_sample
 
 
 class MaskSampler:
-    """Masks as a pure function of (seed, step, global sample numbers), by the rules of vjepa_fast.ops.mask_rules.
+    """Masks as a pure function of (seed, step, global sample numbers), by the rules of vjepa_fast.masking.mask_rules.
 
     Args:
         cfg: the masks, the truncation rule and the size of a truncation group.

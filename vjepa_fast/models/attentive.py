@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjepa_fast.errors import ConfigError
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.models.layers import INIT_STD, MLP, Block, init_weights
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear

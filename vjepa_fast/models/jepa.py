@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vjepa_fast.common.profiler_labels import label, label_backward
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.models.context_weights import context_weights
 from vjepa_fast.models.pixels import CHANNELS, pixel_tubelets
 from vjepa_fast.models.predictor import Predictor
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops import fp8_linear
-from vjepa_fast.ops.context_weights import context_weights
 from vjepa_fast.ops.latent_loss import FinalNorm, latent_loss, target_features
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.variance_loss import variance_loss

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjepa_fast.models import regions
-from vjepa_fast.models.recompute import Checkpointing, checkpoint, keeps_products
+from vjepa_fast.models import compiled_blocks
+from vjepa_fast.models.activation_checkpointing import Checkpointing, checkpoint, keeps_products
 from vjepa_fast.ops.activation import gelu, swiglu
-from vjepa_fast.ops.attention import attention
+from vjepa_fast.ops.attention.op import attention
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import Packing, sequence_of_rows
@@ -99,8 +99,8 @@ class Block(nn.Module):
     """Pre-norm transformer block.
 
     Attributes:
-        compiled: run the parts around attention compiled; see vjepa_fast.models.regions. A block with hooks or foreign
-            modules inside runs eagerly all the same.
+        compiled: run the parts around attention compiled; see vjepa_fast.models.compiled_blocks. A block with hooks or
+            foreign modules inside runs eagerly all the same.
         before: called before the weights are read, which may still be on their way from another process. A hook would
             do too, but blocks with hooks add up for themselves.
     """
@@ -154,11 +154,11 @@ class Block(nn.Module):
         self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None, rows: Tensor | None,
         scales: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        x, qkv = regions.before_attention(self, x, branch)
+        x, qkv = compiled_blocks.before_attention(self, x, branch)
         if rope is not None:
             qkv = rope(qkv, self.attn.num_heads)
         attended = attention(qkv, packing, self.attn.num_heads, self.attn.backend)
-        return regions.after_attention(self, _select(x, rows), _select(attended, rows), scales)
+        return compiled_blocks.after_attention(self, _select(x, rows), _select(attended, rows), scales)
 
     def _drop_scales(self, x: Tensor, packing: Packing, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Of drop path for the two branches; None: nothing is dropped."""
@@ -237,9 +237,9 @@ def run_blocks(
 
     With `last_rows`, int64 [R], the last block yields these tokens only.
 
-    A block's last addition is done by the first norm of the next. Recomputed blocks (see vjepa_fast.models.recompute)
-    add up for themselves, as their inputs are kept: one tensor rather than two. So do blocks with hooks, which see
-    whole outputs.
+    A block's last addition is done by the first norm of the next. Recomputed blocks (see
+    vjepa_fast.models.activation_checkpointing) add up for themselves, as their inputs are kept: one tensor rather than
+    two. So do blocks with hooks, which see whole outputs.
     """
     branch: Tensor | None = None
     for block, following in zip_longest(blocks, blocks[1:]):

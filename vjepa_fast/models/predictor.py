@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.errors import ConfigError
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_blocks
 from vjepa_fast.models.noised_targets import Noise, noised_targets

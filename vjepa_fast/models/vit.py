@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from vjepa_fast.common.errors import ConfigError
+from vjepa_fast.common.profiler_labels import label, label_backward
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.errors import ConfigError
-from vjepa_fast.labels import label, label_backward
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.models.layers import init_weights, make_blocks, run_blocks
 from vjepa_fast.models.positions import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vjepa_fast.ops._dispatch import jit, tl
+from vjepa_fast.ops.triton_support.dispatch import jit, tl
 
 
 @jit

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, rows_contiguous, tl, use_triton
 
 _BLOCK = 1024
 """Elements of a program of four warps: each thread loads 16 bytes of bf16 at once."""

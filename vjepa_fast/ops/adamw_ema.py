@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from vjepa_fast.ops._dispatch import jit, launch, tl
-from vjepa_fast.ops._multi_tensor import BLOCK, CHUNK, is_dense, table_of
 from vjepa_fast.ops.ema import ema_ref
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, tl
+from vjepa_fast.ops.triton_support.multi_tensor import BLOCK, CHUNK, is_dense, table_of
 
 GROUP_VALUES = ("lr", "beta1", "beta2", "eps", "weight_decay", "ema_momentum")
 """Columns of the table of parameter groups."""

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vjepa_fast import extension
+from vjepa_fast.common import extension
 
 _WEIGHT_BITS = 11
 _SAMPLE_BITS = 15

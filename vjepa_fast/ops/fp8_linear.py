@@ -19,8 +19,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vjepa_fast.errors import ConfigError
-from vjepa_fast.ops._dispatch import MAX_ROW, capability, jit, launch, row_block, rows_contiguous, tl, use_triton
+from vjepa_fast.common.errors import ConfigError
+from vjepa_fast.ops.triton_support.dispatch import (
+    MAX_ROW,
+    capability,
+    jit,
+    launch,
+    row_block,
+    rows_contiguous,
+    tl,
+    use_triton,
+)
 
 LARGEST = 448.0
 """Of torch.float8_e4m3fn."""

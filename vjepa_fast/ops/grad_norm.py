@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vjepa_fast.ops._dispatch import jit, launch, tl, use_triton
-from vjepa_fast.ops._multi_tensor import BLOCK, CHUNK, is_dense, table_of
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, tl, use_triton
+from vjepa_fast.ops.triton_support.multi_tensor import BLOCK, CHUNK, is_dense, table_of
 
 
 def sum_of_squares_ref(tensors: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops._dispatch import MAX_ROW, jit, launch, row_block, rows_contiguous, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import MAX_ROW, jit, launch, row_block, rows_contiguous, tl, use_triton
 
 TARGET_EPS = 1e-5
 """eps of the parameter-free norm, PyTorch's default, which the reference leaves as it is."""

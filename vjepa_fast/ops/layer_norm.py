@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops._dispatch import (
+from vjepa_fast.ops.triton_support.dispatch import (
     MAX_ROW,
     jit,
     launch,

@@ -38,7 +38,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops._dispatch import KERNEL_DTYPES, capability, launch, num_multiprocessors, use_triton
 from vjepa_fast.ops._patch_embed_kernels import (
     _patch_embed_bwd_kernel,
     _patch_embed_fold_kernel,
@@ -46,6 +45,7 @@ from vjepa_fast.ops._patch_embed_kernels import (
     _patch_embed_unfold_kernel,
 )
 from vjepa_fast.ops.linear import linear
+from vjepa_fast.ops.triton_support.dispatch import KERNEL_DTYPES, capability, launch, num_multiprocessors, use_triton
 
 # ImageNet statistics, as the reference normalises clips (app/vjepa/transforms.py).
 MEAN = (0.485, 0.456, 0.406)

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast import extension
-from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
+from vjepa_fast.common import extension
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, rows_contiguous, tl, use_triton
 
 Style = Literal["tiled", "interleaved"]
 Precision = Literal["fp32", "reference"]

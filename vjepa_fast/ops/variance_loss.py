@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops._dispatch import jit, launch, rows_contiguous, tl, use_triton
 from vjepa_fast.ops.packing import Packing, sequence_of_rows
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, rows_contiguous, tl, use_triton
 
 EPS = 1e-4
 """Added to the variance before the root."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vjepa_fast.ops._dispatch import jit, launch, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import jit, launch, tl, use_triton
 
 _BLOCK = 4096
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from vjepa_fast.common.profiler_labels import BACKWARD, label
 from vjepa_fast.config.schema import Config
-from vjepa_fast.labels import BACKWARD, label
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.fp8_linear import check_device
-from vjepa_fast.train.optim import AdamWEMA
-from vjepa_fast.train.outliers import LossOutliers
-from vjepa_fast.train.schedules import Schedules, context_scale
+from vjepa_fast.optim.adamw_ema import AdamWEMA
+from vjepa_fast.optim.outliers import LossOutliers
+from vjepa_fast.optim.schedules import Schedules, context_scale
 
 
 @dataclass

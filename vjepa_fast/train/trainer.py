@@ -12,44 +12,44 @@ from typing import Any
 import torch
 
 from vjepa_fast import config as config_files
-from vjepa_fast.cache_dir import default_cache_dir
+from vjepa_fast.checkpoints.run_folder import choose_folder, newest_checkpoint
+from vjepa_fast.common.atomic import remove_leftovers, write_text
+from vjepa_fast.common.cache_dir import default_cache_dir
+from vjepa_fast.common.errors import ConfigError, UserError
+from vjepa_fast.common.rng import Stream, pack_tag, random_words
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.decode import dali
-from vjepa_fast.data.decode.choice import choose
-from vjepa_fast.data.generated import GENERATED, SYNTHETIC
+from vjepa_fast.data.decode.choose_backend import choose
+from vjepa_fast.data.generated.registry import GENERATED, SYNTHETIC
+from vjepa_fast.data.generated.synthetic import SyntheticSet
 from vjepa_fast.data.loader import Batch, Loader, build_loader
-from vjepa_fast.data.synthetic import SyntheticSet
-from vjepa_fast.errors import ConfigError, UserError
+from vjepa_fast.distributed.parallel import data_parallel, is_sharded, optimizer_of, shard, whole_copy
+from vjepa_fast.distributed.processes import Processes, choose_device
+from vjepa_fast.distributed.signals import StopSignals
+from vjepa_fast.distributed.watchdog import Phase, Watchdog
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.dynamic import Sizes
 from vjepa_fast.masking.sampler import StepMasks
+from vjepa_fast.models.compiled_blocks import require_compiler
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
-from vjepa_fast.models.regions import require_compiler
-from vjepa_fast.rng import Stream, pack_tag, random_words
-from vjepa_fast.train import record
-from vjepa_fast.train.bad_steps import BadSteps
-from vjepa_fast.train.broken_list import BrokenList
-from vjepa_fast.train.distributed import Processes, choose_device
-from vjepa_fast.train.figures import Pending, read_back
-from vjepa_fast.train.files import remove_leftovers, write_text
-from vjepa_fast.train.joint import JointLoader, JointMasks, add_image_masks, add_images
-from vjepa_fast.train.metrics import MetricsLog
-from vjepa_fast.train.optim import AdamWEMA
-from vjepa_fast.train.out_of_memory import explain, ran_out
-from vjepa_fast.train.outliers import MAX_OUTLIERS
-from vjepa_fast.train.parallel import data_parallel, is_sharded, optimizer_of, shard, whole_copy
-from vjepa_fast.train.profiling import StepProfiler
-from vjepa_fast.train.progress import ProgressReport, RunConsole, Speed
-from vjepa_fast.train.report import conclude
-from vjepa_fast.train.resume import RunCheckpoints, Surroundings
-from vjepa_fast.train.run_folder import choose_folder, newest_checkpoint
-from vjepa_fast.train.signals import StopSignals
-from vjepa_fast.train.speedups import SpeedUps, StepCallable, Trial
+from vjepa_fast.optim.adamw_ema import AdamWEMA
+from vjepa_fast.optim.outliers import MAX_OUTLIERS
+from vjepa_fast.train.images_with_videos import JointLoader, JointMasks, add_image_masks, add_images
+from vjepa_fast.train.monitor.bad_steps import BadSteps
+from vjepa_fast.train.monitor.broken_videos_file import BrokenList
+from vjepa_fast.train.monitor.metrics import MetricsLog
+from vjepa_fast.train.monitor.out_of_memory import explain, ran_out
+from vjepa_fast.train.monitor.pending_metrics import Pending, read_back
+from vjepa_fast.train.monitor.progress import ProgressReport, RunConsole, Speed
+from vjepa_fast.train.monitor.run_health import RunHealth
+from vjepa_fast.train.monitor.summary import RunSummary
+from vjepa_fast.train.report import run_json
+from vjepa_fast.train.report.run_report import conclude
+from vjepa_fast.train.run_checkpoints import RunCheckpoints, Surroundings
+from vjepa_fast.train.speed.profiling import StepProfiler
+from vjepa_fast.train.speed.speedups import SpeedUps, StepCallable, Trial
+from vjepa_fast.train.speed.step_timer import StepTimer
 from vjepa_fast.train.step import StepResult, TrainStep
-from vjepa_fast.train.summary import RunSummary
-from vjepa_fast.train.timing import StepTimer
-from vjepa_fast.train.watch import RunHealth
-from vjepa_fast.train.watchdog import Phase, Watchdog
 
 MAX_SKIPPED = 50
 """Steps in a row with non-finite gradients after which a run gives up."""
@@ -150,7 +150,7 @@ class Trainer:
             remove_leftovers(self.folder)
             self.writer.forget_after(self.step)
             write_text(self.folder / "config.yaml", config_files.dump(self.cfg))
-            record.begin(self.folder, self.step, self.device.type, self._about())
+            run_json.begin(self.folder, self.step, self.device.type, self._about())
         # The others write files too, whose temporary names must not be taken for leftovers.
         self.processes.wait()
         self.stop.install()

@@ -1,6 +1,6 @@
 """What DALI is given, and what it is spared; its pipelines are in vjepa_fast.data.decode.dali_pipelines.
 
-DALI decides nothing. It gets a slice of the video (vjepa_fast.data.decode.slices) or the JPEG files of its frames,
+DALI decides nothing. It gets a slice of the video (vjepa_fast.data.decode.remux) or the JPEG files of its frames,
 which frames are wanted, and the crop box. Colours follow DALI: BT.601 whatever the stream says, chroma interpolated.
 
 What DALI cannot decode, or would count wrongly (its GPU decoder takes every picture that a packet holds for a frame,
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vjepa_fast.data.decode.index import DecodeError, reading
 from vjepa_fast.data.decode.pyav import decode_clip
+from vjepa_fast.data.decode.remux import Unsliceable, cut
 from vjepa_fast.data.decode.request import ClipRequest, ImageSource, JpegSource, VideoSource
-from vjepa_fast.data.decode.slices import Unsliceable, cut
 from vjepa_fast.data.sampling import Box
 
 INSTALL = "pip install 'vjepa-fast[dali]'"

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.backend import Finished, HostFinisher
 from vjepa_fast.data.decode.dali import DaliBatch, EncodedClip
 from vjepa_fast.data.decode.pyav import resize_clip
-from vjepa_fast.errors import UserError
 
 _DEVICE_TROUBLE = (
     "out of memory", "cuda allocation failed", "can't allocate", "could not allocate physical", "bad_alloc", "nvml",

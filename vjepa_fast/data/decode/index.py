@@ -27,8 +27,8 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
-from vjepa_fast.cache_dir import default_cache_dir
-from vjepa_fast.data.decode.disposable import DisposableFinder
+from vjepa_fast.common.cache_dir import default_cache_dir
+from vjepa_fast.data.decode.droppable_packets import DisposableFinder
 
 _VERSION = 3
 # A stream is cut short when its frames end before this fraction of the duration it declares.
@@ -51,7 +51,7 @@ class VideoIndex:
         keyframes: int64 [K] ascending numbers of the frames at which decoding can start.
         keyframe_dts: int64 [K], their decoding timestamps, by which containers seek.
         disposable: bool [num_frames], frames without whose packets all others decode to the same bits (see
-            vjepa_fast.data.decode.disposable); empty if not seekable.
+            vjepa_fast.data.decode.droppable_packets); empty if not seekable.
         codec: FFmpeg's name of it.
     """
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.manifest import PathList
-from vjepa_fast.errors import UserError
 
 INDEX_NAME = "pack.index"
 _MAGIC = b"vjepa-fast pack 1\n"

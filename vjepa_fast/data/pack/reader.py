@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.pack.index import INDEX_NAME, PackIndex, read_index, shard_name
 from vjepa_fast.data.pack.shards import LocalShards, Range, RemoteShards, Shards
 from vjepa_fast.data.sampling import clip_step
-from vjepa_fast.errors import ConfigError, UserError
 
 UNFINISHED = ".unfinished"
 # A clip may be this much faster or slower than configured: what the sampling rule allows itself on 30 frames/s.

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vjepa_fast.cache_dir import default_cache_dir
+from vjepa_fast.common.cache_dir import default_cache_dir
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.pack.index import INDEX_NAME, header_end
-from vjepa_fast.errors import UserError
 
 Range = tuple[int, int]
 # Far from the 1024 files that a process may have open by default.

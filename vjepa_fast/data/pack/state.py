@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vjepa_fast.common.atomic import atomic_path, disk_errors, remove_leftovers
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.pack.encode import Encoded
 from vjepa_fast.data.pack.index import INDEX_NAME, shard_name
 from vjepa_fast.data.pack.reader import UNFINISHED
-from vjepa_fast.errors import UserError
-from vjepa_fast.train.files import atomic_path, disk_errors, remove_leftovers
 
 ADVICE = "the same command goes on where it stopped"
 # The workers of a command that was killed are gone within a second.

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
+from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.manifest import PathList
 from vjepa_fast.data.pack.encode import encode_video
 from vjepa_fast.data.pack.index import INDEX_NAME, PackedFrames, PackSettings, encode_index, read_index
-from vjepa_fast.data.pack.pool import Failed, Pool
 from vjepa_fast.data.pack.state import ADVICE, Part, ShardAssembler, State, check_same
-from vjepa_fast.errors import UserError
-from vjepa_fast.train.files import atomic_path, disk_errors, write_text
+from vjepa_fast.data.pool import Failed, Pool
 
 BROKEN_NAME = "broken.tsv"
 _MIN_TRIED = 20

@@ -1,0 +1,1 @@
+"""What V-JEPA learns under which settings: experiments that take minutes to hours, as scripts."""

@@ -1,0 +1,1 @@
+"""Checkpoints of every layout: writing, opening, checking, exporting."""

@@ -1,0 +1,42 @@
+"""Names in `data.datasets` that stand for clips which are made when they are first wanted, in the cache directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vjepa_fast.data.generated.physics import make_physics
+from vjepa_fast.data.generated.synthetic import make_synthetic
+
+SYNTHETIC = "synthetic:"
+PHYSICS = "physics:"
+
+SYNTHETIC_SIZE = (400, 200)
+"""Training and held-out videos that `synthetic:` stands for."""
+
+
+def _synthetic(folder: Path) -> Path:
+    return make_synthetic(folder, *SYNTHETIC_SIZE).train_csv
+
+
+def _physics(folder: Path) -> Path:
+    return make_physics(folder, 400, 200).train_csv
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A set of clips.
+
+    Attributes:
+        folder: within the cache directory.
+        num_train: videos of its first split, which is what its name stands for.
+        make: writes the set into a folder unless it is there, and gives the manifest of the first split.
+    """
+
+    folder: str
+    num_train: int
+    make: Callable[[Path], Path]
+
+
+GENERATED = {SYNTHETIC: Generated("demo", SYNTHETIC_SIZE[0], _synthetic), PHYSICS: Generated("physics", 400, _physics)}

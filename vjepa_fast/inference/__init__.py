@@ -1,0 +1,1 @@
+"""Using a model: features and predictions, of clips in memory and of videos."""

@@ -1,0 +1,1 @@
+"""What Triton kernels share: dispatch, launches, and tables of many tensors."""

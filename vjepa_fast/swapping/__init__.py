@@ -1,0 +1,1 @@
+"""The reference's live modules as fast ones that share their parameters."""

@@ -1,0 +1,1 @@
+"""What makes the step faster, and how it is measured: CUDA graphs, trials, profiles, timers."""
