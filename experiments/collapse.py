@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vjepa_fast as vf
+from experiments import RESULTS
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.latent_loss import target_features
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ten short runs of the demo, five of them made to collapse.")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--only", metavar="NAME", help="one of the runs, into a file of its own")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "collapse_cpu_2026-11-27")
+    parser.add_argument("--out", type=Path, default=RESULTS / "collapse_cpu_2026-11-27")
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vjepa_fast as vf
+from experiments import RESULTS
 from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
@@ -357,7 +358,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="without suffix; default benchmarks/results/physics_probes_...")
     args = parser.parse_args()
     length = f"{args.steps}_steps" if args.steps else f"{args.minutes:g}_min"
-    out = args.out or Path(__file__).parents[1] / "benchmarks" / "results" / f"physics_probes_{length}_cpu_{date.today()}"
+    out = args.out or RESULTS / f"physics_probes_{length}_cpu_{date.today()}"
     threads = max(1, torch.get_num_threads() // args.jobs)
     with tempfile.TemporaryDirectory() as name:
         folder = args.work or Path(name)

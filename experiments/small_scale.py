@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from experiments import RESULTS
 from experiments.physics_probes import Job, pack_videos, run, versions
 from vjepa_fast.data.generated import physics
 from vjepa_fast.data.generated.physics import make_physics
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
     parser.add_argument("--out", type=Path, help="without suffix; default benchmarks/results/small_scale_...")
     args = parser.parse_args()
-    out = args.out or Path(__file__).parents[1] / "benchmarks" / "results" / f"small_scale_cpu_{date.today()}"
+    out = args.out or RESULTS / f"small_scale_cpu_{date.today()}"
     threads = max(1, torch.get_num_threads() // args.jobs)
     names = args.only or list(VARIANTS)
     with tempfile.TemporaryDirectory() as name:
