@@ -26,6 +26,7 @@ test: $(STAMP) $(DALI)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy vjepa_fast
 
 bench: $(STAMP)

@@ -84,8 +84,10 @@ class BuildExtension(build_ext):
             self.build(ext, find_nvcc() if MODE in ("auto", "cuda") else None)
         except CompileError as error:
             if MODE == "auto":
-                notice(f"built without the C++ extension: {error}. Masks will be drawn by NumPy, clips cropped and "
-                       "resized by PyTorch")
+                notice(
+                    f"built without the C++ extension: {error}. Masks will be drawn by NumPy, clips cropped and "
+                    "resized by PyTorch"
+                )
             raise
 
     def build(self, ext: Extension, nvcc: Path | None) -> None:
@@ -111,15 +113,25 @@ class BuildExtension(build_ext):
         elif MODE == "cuda":
             raise CompileError("VJEPA_FAST_EXT=cuda needs nvcc; put it on the PATH or set CUDA_HOME")
         about = {"VERSION": version(), "TORCH": TORCH.__version__, "CUDA_ARCHITECTURES": ";".join(architectures)}
-        objects.append(self.compile(
-            compiler, INFO_SOURCE, [f'-DVJEPA_FAST_{name}="{value}"' for name, value in about.items()]))
+        objects.append(
+            self.compile(compiler, INFO_SOURCE, [f'-DVJEPA_FAST_{name}="{value}"' for name, value in about.items()])
+        )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch must stay among what is needed even though no symbol comes from it directly: on a PyTorch with CUDA
         # it brings in libtorch_cuda, where the weak symbols of the CUDA kernels are.
         libraries = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--pop-state"]
-        run(*compiler, "-shared", *objects, "-o", target, *(f"-L{path}" for path in library_paths()), *libraries, *link,
-            "-Wl,--exclude-libs,ALL")
+        run(
+            *compiler,
+            "-shared",
+            *objects,
+            "-o",
+            target,
+            *(f"-L{path}" for path in library_paths()),
+            *libraries,
+            *link,
+            "-Wl,--exclude-libs,ALL",
+        )
 
     def object_of(self, source: str) -> Path:
         folder = Path(self.build_temp)
@@ -139,8 +151,23 @@ class BuildExtension(build_ext):
         target = self.object_of(source)
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
         codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-        run(nvcc, "-c", HERE / source, "-o", target, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-            "-Xptxas", "-v", "-DUSE_CUDA=1", *DEFINES, *codes, *include)
+        run(
+            nvcc,
+            "-c",
+            HERE / source,
+            "-o",
+            target,
+            "-std=c++20",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-Xptxas",
+            "-v",
+            "-DUSE_CUDA=1",
+            *DEFINES,
+            *codes,
+            *include,
+        )
         return target
 
 
@@ -193,11 +220,15 @@ if MODE not in ("auto", "cpu", "cuda", "0"):
 TORCH = None if MODE == "0" or sys.platform != "linux" else find_torch()
 if TORCH is None:
     if MODE in ("cpu", "cuda"):
-        raise SystemExit(f"VJEPA_FAST_EXT={MODE} needs Linux and an installed PyTorch; if a build tool hides the "
-                         "environment's packages, use pip install --no-build-isolation")
+        raise SystemExit(
+            f"VJEPA_FAST_EXT={MODE} needs Linux and an installed PyTorch; if a build tool hides the "
+            "environment's packages, use pip install --no-build-isolation"
+        )
     if MODE == "auto":
-        notice("no PyTorch to build for, so the C++ extension is left out: masks will be drawn by NumPy, clips cropped "
-               "and resized by PyTorch; install PyTorch first, then vjepa-fast again")
+        notice(
+            "no PyTorch to build for, so the C++ extension is left out: masks will be drawn by NumPy, clips cropped "
+            "and resized by PyTorch; install PyTorch first, then vjepa-fast again"
+        )
     setup()
 else:
     setup(

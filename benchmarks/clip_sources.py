@@ -41,13 +41,23 @@ class Kind:
 
 
 def _h264(height: int, width: int, gop: int) -> Kind:
-    return Kind(f"{height}p H.264 GOP {gop}", height, width, "libx264",
-                {"preset": "medium", "crf": "28", "g": str(gop), "threads": "1"})
+    return Kind(
+        f"{height}p H.264 GOP {gop}",
+        height,
+        width,
+        "libx264",
+        {"preset": "medium", "crf": "28", "g": str(gop), "threads": "1"},
+    )
 
 
 def _vp9(height: int, width: int, gop: int) -> Kind:
-    return Kind(f"{height}p VP9 GOP {gop}", height, width, "libvpx-vp9",
-                {"crf": "48", "b": "0", "g": str(gop), "deadline": "realtime", "cpu-used": "6", "threads": "1"})
+    return Kind(
+        f"{height}p VP9 GOP {gop}",
+        height,
+        width,
+        "libvpx-vp9",
+        {"crf": "48", "b": "0", "g": str(gop), "deadline": "realtime", "cpu-used": "6", "threads": "1"},
+    )
 
 
 KINDS = [_h264(360, 640, 250), _h264(360, 640, 30), _h264(240, 426, 250), _h264(240, 426, 30), _vp9(360, 640, 30)]
@@ -61,7 +71,7 @@ def _pictures(height: int, width: int, seed: int, count: int) -> Iterator[np.nda
     discs = rng.random((6, 5))
     for t in range(count):
         down, across = int(30 + 20 * np.cos(t / 55)), int(40 + 30 * np.sin(t / 40))
-        back = texture[down:down + height, across:across + width] * 150 + 40
+        back = texture[down : down + height, across : across + width] * 150 + 40
         picture = np.stack([back, back * 0.9 + 10, back * 0.8 + 20], axis=-1)
         for k, (left, top, right, below, radius) in enumerate(discs):
             centre_x = (left + (right - 0.5) * t / 100) % 1 * width
@@ -71,8 +81,9 @@ def _pictures(height: int, width: int, seed: int, count: int) -> Iterator[np.nda
         yield (picture + rng.normal(0, 6, (height, width, 1))).clip(0, 255).astype(np.uint8)
 
 
-def write_video(path: Path, height: int, width: int, seed: int, *, num_frames: int = 300, codec: str = "libx264",
-                **options: str) -> None:
+def write_video(
+    path: Path, height: int, width: int, seed: int, *, num_frames: int = 300, codec: str = "libx264", **options: str
+) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,16 @@ def first_step(workload: Workload, device: torch.device) -> float:
 
 def first_steps(name: str, device: torch.device) -> dict[str, float]:
     """The first step with an empty cache and with a filled one."""
-    command = [sys.executable, "-m", "benchmarks.compare_compiled", "--workloads", name, "--device", device.type,
-               "--first-step"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compare_compiled",
+        "--workloads",
+        name,
+        "--device",
+        device.type,
+        "--first-step",
+    ]
     with tempfile.TemporaryDirectory() as cache:
         environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         seconds = [
@@ -62,8 +70,10 @@ def compare(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
     seconds = interleave(dict(steps), device, rounds, first_step=_NUM_BATCHES)
     times = {side: Quantiles.of(values) for side, values in seconds.items()}
     return {
-        "losses_of_first_step": losses, "seconds": {side: asdict(q) for side, q in times.items()},
-        "ratio": times["eager"].p50 / times["compiled"].p50, **first_steps(name, device),
+        "losses_of_first_step": losses,
+        "seconds": {side: asdict(q) for side, q in times.items()},
+        "ratio": times["eager"].p50 / times["compiled"].p50,
+        **first_steps(name, device),
     }
 
 

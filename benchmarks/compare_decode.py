@@ -63,7 +63,7 @@ def reference_way(request: ClipRequest) -> Tensor:
                 break
     clip = torch.from_numpy(np.stack([found[int(number)] for number in numbers])).float().permute(3, 0, 1, 2)
     top, left, height, width = request.box
-    clip = clip[:, :, top:top + height, left:left + width]
+    clip = clip[:, :, top : top + height, left : left + width]
     clip = F.interpolate(clip, size=request.size, mode="bilinear", align_corners=False)
     return ((clip.flip(-1) if request.flip else clip) - _MEAN) / _STD
 
@@ -117,8 +117,9 @@ def costs(kind: Kind, folder: Path, with_dali: bool) -> dict[str, Any]:
     before = core_ms()
     indices = [build_index(str(path)) for path in paths]
     index_ms = (core_ms() - before) / len(paths)
-    raw = requests([VideoSource(str(path), index) for path, index in zip(paths, indices, strict=True)], _NUM_CLIPS,
-                   _SIZE)
+    raw = requests(
+        [VideoSource(str(path), index) for path, index in zip(paths, indices, strict=True)], _NUM_CLIPS, _SIZE
+    )
     pack, made = pack_of(paths, folder / f"{kind.name} pack".replace(" ", "_"))
     packed = requests([pack.video(number) for number in range(len(pack))], _NUM_CLIPS, _SIZE)
     host = HostPreparer()
@@ -126,9 +127,13 @@ def costs(kind: Kind, folder: Path, with_dali: bool) -> dict[str, Any]:
     def each(way: Callable[[ClipRequest], object], clips: list[ClipRequest]) -> Way:
         return lambda: [way(clip) for clip in clips]
 
-    ways = {"reference": each(reference_way, raw), "PyAV raw": each(host.prepare, raw),
-            "by RGB frames": each(by_swscale, raw), "decoding alone": each(decode_only, raw),
-            "PyAV pack": each(host.prepare, packed)}
+    ways = {
+        "reference": each(reference_way, raw),
+        "PyAV raw": each(host.prepare, raw),
+        "by RGB frames": each(by_swscale, raw),
+        "decoding alone": each(decode_only, raw),
+        "PyAV pack": each(host.prepare, packed),
+    }
     if with_dali:
         by_dali = ByDali()
         ways["DALI pack"] = lambda: by_dali(packed)
@@ -138,20 +143,30 @@ def costs(kind: Kind, folder: Path, with_dali: bool) -> dict[str, Any]:
     rounds = {name: [value / _NUM_CLIPS for value in values] for name, values in in_turns(ways).items()}
     difference = torch.stack([decode_clip(clip).float() - by_swscale(clip).float() for clip in raw[:4]])
     return {
-        "source": kind.name, "core_ms": {name: min(values) for name, values in rounds.items()}, "rounds": rounds,
-        "index_ms": index_ms, "video_bytes": sum(path.stat().st_size for path in paths) / len(paths),
-        "pack_bytes": made.num_bytes / made.num_videos, "pack_psnr": made.psnr,
+        "source": kind.name,
+        "core_ms": {name: min(values) for name, values in rounds.items()},
+        "rounds": rounds,
+        "index_ms": index_ms,
+        "video_bytes": sum(path.stat().st_size for path in paths) / len(paths),
+        "pack_bytes": made.num_bytes / made.num_videos,
+        "pack_psnr": made.psnr,
         "pack_size": [packed[0].source.height, packed[0].source.width],
-        "colour": {"mean": float(difference.mean()), "size": float(difference.abs().mean()),
-                   "most": float(difference.abs().max())}}
+        "colour": {
+            "mean": float(difference.mean()),
+            "size": float(difference.abs().mean()),
+            "most": float(difference.abs().max()),
+        },
+    }
 
 
 def bit_flips(folder: Path, num_files: int = 60) -> list[list[Any]]:
     """All frames of files in which some bits were flipped at random places: codec, bits, and files by outcome."""
     rows: list[list[Any]] = []
-    encoders: dict[str, dict[str, Any]] = {"h264": {"codec": "libx264", "bf": "2", "g": "48", "preset": "veryfast"},
-                "hevc": {"codec": "libx265", "preset": "ultrafast", "x265-params": "keyint=48:log-level=none:pools=1"},
-                "vp9": {"codec": "libvpx-vp9", "g": "48", "deadline": "realtime", "cpu-used": "8"}}
+    encoders: dict[str, dict[str, Any]] = {
+        "h264": {"codec": "libx264", "bf": "2", "g": "48", "preset": "veryfast"},
+        "hevc": {"codec": "libx265", "preset": "ultrafast", "x265-params": "keyint=48:log-level=none:pools=1"},
+        "vp9": {"codec": "libvpx-vp9", "g": "48", "deadline": "realtime", "cpu-used": "8"},
+    }
     for name, options in encoders.items():
         path, damaged = folder / f"flip_{name}.mp4", folder / "damaged.mp4"
         write_video(path, 96, 128, 0, num_frames=96, **options)
@@ -178,12 +193,15 @@ def as_markdown(report: dict[str, Any]) -> str:
     about, rows = report["environment"], report["rows"]
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     lines = [
-        "# What a clip costs, raw and from a pack, beside the reference's way, CPU", "",
+        "# What a clip costs, raw and from a pack, beside the reference's way, CPU",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores, 1 thread used; load average "
         f"{about['load_average']:.2f} before",
         f"- versions: python {about['python']}, torch {about['torch']}, PyAV {about['av']}, Pillow {about['pillow']}, "
         f"DALI {about['dali'] or 'not installed'}, vjepa_fast {about['vjepa_fast']}, commit {about['commit']}{changed}",
-        f"- command: `{about['command']}`", f"- date: {about['date']}", "",
+        f"- command: `{about['command']}`",
+        f"- date: {about['date']}",
+        "",
         "Core-milliseconds (user and system, getrusage) a clip of 16 frames from a window of 112, cropped, 256 px;",
         f"lowest of {_NUM_ROUNDS} rounds of {_NUM_CLIPS} clips. Sources: ten seconds of 30 frames a second; H.264 by "
         "x264 medium, crf 28.",
@@ -191,30 +209,50 @@ def as_markdown(report: dict[str, Any]) -> str:
         "normalisation in fp32. *by RGB frames*: our decoding, swscale, then PyTorch's resize of uint8. *pack*: of",
         "`vjepa-fast pack` as it is by default (4 frames/s, shorter side 256, nothing enlarged, quality 90), reading",
         "included; both back ends give the same bytes. *index*: once a file. Other work on the machine raises the",
-        "figures of a row together, those of one row more than of another: compare within a row.", "",
-        "| source | " + " | ".join(_COLUMNS) + " | index |", "|---" * (len(_COLUMNS) + 2) + "|"]
+        "figures of a row together, those of one row more than of another: compare within a row.",
+        "",
+        "| source | " + " | ".join(_COLUMNS) + " | index |",
+        "|---" * (len(_COLUMNS) + 2) + "|",
+    ]
     for row in rows:
         cells = [f"{row['core_ms'][name]:.1f}" if name in row["core_ms"] else "" for name in _COLUMNS]
         lines.append(f"| {row['source']} | {' | '.join(cells)} | {row['index_ms']:.1f} |")
     ours = [name for name in _COLUMNS if name not in ("reference", "by RGB frames", "decoding alone")]
-    lines += ["", "Reference's cost over ours:", "", "| source | " + " | ".join(ours) + " | packed frame | video, KB | "
-              "pack, KB | PSNR, dB |", "|---" * (len(ours) + 5) + "|"]
+    lines += [
+        "",
+        "Reference's cost over ours:",
+        "",
+        "| source | " + " | ".join(ours) + " | packed frame | video, KB | pack, KB | PSNR, dB |",
+        "|---" * (len(ours) + 5) + "|",
+    ]
     for row in rows:
         found = row["core_ms"]
         cells = [f"{found['reference'] / found[name]:.1f}" if name in found else "" for name in ours]
         height, width = row["pack_size"]
-        lines.append(f"| {row['source']} | {' | '.join(cells)} | {width} x {height} | {row['video_bytes'] / 1e3:.0f} | "
-                     f"{row['pack_bytes'] / 1e3:.0f} | {row['pack_psnr']:.1f} |")
+        lines.append(
+            f"| {row['source']} | {' | '.join(cells)} | {width} x {height} | {row['video_bytes'] / 1e3:.0f} | "
+            f"{row['pack_bytes'] / 1e3:.0f} | {row['pack_psnr']:.1f} |"
+        )
     lines += ["", "Colour, PyAV raw less that by RGB frames:", ""]
-    lines += [f"- {row['source']}: {row['colour']['mean']:.2f} on average, {row['colour']['size']:.2f} in size, "
-              f"{row['colour']['most']:.0f} at most" for row in rows]
-    lines += ["", "Against the formula in real numbers PyAV raw is at most 0.6 off (tests/ops/test_clip_pixels.py):",
-              "the rest is FFmpeg's, which cuts fractions off and repeats chroma."]
-    lines += ["", "Damage: all 96 frames of 60 files of 128 x 96 were read, in which that many bits were flipped at",
-              "random places. The columns count files; those of the fourth have frames that are wrong and no word of",
-              "it from container or decoder.", "",
-              "| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |",
-              "|---|---|---|---|---|"]
+    lines += [
+        f"- {row['source']}: {row['colour']['mean']:.2f} on average, {row['colour']['size']:.2f} in size, "
+        f"{row['colour']['most']:.0f} at most"
+        for row in rows
+    ]
+    lines += [
+        "",
+        "Against the formula in real numbers PyAV raw is at most 0.6 off (tests/ops/test_clip_pixels.py):",
+        "the rest is FFmpeg's, which cuts fractions off and repeats chroma.",
+    ]
+    lines += [
+        "",
+        "Damage: all 96 frames of 60 files of 128 x 96 were read, in which that many bits were flipped at",
+        "random places. The columns count files; those of the fourth have frames that are wrong and no word of",
+        "it from container or decoder.",
+        "",
+        "| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |",
+        "|---|---|---|---|---|",
+    ]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in report["damage"]]
     return "\n".join(lines) + "\n"
 

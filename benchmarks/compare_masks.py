@@ -48,8 +48,9 @@ def calls() -> dict[str, Callable[[int], object]]:
     assert ops is not None
     key = ([value for spec in sampler.specs for value in spec.to_ints()], LARGE.grid, LARGE.config.train.seed, 0)
     frames = LARGE.num_frames
-    collator = meta_reference.collator(MaskCase(
-        "ViT-L", [spec.model_dump() for spec in masks.masks], [frames], crop_size=LARGE.crop_size))
+    collator = meta_reference.collator(
+        MaskCase("ViT-L", [spec.model_dump() for spec in masks.masks], [frames], crop_size=LARGE.crop_size)
+    )
 
     def operators(step: int) -> object:
         first = torch.tensor([step])
@@ -91,15 +92,18 @@ def as_markdown(report: dict[str, Any]) -> str:
     """A page for people."""
     about = report["environment"]
     lines = [
-        "# Masks of a ViT-L step beside the reference, CPU", "",
+        "# Masks of a ViT-L step beside the reference, CPU",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores, 1 thread used; load average {about['load_average']:.2f}",
         f"- versions: python {about['python']}, torch {about['torch']}, vjepa_fast {about['vjepa_fast']}, commit "
         f"{about['commit']}{' with uncommitted changes' if about['uncommitted_changes'] else ''}; "
         f"facebookresearch/vjepa2 at {report['reference_commit']}",
         f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
-        f"- date: {about['date']}", "",
+        f"- date: {about['date']}",
+        "",
         "24 clips of 8 x 16 x 16 tokens, two masks (8 blocks of 15 %, 2 of 70 %), truncated to the batch minimum; one",
-        f"core, {report['rounds']} turns of {CALLS} calls of each, another step each time.", "",
+        f"core, {report['rounds']} turns of {CALLS} calls of each, another step each time.",
+        "",
         "| what | fastest, ms | median, ms (20 % to 80 %) | reference / this: fastest | median |",
         "|---|---|---|---|---|",
     ]
@@ -108,7 +112,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         own = report["times"][name]
         lines.append(
             f"| {title} | {own['fastest'] * 1e3:.3f} | {own['p50'] * 1e3:.3f} ({own['p20'] * 1e3:.3f} to "
-            f"{own['p80'] * 1e3:.3f}) | {theirs['fastest'] / own['fastest']:.0f} | {theirs['p50'] / own['p50']:.0f} |")
+            f"{own['p80'] * 1e3:.3f}) | {theirs['fastest'] / own['fastest']:.0f} | {theirs['p50'] / own['p50']:.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +131,9 @@ def main() -> None:
     about = environment(torch.device("cpu"))
     seconds = measure(arguments.rounds)
     report: dict[str, Any] = {
-        "environment": about, "reference_commit": REFERENCE_COMMIT, "rounds": arguments.rounds,
+        "environment": about,
+        "reference_commit": REFERENCE_COMMIT,
+        "rounds": arguments.rounds,
         "times": {name: {"fastest": min(all_), **asdict(Quantiles.of(all_))} for name, all_ in seconds.items()},
         "all_seconds": seconds,
     }

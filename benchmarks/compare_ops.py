@@ -69,7 +69,8 @@ class Operations:
         """Context tokens of both masks from uint8 clips."""
         data, width = self.workload.config.data, self.workload.width
         theirs = self.theirs.vit.PatchEmbed3D(
-            patch_size=data.patch_size, tubelet_size=data.tubelet_size, embed_dim=width)
+            patch_size=data.patch_size, tubelet_size=data.tubelet_size, embed_dim=width
+        )
         clips = self.workload.clips(self.device)
         weight, bias = theirs.proj.weight, theirs.proj.bias
         grad = self._randn(len(self.masks.context_ids), width, grad=False)
@@ -81,8 +82,9 @@ class Operations:
         def reference() -> list[Tensor]:
             # Clips come to its step as normalised floats; every mask embeds all tokens and drops most.
             pixels = self.normalise(clips, torch.float32)
-            out = torch.cat([
-                self.theirs.mask_utils.apply_masks(theirs(pixels), [m]).flatten(0, 1) for m in self.meta_enc])
+            out = torch.cat(
+                [self.theirs.mask_utils.apply_masks(theirs(pixels), [m]).flatten(0, 1) for m in self.meta_enc]
+            )
             return _gradients([out], [weight, bias], [grad])
 
         return ours, reference
@@ -104,7 +106,8 @@ class Operations:
 
         def turned(x: Tensor, positions: list[Tensor]) -> Tensor:
             rotate = self.theirs.vit.Block.__init__.__globals__["RoPEAttention"].forward.__globals__[
-                "rotate_queries_or_keys"]
+                "rotate_queries_or_keys"
+            ]
             parts = [rotate(x[..., i * size : (i + 1) * size], pos=p) for i, p in enumerate(positions)]
             return torch.cat([*parts, x[..., 3 * size :]], dim=-1)
 
@@ -117,8 +120,11 @@ class Operations:
                     token = chosen[:, None].repeat(1, heads, 1)
                     inside = token % (grid[1] * grid[2])
                     places = [token // (grid[1] * grid[2]), inside // grid[2], inside % grid[2]]
-                    rows.append(torch.stack([turned(q, places), turned(k, places), v]).permute(1, 3, 0, 2, 4).reshape(
-                        token.shape[0] * token.shape[2], 3 * width))
+                    rows.append(
+                        torch.stack([turned(q, places), turned(k, places), v])
+                        .permute(1, 3, 0, 2, 4)
+                        .reshape(token.shape[0] * token.shape[2], 3 * width)
+                    )
                 out = _gradients([torch.cat(rows)], [qkv], [grad])
             return out
 
@@ -151,8 +157,10 @@ class Operations:
         """Of the hidden layer of a SwiGLU MLP."""
         shape = len(self.masks.context_ids), 4 * self.workload.width
         gate, value, grad = self._randn(*shape), self._randn(*shape), self._randn(*shape, grad=False)
-        return ((lambda: _gradients([swiglu(gate, value)], [gate, value], [grad])),
-                (lambda: _gradients([F.silu(gate) * value], [gate, value], [grad])))
+        return (
+            (lambda: _gradients([swiglu(gate, value)], [gate, value], [grad])),
+            (lambda: _gradients([F.silu(gate) * value], [gate, value], [grad])),
+        )
 
     def loss(self) -> Pair:
         """Final norm of the target encoder, target norm, gather, distance, mean over masks."""
@@ -164,7 +172,8 @@ class Operations:
 
         def ours() -> list[Tensor]:
             loss = latent_loss(
-                predictions, features, weights, 1.0, masks.target_rows, (norm.weight, norm.bias, norm.eps))
+                predictions, features, weights, 1.0, masks.target_rows, (norm.weight, norm.bias, norm.eps)
+            )
             return _gradients([loss], [predictions])
 
         def reference() -> list[Tensor]:
@@ -172,8 +181,10 @@ class Operations:
                 h = norm(features.view(masks.batch_size, masks.num_tokens, width))
                 h = F.layer_norm(h, (width,))
                 wanted = self.theirs.mask_utils.apply_masks(h, self.meta_pred, concat=False)
-            terms = [torch.mean(torch.abs(z - t) ** 1.0) / 1.0
-                     for z, t in zip(self._dense(predictions, self.meta_pred), wanted, strict=True)]
+            terms = [
+                torch.mean(torch.abs(z - t) ** 1.0) / 1.0
+                for z, t in zip(self._dense(predictions, self.meta_pred), wanted, strict=True)
+            ]
             return _gradients([sum(terms[1:], terms[0]) / len(terms)], [predictions])
 
         return ours, reference
@@ -246,8 +257,17 @@ class Operations:
         return ours, reference
 
 
-NAMES = ("patch_embedding", "rope", "add_and_norm", "gelu", "swiglu", "loss", "variance_term", "moving_average",
-         "optimizer_step")
+NAMES = (
+    "patch_embedding",
+    "rope",
+    "add_and_norm",
+    "gelu",
+    "swiglu",
+    "loss",
+    "variance_term",
+    "moving_average",
+    "optimizer_step",
+)
 
 
 def check_same(name: str, ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -276,23 +296,29 @@ def measure(name: str, pair: Pair, rounds: int) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["reference"], strict=True)]
     return {side: asdict(Quantiles.of(times)) | {"fastest": min(times)} for side, times in seconds.items()} | {
         "ratio": asdict(Quantiles.of(ratios)),
-        "ratio_of_fastest": min(seconds["reference"]) / min(seconds["ours"])}
+        "ratio_of_fastest": min(seconds["reference"]) / min(seconds["ours"]),
+    }
 
 
 def as_markdown(about: dict[str, Any], rounds: int, found: dict[str, Any]) -> str:
     lines = [
-        f"# Operations beside the reference's, on a CPU, {about['date'][:10]}", "",
+        f"# Operations beside the reference's, on a CPU, {about['date'][:10]}",
+        "",
         f"{about['device']}, torch {about['torch']}, load average {about['load_average']:.2f}, commit "
         f"{about['commit']}. {SMALL.name}, {SMALL.batch_size} clips, fp32, forward and backward, {rounds} turns. "
-        f"Command: `{about['command']}`.", "",
+        f"Command: `{about['command']}`.",
+        "",
         "| operation | ours, ms (fastest) | reference, ms (fastest) | ratio, turn by turn (20 % to 80 %) | of the "
-        "fastest |", "|---|---|---|---|---|"]
+        "fastest |",
+        "|---|---|---|---|---|",
+    ]
     for name, info in found.items():
         ratio = info["ratio"]
         lines.append(
             f"| {name.replace('_', ' ')} | {1e3 * info['ours']['p50']:.2f} ({1e3 * info['ours']['fastest']:.2f}) | "
             f"{1e3 * info['reference']['p50']:.2f} ({1e3 * info['reference']['fastest']:.2f}) | "
-            f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f}) | {info['ratio_of_fastest']:.2f} |")
+            f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f}) | {info['ratio_of_fastest']:.2f} |"
+        )
     return "\n".join([*lines, "", "A ratio above 1 means that ours is faster.", ""])
 
 

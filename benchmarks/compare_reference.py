@@ -64,19 +64,30 @@ def compare(workload: Workload, rounds: int, num_batches: int, limits: Limits) -
     seconds = interleave({"ours": ours, "reference": reference, "profiled": profiled}, cpu, rounds, first_step=2)
     del seconds["profiled"]
     last = 2 + rounds
-    profiles = {name: profile_steps(step, range(last, last + num_batches), cpu)
-                for name, step in (("ours", ours), ("reference", reference))}
+    profiles = {
+        name: profile_steps(step, range(last, last + num_batches), cpu)
+        for name, step in (("ours", ours), ("reference", reference))
+    }
     times = {name: Quantiles.of(values) for name, values in seconds.items()}
     ceiling = Quantiles.of([b / a for a, b in zip(products, seconds["reference"], strict=True)])
     ratio = Quantiles.of([b / a for a, b in zip(seconds["ours"], seconds["reference"], strict=True)])
     flops = sum(step_flops(workload.config.model, masks).total for masks in ours.masks) / num_batches
     rate = flops / times["ours"].p50
     return {
-        "config": workload.name, "batch_size": workload.batch_size, "tokens": masks_of_batches(ours.masks),
-        "first_loss": losses, "seconds": {name: asdict(value) for name, value in times.items()},
-        "all_seconds": seconds, "ratio": asdict(ratio), "ceiling": asdict(ceiling), "product_seconds": products,
-        "share_of_ceiling": ratio.p50 / ceiling.p50, "model_gflop": flops / 1e9, "gflop_per_s": rate / 1e9,
-        "share_of_matmul_rate": rate / limits.flops_per_s, "clips_per_s": workload.batch_size / times["ours"].p50,
+        "config": workload.name,
+        "batch_size": workload.batch_size,
+        "tokens": masks_of_batches(ours.masks),
+        "first_loss": losses,
+        "seconds": {name: asdict(value) for name, value in times.items()},
+        "all_seconds": seconds,
+        "ratio": asdict(ratio),
+        "ceiling": asdict(ceiling),
+        "product_seconds": products,
+        "share_of_ceiling": ratio.p50 / ceiling.p50,
+        "model_gflop": flops / 1e9,
+        "gflop_per_s": rate / 1e9,
+        "share_of_matmul_rate": rate / limits.flops_per_s,
+        "clips_per_s": workload.batch_size / times["ours"].p50,
         "profiles": profiles,
     }
 
@@ -85,7 +96,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     """A page for people."""
     about, limits = report["environment"], report["limits"]
     lines = [
-        "# Training step beside the reference, CPU", "",
+        "# Training step beside the reference, CPU",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores, {about['threads']} threads used; load average "
         f"{about['load_average']:.2f} before, {report['load_average_after']:.2f} after the run itself",
         f"- measured limits: copy {limits['bytes_per_s'] / 1e9:.1f} GB/s, {limits['dtype']} matrix product "
@@ -94,31 +106,40 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{about['commit']}{' with uncommitted changes' if about['uncommitted_changes'] else ''}; "
         f"facebookresearch/vjepa2 at {report['reference_commit']}",
         f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
-        f"- date: {about['date']}", "",
+        f"- date: {about['date']}",
+        "",
         "fp32, SDPA on, activation checkpointing off, predictor 12 x 384 with 12 heads, 8 frames (ViT-B: 16); forward,",
         "backward, AdamW and EMA, masks drawn beforehand; steps in turns, each side on the same clips and masks. The",
         "reference's clips are normalised beforehand, ours in the step. Times are medians with quantiles 20 to 80; the",
         "ratio is the median of the ratios of neighbouring steps. Ceiling: the reference's time over that in matrix",
         "products (with the patch embedding's convolution) and attention, which a profiled step right after the timed",
-        "one tells; the median of these.", "",
+        "one tells; the median of these.",
+        "",
         "| config | batch | ours, ms | reference, ms | ratio | ceiling | ratio / ceiling | clips/s | "
         "GFLOP/s (of matrix product rate) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in report["configs"]:
-        own, theirs = (spread(found["seconds"][side], 1, 1e3) for side in (
-            "ours", "reference"))
+        own, theirs = (spread(found["seconds"][side], 1, 1e3) for side in ("ours", "reference"))
         lines.append(
             f"| {found['config']} | {found['batch_size']} | {own} | {theirs} | {spread(found['ratio'], 3)} | "
             f"{spread(found['ceiling'], 3)} | {100 * found['share_of_ceiling']:.0f} % | {found['clips_per_s']:.2f} | "
-            f"{found['gflop_per_s']:.0f} ({100 * found['share_of_matmul_rate']:.0f} %) |")
-    lines += ["", "Milliseconds a step by kind, under the profiler:", "",
-              "| config | side | matmul | attention | other | operators called |", "|---|---|---|---|---|---|"]
+            f"{found['gflop_per_s']:.0f} ({100 * found['share_of_matmul_rate']:.0f} %) |"
+        )
+    lines += [
+        "",
+        "Milliseconds a step by kind, under the profiler:",
+        "",
+        "| config | side | matmul | attention | other | operators called |",
+        "|---|---|---|---|---|---|",
+    ]
     for found in report["configs"]:
         for side, recorded in found["profiles"].items():
             kinds = recorded["ms_by_kind"]
-            lines.append(f"| {found['config']} | {side} | {kinds['matmul']:.1f} | {kinds['attention']:.1f} | "
-                         f"{kinds['other']:.1f} | {recorded['num_operators']} |")
+            lines.append(
+                f"| {found['config']} | {side} | {kinds['matmul']:.1f} | {kinds['attention']:.1f} | "
+                f"{kinds['other']:.1f} | {recorded['num_operators']} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -142,14 +163,21 @@ def main() -> None:
     about = environment(torch.device("cpu"))
     limits = measure_limits(torch.device("cpu"), small=arguments.configs == ["trial"])
     report: dict[str, Any] = {
-        "environment": about, "limits": limits_as_dict(limits), "reference_commit": REFERENCE_COMMIT, "configs": []}
+        "environment": about,
+        "limits": limits_as_dict(limits),
+        "reference_commit": REFERENCE_COMMIT,
+        "configs": [],
+    }
     out = arguments.out or ROOT / "benchmarks" / "results" / f"step_vs_reference_cpu_{about['date'][:10]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.configs:
         found = compare(_WORKLOADS[name], arguments.rounds or _ROUNDS[name], _NUM_BATCHES[name], limits)
-        print(f"{found['config']}: ours {found['seconds']['ours']['p50'] * 1e3:.1f} ms, reference "
-              f"{found['seconds']['reference']['p50'] * 1e3:.1f} ms, ratio {found['ratio']['p50']:.3f}, ceiling "
-              f"{found['ceiling']['p50']:.3f}", flush=True)
+        print(
+            f"{found['config']}: ours {found['seconds']['ours']['p50'] * 1e3:.1f} ms, reference "
+            f"{found['seconds']['reference']['p50'] * 1e3:.1f} ms, ratio {found['ratio']['p50']:.3f}, ceiling "
+            f"{found['ceiling']['p50']:.3f}",
+            flush=True,
+        )
         report["configs"].append(found)
         report["load_average_after"] = os.getloadavg()[0]
         out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -39,8 +39,14 @@ def summary(folder: Path) -> dict[str, Any]:
     losses = losses_of(folder)
     tenth = max(1, len(losses) // 10)
     middle = (len(losses) - tenth) // 2
-    found = {"name": folder.name, "steps": len(losses), "first": losses[:tenth].mean(),
-             "middle": losses[middle : middle + tenth].mean(), "last": losses[-tenth:].mean(), "velocity_r2": None}
+    found = {
+        "name": folder.name,
+        "steps": len(losses),
+        "first": losses[:tenth].mean(),
+        "middle": losses[middle : middle + tenth].mean(),
+        "last": losses[-tenth:].mean(),
+        "velocity_r2": None,
+    }
     probe = folder / "probe.json"
     if probe.exists():
         found["velocity_r2"] = json.loads(probe.read_text())["trained encoder"]["velocity_r2"]
@@ -50,11 +56,16 @@ def summary(folder: Path) -> dict[str, Any]:
 def as_markdown(runs: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """A page for people."""
     lines = [
-        "# Runs side by side", "",
+        "# Runs side by side",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores",
         f"- versions: python {about['python']}, torch {about['torch']}, vjepa_fast {about['vjepa_fast']}",
-        f"- command: `{about['command']}`", f"- date: {about['date']}", "",
-        "| run | steps | loss, first tenth | middle tenth | last tenth | velocity R2 |", "|---|---|---|---|---|---|"]
+        f"- command: `{about['command']}`",
+        f"- date: {about['date']}",
+        "",
+        "| run | steps | loss, first tenth | middle tenth | last tenth | velocity R2 |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in runs:
         score = "" if run["velocity_r2"] is None else f"{run['velocity_r2']:.2f}"
         means = " | ".join(f"{run[part]:.4f}" for part in ("first", "middle", "last"))
@@ -87,9 +98,17 @@ def plot_losses(runs: Iterable[tuple[str, Sequence[float] | np.ndarray, dict[str
 
 def plot(folders: list[Path], out: Path) -> None:
     """Loss curves of runs; neighbours share a colour."""
-    plot_losses([(folder.name, losses_of(folder), {
-        "linestyle": "--" if place % 2 else "-", "color": f"C{place // 2}", "linewidth": 1.5})
-        for place, folder in enumerate(folders)], out)
+    plot_losses(
+        [
+            (
+                folder.name,
+                losses_of(folder),
+                {"linestyle": "--" if place % 2 else "-", "color": f"C{place // 2}", "linewidth": 1.5},
+            )
+            for place, folder in enumerate(folders)
+        ],
+        out,
+    )
 
 
 def main() -> None:

@@ -37,8 +37,15 @@ _SIZES = {"trial": TRIAL, "small": SMALL, "large": LARGE}
 _GPUS = {"h200": Limits(4.8e12, 790e12, "bfloat16")}
 """Memory bandwidth of the data sheet, matrix products at what large ones reach."""
 _COLUMNS = {
-    "ms_p50": "ms", "ms_p20": "p20", "ms_p80": "p80", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s",
-    "percent_of_limit": "% of limit", "bound": "bound", "clips_per_s": "clips/s", "core_ms_per_clip": "core-ms/clip",
+    "ms_p50": "ms",
+    "ms_p20": "p20",
+    "ms_p80": "p80",
+    "gb_per_s": "GB/s",
+    "tflop_per_s": "TFLOP/s",
+    "percent_of_limit": "% of limit",
+    "bound": "bound",
+    "clips_per_s": "clips/s",
+    "core_ms_per_clip": "core-ms/clip",
 }
 
 
@@ -90,14 +97,22 @@ def measure(
     `wall` is set; the table of pytest-benchmark holds wall times, in which they do. On a CPU all are wall times.
     """
 
-    def run(fn: Callable[[], object], *, num_bytes: float = 0, flops: float = 0, clips: int = 0,
-            seconds: float = 0.3, wall: bool = False) -> None:
+    def run(
+        fn: Callable[[], object],
+        *,
+        num_bytes: float = 0,
+        flops: float = 0,
+        clips: int = 0,
+        seconds: float = 0.3,
+        wall: bool = False,
+    ) -> None:
         benchmark.extra_info.update(workload=workload.name, device=device.type)
         if request.config.getoption("--floors"):
             floor, bound = limits.floor(num_bytes, flops)
             request.config.stash.setdefault(_FLOORS, []).append(
                 f"| {request.node.name.removeprefix('test_')} | {num_bytes / 1e6:.1f} | {flops / 1e9:.2f} | "
-                f"{1e6 * floor:.1f} | {bound} |")
+                f"{1e6 * floor:.1f} | {bound} |"
+            )
             benchmark(lambda: None)
             return
         if benchmark.disabled:
@@ -127,14 +142,20 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """A table of times, rates and shares of the limits."""
-    for line in ["| operation | MB | GFLOP | floor, us | bound |", "|---|---|---|---|---|", *config.stash.get(
-            _FLOORS, [])] * bool(config.getoption("--floors")):
+    for line in [
+        "| operation | MB | GFLOP | floor, us | bound |",
+        "|---|---|---|---|---|",
+        *config.stash.get(_FLOORS, []),
+    ] * bool(config.getoption("--floors")):
         terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     if session is None or _LIMITS not in config.stash:
         return
-    rows = [(bench.name.removeprefix("test_"), bench.extra_info) for bench in session.benchmarks
-            if "ms_p50" in bench.extra_info]
+    rows = [
+        (bench.name.removeprefix("test_"), bench.extra_info)
+        for bench in session.benchmarks
+        if "ms_p50" in bench.extra_info
+    ]
     if not rows:
         return
     found = config.stash[_LIMITS]
@@ -142,7 +163,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_sep("-", f"{rows[0][1]['workload']} on {about['device']}")
     terminalreporter.write_line(
         f"measured limits: copy {found.bytes_per_s / 1e9:.1f} GB/s, {found.dtype} matmul "
-        f"{found.flops_per_s / 1e12:.3f} TFLOP/s; load average {about['load_average']:.2f}")
+        f"{found.flops_per_s / 1e12:.3f} TFLOP/s; load average {about['load_average']:.2f}"
+    )
     width = max(len(name) for name, _ in rows) + 2
     terminalreporter.write_line("".ljust(width) + "".join(title.rjust(13) for title in _COLUMNS.values()))
     for name, info in rows:

@@ -39,8 +39,11 @@ class _Batches(OurStep):
 
     def __init__(self, workload: Workload, masks: MaskBatch) -> None:
         self.workload, self.masks = workload, [masks]
-        self.clips = [torch.empty(
-            (workload.batch_size, workload.num_frames, workload.crop_size, workload.crop_size, 3), dtype=torch.uint8)]
+        self.clips = [
+            torch.empty(
+                (workload.batch_size, workload.num_frames, workload.crop_size, workload.crop_size, 3), dtype=torch.uint8
+            )
+        ]
 
 
 @contextmanager
@@ -51,8 +54,10 @@ def _as_on_a_gpu() -> Iterator[None]:
     def in_fp32(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
 
-    with (mock.patch.object(F, "layer_norm", in_fp32),
-          mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))):
+    with (
+        mock.patch.object(F, "layer_norm", in_fp32),
+        mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})),
+    ):
         yield
 
 
@@ -66,10 +71,13 @@ def count_reference(workload: Workload, masks: MaskBatch, root: Path, checkpoint
             return _count_reference(networks, workload, masks, meta, root, checkpointing)
 
 
-def _count_reference(networks: torch.nn.ModuleDict, workload: Workload, masks: MaskBatch, meta: Any, root: Path,
-                     checkpointing: bool) -> dict[str, Tally]:
-    with (mock.patch.object(ReferenceStep, "_networks", lambda *_: fake_parameters(networks)),
-          mock.patch.object(MaskBatch, "to_meta", lambda _: meta)):
+def _count_reference(
+    networks: torch.nn.ModuleDict, workload: Workload, masks: MaskBatch, meta: Any, root: Path, checkpointing: bool
+) -> dict[str, Tally]:
+    with (
+        mock.patch.object(ReferenceStep, "_networks", lambda *_: fake_parameters(networks)),
+        mock.patch.object(MaskBatch, "to_meta", lambda _: meta),
+    ):
         step = ReferenceStep(root, _Batches(workload, masks), checkpointing=checkpointing)
     for group in step.optimizer.param_groups:
         group["foreach"] = True
@@ -81,38 +89,50 @@ def as_dict(tallies: dict[str, Tally]) -> dict[str, Any]:
     """For a JSON file."""
     total = sum(tallies.values(), Tally())
     return {
-        "launches": total.launches, "gigabytes": total.num_bytes / 1e9,
+        "launches": total.launches,
+        "gigabytes": total.num_bytes / 1e9,
         "elementwise_gigabytes": total.elementwise_bytes / 1e9,
         "operators": dict(total.operators.most_common(30)),
-        "parts": {part: {"launches": tally.launches, "gigabytes": tally.num_bytes / 1e9}
-                  for part, tally in tallies.items()},
+        "parts": {
+            part: {"launches": tally.launches, "gigabytes": tally.num_bytes / 1e9} for part, tally in tallies.items()
+        },
     }
 
 
 def compare(workload: Workload, root: Path | None) -> dict[str, Any]:
     """All sides on the same masks."""
     masks = workload.masks(_CPU)
-    sides = {"ours, kernels": count_step(workload.config, [masks], kernels=True),
-             "ours, plain PyTorch": count_step(workload.config, [masks], kernels=False)}
+    sides = {
+        "ours, kernels": count_step(workload.config, [masks], kernels=True),
+        "ours, plain PyTorch": count_step(workload.config, [masks], kernels=False),
+    }
     if root is not None:
         sides["reference as configured"] = count_reference(workload, masks, root, True)
         sides["reference, no checkpointing"] = count_reference(workload, masks, root, False)
-    return {"config": workload.name, "dtype": workload.dtype, "batch_size": workload.batch_size,
-            "sides": {name: as_dict(tallies) for name, tallies in sides.items()}}
+    return {
+        "config": workload.name,
+        "dtype": workload.dtype,
+        "batch_size": workload.batch_size,
+        "sides": {name: as_dict(tallies) for name, tallies in sides.items()},
+    }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """A page for people."""
     about = report["environment"]
     lines = [
-        "# Kernel launches and bytes of a training step, counted", "",
+        "# Kernel launches and bytes of a training step, counted",
+        "",
         f"- versions: torch {about['torch']}, vjepa_fast {about['vjepa_fast']}, commit {about['commit']}"
         f"{' with uncommitted changes' if about['uncommitted_changes'] else ''}; facebookresearch/vjepa2 at "
         f"{REFERENCE_COMMIT}",
-        f"- command: `VJEPA2_REFERENCE=... {about['command']}`", f"- date: {about['date']}", "",
+        f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
+        f"- date: {about['date']}",
+        "",
         "Counted on fake tensors as torch dispatches operators: each that computes or copies is a launch, views are",
         "none; bytes are those of its inputs and outputs. Forward, backward, AdamW and EMA of the second step on one",
-        "batch, under the rules in benchmarks/count_step.py. Nothing here was run on a GPU.", "",
+        "batch, under the rules in benchmarks/count_step.py. Nothing here was run on a GPU.",
+        "",
         "| config | side | launches | GB | GB outside matrix products and attention | launches over ours |",
         "|---|---|---|---|---|---|",
     ]
@@ -121,7 +141,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines += [
             f"| {found['config']}, batch {found['batch_size']}, {found['dtype']} | {name} | {side['launches']} | "
             f"{side['gigabytes']:.2f} | {side['elementwise_gigabytes']:.2f} | {side['launches'] / own:.1f} |"
-            for name, side in found["sides"].items()]
+            for name, side in found["sides"].items()
+        ]
     for found in report["configs"]:
         parts = found["sides"]["ours, kernels"]["parts"]
         lines += ["", f"Ours by part, kernels, {found['config']}:", "", "| part | launches | GB |", "|---|---|---|"]
@@ -136,8 +157,11 @@ def main() -> None:
     arguments = parser.parse_args()
     reference = os.environ.get("VJEPA2_REFERENCE")
     about = environment(_CPU)
-    report: dict[str, Any] = {"environment": about, "reference_commit": REFERENCE_COMMIT, "configs": [
-        compare(_WORKLOADS[name], Path(reference) if reference else None) for name in arguments.configs]}
+    report: dict[str, Any] = {
+        "environment": about,
+        "reference_commit": REFERENCE_COMMIT,
+        "configs": [compare(_WORKLOADS[name], Path(reference) if reference else None) for name in arguments.configs],
+    }
     out = arguments.out or ROOT / "benchmarks" / "results" / f"step_counts_{about['date'][:10]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The table of docs/clusters.md: what many GPUs exchange, and what is left of their speed, by the cost model.
 
-    python -m benchmarks.exchange_table [--gpu h100]
+python -m benchmarks.exchange_table [--gpu h100]
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ from vjepa_fast.cost.plan import draw_masks
 from vjepa_fast.cost.prediction import predict
 
 RECIPES = {"ViT-L": "vitl16-256", "ViT-g": "vitg16-256"}
-CLUSTERS = [(1, "nvlink"), (8, "nvlink"), (8, "ib400"), (8, "eth100"), (8, "eth25"), (64, "ib400"), (64, "eth100"),
-            (64, "eth25")]
+CLUSTERS = [
+    (1, "nvlink"),
+    (8, "nvlink"),
+    (8, "ib400"),
+    (8, "eth100"),
+    (8, "eth25"),
+    (64, "ib400"),
+    (64, "eth100"),
+    (64, "eth25"),
+]
 """Machines of eight GPUs, and what is between them. No NVLink domain has 512 GPUs."""
 
 
@@ -32,12 +40,20 @@ def main() -> None:
             cells = [name, str(8 * nodes), link]
             for way in WAYS:
                 x = exchange(way, cfg, prediction, Cluster.of(gpu.name, nodes, 8, link))
-                cells += [f"{x.sent / 1e9:.1f}", f"{1e3 * (x.exposed_backward + x.exposed_forward):.1f}",
-                          f"{100 * x.efficiency:.0f} %"]
+                cells += [
+                    f"{x.sent / 1e9:.1f}",
+                    f"{1e3 * (x.exposed_backward + x.exposed_forward):.1f}",
+                    f"{100 * x.efficiency:.0f} %",
+                ]
             rows.append("| " + " | ".join(cells) + " |")
     print("; ".join(alone) + ".\n")
-    print("| model | GPUs | link | " + " | ".join(f"{NAMES[way]}: GB sent | exposed, ms | efficiency" for way in WAYS)
-          + " |\n" + "|---" * (3 + 3 * len(WAYS)) + "|")
+    print(
+        "| model | GPUs | link | "
+        + " | ".join(f"{NAMES[way]}: GB sent | exposed, ms | efficiency" for way in WAYS)
+        + " |\n"
+        + "|---" * (3 + 3 * len(WAYS))
+        + "|"
+    )
     print("\n".join(rows))
 
 

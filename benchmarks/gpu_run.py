@@ -126,9 +126,21 @@ def run_floors(settings: Settings) -> dict[str, Any]:
 def run_operations(settings: Settings) -> dict[str, Any]:
     """Every operation by itself, and the loader."""
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--deselect",
-        "benchmarks/test_step.py", "--device", settings.device.type, "--size", "trial" if settings.small else "large",
-        f"--benchmark-json={settings.out / 'benchmarks.json'}"]
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "benchmarks",
+        "--deselect",
+        "benchmarks/test_step.py",
+        "--device",
+        settings.device.type,
+        "--size",
+        "trial" if settings.small else "large",
+        f"--benchmark-json={settings.out / 'benchmarks.json'}",
+    ]
     code = subprocess.call(command, cwd=ROOT)
     found = json.loads((settings.out / "benchmarks.json").read_text())
     out = {bench["name"].removeprefix("test_"): bench["extra_info"] for bench in found["benchmarks"]}
@@ -178,9 +190,12 @@ def _time_step(settings: Settings, workload: Workload, graphs: bool = False) -> 
     synchronize(device)
     free = (time.perf_counter() - began) / count
     return step_figures(workload, step, seconds, settings.limits()) | {
-        "first_step_s": first_s, "first_loss": first, "unseen_shapes": asdict(Quantiles.of(unseen)),
+        "first_step_s": first_s,
+        "first_loss": first,
+        "unseen_shapes": asdict(Quantiles.of(unseen)),
         "free_running_clips_per_s": workload.batch_size / free,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
 
 
 def run_graphed(settings: Settings) -> dict[str, Any]:
@@ -223,19 +238,31 @@ def run_kernels(settings: Settings) -> dict[str, Any]:
 
 
 def _beside_reference(
-    settings: Settings, variants: dict[str, dict[str, bool]], warmup_s: float, budget_s: float,
+    settings: Settings,
+    variants: dict[str, dict[str, bool]],
+    warmup_s: float,
+    budget_s: float,
     workload: Workload | None = None,
 ) -> dict[str, Any]:
     root = Path(os.environ["VJEPA2_REFERENCE"])
     return beside_reference(
-        workload or settings.workload, settings.device, root, variants, settings.limits(),
-        num_batches=settings.num_batches, rounds=settings.rounds, warmup_s=warmup_s, budget_s=budget_s)
+        workload or settings.workload,
+        settings.device,
+        root,
+        variants,
+        settings.limits(),
+        num_batches=settings.num_batches,
+        rounds=settings.rounds,
+        warmup_s=warmup_s,
+        budget_s=budget_s,
+    )
 
 
 def run_reference(settings: Settings) -> dict[str, Any]:
     """Beside the reference as configured, with its attention-plan stalls avoided, and without recomputing."""
-    return _beside_reference(settings, {name: options for name, options in ON_GPU.items() if name != _COMPILED},
-                             warmup_s=20, budget_s=12)
+    return _beside_reference(
+        settings, {name: options for name, options in ON_GPU.items() if name != _COMPILED}, warmup_s=20, budget_s=12
+    )
 
 
 def run_reference_compiled(settings: Settings) -> dict[str, Any]:
@@ -315,16 +342,29 @@ def as_table(report: dict[str, Any]) -> str:
     lines = [f"{name:20s} {part['seconds']:6.1f} s  {part['error'] or 'ok'}" for name, part in report.items()]
     results = {name: part["result"] or {} for name, part in report.items()}
     about = results["environment"]
-    lines += ["", f"{about.get('device')}, torch {about.get('torch')}, triton {about.get('triton')}, libnvcuvid "
-                  f"{about.get('libnvcuvid')}, commit {about.get('commit')}"]
+    lines += [
+        "",
+        f"{about.get('device')}, torch {about.get('torch')}, triton {about.get('triton')}, libnvcuvid "
+        f"{about.get('libnvcuvid')}, commit {about.get('commit')}",
+    ]
     if "limits" in results["floors"]:
         found = results["floors"]["limits"]
-        lines.append(f"copy {found['bytes_per_s'] / 1e12:.3f} TB/s, {found['dtype']} matrix product "
-                     f"{found['flops_per_s'] / 1e12:.1f} TFLOP/s")
+        lines.append(
+            f"copy {found['bytes_per_s'] / 1e12:.3f} TB/s, {found['dtype']} matrix product "
+            f"{found['flops_per_s'] / 1e12:.1f} TFLOP/s"
+        )
     for name, info in results["operations"].items():
-        cells = [f"{info[key]:9.4g} {unit}" for key, unit in (
-            ("ms_p50", "ms"), ("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s"), ("percent_of_limit", "% of limit"),
-            ("clips_per_s", "clips/s")) if key in info]
+        cells = [
+            f"{info[key]:9.4g} {unit}"
+            for key, unit in (
+                ("ms_p50", "ms"),
+                ("gb_per_s", "GB/s"),
+                ("tflop_per_s", "TFLOP/s"),
+                ("percent_of_limit", "% of limit"),
+                ("clips_per_s", "clips/s"),
+            )
+            if key in info
+        ]
         lines.append(f"{name:42s}" + "  ".join(cells))
     for part in ("step", "options", "reference", "few", "reference_compiled"):
         for name, info in results.get(part, {}).items():
@@ -339,18 +379,24 @@ def as_table(report: dict[str, Any]) -> str:
                     + (f"  {ratio:.2f} x our time" if ratio else "")
                     + (f"  {free:.1f} clips/s running free" if free else "")
                     + (f"  {info['peak_memory_gib']:.1f} GiB" if info.get("peak_memory_gib") else "")
-                    + (f"  first step {info['first_step_s']:.1f} s" if "first_step_s" in info else ""))
+                    + (f"  first step {info['first_step_s']:.1f} s" if "first_step_s" in info else "")
+                )
     graphed = results["graphed"]
     if "error" in graphed:
         lines.append(f"graphed: {graphed['error']}")
     elif graphed:
-        lines.append(f"graphed: {graphed['eager']['p50'] * 1e3:.1f} ms eagerly, {graphed['p50'] * 1e3:.1f} ms as "
-                     f"{graphed['num_buckets']} CUDA graphs, {graphed['clips_per_s']:.1f} clips/s")
+        lines.append(
+            f"graphed: {graphed['eager']['p50'] * 1e3:.1f} ms eagerly, {graphed['p50'] * 1e3:.1f} ms as "
+            f"{graphed['num_buckets']} CUDA graphs, {graphed['clips_per_s']:.1f} clips/s"
+        )
     if "ms_by_kind" in results["profile"]:
-        lines.append("profile, ms a step: " + ", ".join(
-            f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items()))
-        lines += [f"  {op['ms']:8.2f} ms {op['calls']:6d} x {op['name']}" for op in
-                  results["profile"]["operators"][:12]]
+        lines.append(
+            "profile, ms a step: "
+            + ", ".join(f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items())
+        )
+        lines += [
+            f"  {op['ms']:8.2f} ms {op['calls']:6d} x {op['name']}" for op in results["profile"]["operators"][:12]
+        ]
     if "predicted_ms_by_part" in results["profile"]:
         found = results["profile"]
         lines.append(check.as_table(check.compare(found["predicted_ms_by_part"], found["ms_by_part"])))

@@ -40,10 +40,13 @@ OURS = ("ours", "ours compiled")
 
 
 def config(model: str, crop: int, frames: int, dtype: str = "float32") -> Config:
-    return Config.model_validate({
-        "model": {"model_name": model, "pred_num_heads": 12, "num_mask_tokens": 10},
-        "data": {"crop_size": crop, "dataset_fpcs": [frames], "batch_size": 1, "datasets": ["synthetic:8"]},
-        "train": {"dtype": dtype}})
+    return Config.model_validate(
+        {
+            "model": {"model_name": model, "pred_num_heads": 12, "num_mask_tokens": 10},
+            "data": {"crop_size": crop, "dataset_fpcs": [frames], "batch_size": 1, "datasets": ["synthetic:8"]},
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def clip(batch: int, crop: int, frames: int, device: torch.device) -> torch.Tensor:
@@ -111,16 +114,20 @@ def measure_speed(name: str, args: argparse.Namespace, crop: int) -> dict[str, A
     torch.manual_seed(0)
     encoder = vf.VJEPA(cfg).encoder
     hf_config = transformers.VJEPA2Config(
-        **{key: value for key, value in to_hf_config(cfg).items() if key not in ("model_type", "architectures")})
+        **{key: value for key, value in to_hf_config(cfg).items() if key not in ("model_type", "architectures")}
+    )
     theirs = transformers.VJEPA2Model(hf_config)
-    theirs.encoder.load_state_dict({
-        key.removeprefix("encoder."): value for key, value in huggingface.encoder_to_hf(encoder.state_dict()).items()})
+    theirs.encoder.load_state_dict(
+        {key.removeprefix("encoder."): value for key, value in huggingface.encoder_to_hf(encoder.state_dict()).items()}
+    )
     theirs = theirs.encoder.to(device, kind).eval().requires_grad_(False)
     ours = InferenceModel(encoder.to(device, kind), None)
     clips = clip(args.batch, crop, args.frames, device)
     pixels = normalise(clips, kind).permute(0, 1, 4, 2, 3).contiguous()
     contestants: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: ours.encode(clips), "transformers": lambda: theirs(pixels).last_hidden_state}
+        "ours": lambda: ours.encode(clips),
+        "transformers": lambda: theirs(pixels).last_hidden_state,
+    }
     if device.type == "cuda" or args.compile:
         compiled, own = torch.compile(theirs), InferenceModel(copy.deepcopy(encoder), None)
         set_compiled(own.encoder, True)
@@ -138,7 +145,8 @@ def measure_speed(name: str, args: argparse.Namespace, crop: int) -> dict[str, A
                 _wait(device)
                 times[key].append((time.perf_counter() - start) / args.repeat)
     result: dict[str, Any] = {
-        key: {"clips_per_s": args.batch / statistics.median(values), "times": values} for key, values in times.items()}
+        key: {"clips_per_s": args.batch / statistics.median(values), "times": values} for key, values in times.items()
+    }
     for mine in OURS:
         for key in contestants:
             if mine in times and key not in OURS:
@@ -154,24 +162,38 @@ def _wait(device: torch.device) -> None:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    lines = ["# Inference: memory, and speed beside Hugging Face's VJEPA2Model", "",
-             f"Command: `{report['command']}`", "", f"{report['hardware']}; {report['versions']}; {report['date']}", ""]
-    lines += ["| model | clip | memory of inference: parameters, peak | of training: parameters, peak |",
-              "|---|---|---|---|"]
+    lines = [
+        "# Inference: memory, and speed beside Hugging Face's VJEPA2Model",
+        "",
+        f"Command: `{report['command']}`",
+        "",
+        f"{report['hardware']}; {report['versions']}; {report['date']}",
+        "",
+    ]
+    lines += [
+        "| model | clip | memory of inference: parameters, peak | of training: parameters, peak |",
+        "|---|---|---|---|",
+    ]
     for entry in report["models"]:
         if "memory" in entry:
-            cells = [f"{part['parameters'] / 1e6:.0f} M, {part['peak'] / 2**30:.2f} GiB"
-                     for part in (entry["memory"]["inference"], entry["memory"]["training"])]
+            cells = [
+                f"{part['parameters'] / 1e6:.0f} M, {part['peak'] / 2**30:.2f} GiB"
+                for part in (entry["memory"]["inference"], entry["memory"]["training"])
+            ]
             lines.append(f"| {entry['name']} | {entry['clip']} | {' | '.join(cells)} |")
-    lines += ["", "| model | clip | who | clips/s | ours is faster by | ours compiled is faster by |",
-              "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | clip | who | clips/s | ours is faster by | ours compiled is faster by |",
+        "|---|---|---|---|---|---|",
+    ]
     for entry in report["models"]:
         speed = entry.get("speed", {})
         for key, value in speed.items():
             if isinstance(value, dict):
                 ratios = [f"{speed[pair]:.2f}x" if (pair := f"{mine} / {key}") in speed else "" for mine in OURS]
-                lines.append(f"| {entry['name']} | {entry['clip']} | {key} | {value['clips_per_s']:.3g} | "
-                             f"{' | '.join(ratios)} |")
+                lines.append(
+                    f"| {entry['name']} | {entry['clip']} | {key} | {value['clips_per_s']:.3g} | {' | '.join(ratios)} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -191,19 +213,27 @@ def main() -> None:
     import transformers
 
     device = torch.device(args.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {_cpu_name()}")
-    flags = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-             for key, value in vars(args).items() if value not in (None, False)]
+    hardware = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else (f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {_cpu_name()}")
+    )
+    flags = [
+        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in vars(args).items()
+        if value not in (None, False)
+    ]
     report: dict[str, Any] = {
-        "command": f"python -m benchmarks.inference {' '.join(flags)}", "hardware": hardware,
+        "command": f"python -m benchmarks.inference {' '.join(flags)}",
+        "hardware": hardware,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, vjepa-fast {vf.__version__}",
-        "date": time.strftime("%Y-%m-%d"), "models": []}
+        "date": time.strftime("%Y-%m-%d"),
+        "models": [],
+    }
     for text in args.models:
         name, _, crop = text.partition(":")
         pixels = int(crop or 256)
-        entry: dict[str, Any] = {
-            "name": name, "clip": f"{args.batch} x {args.frames} x {pixels} px, {args.dtype}"}
+        entry: dict[str, Any] = {"name": name, "clip": f"{args.batch} x {args.frames} x {pixels} px, {args.dtype}"}
         if args.only != "speed":
             entry["memory"] = measure_memory(name, args, pixels)
         if args.only != "memory":

@@ -35,11 +35,20 @@ _FIRST_OVER = "first step is over"
 
 def config(model: str, crop: int, batch: int, dtype: str, checkpointing: str, num_micro: int, **sizes: Any) -> Config:
     """The recipe of V-JEPA 2 with two masks and its predictor; `sizes` go to its section `model`."""
-    return Config.model_validate({
-        "model": {"model_name": model, "pred_num_heads": 12, "uniform_power": True,
-                  "activation_checkpointing": checkpointing, **sizes},
-        "data": {"crop_size": crop, "batch_size": batch, "dataset_fpcs": [16]},
-        "optimization": {"grad_accumulation": num_micro}, "train": {"dtype": dtype}})
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": model,
+                "pred_num_heads": 12,
+                "uniform_power": True,
+                "activation_checkpointing": checkpointing,
+                **sizes,
+            },
+            "data": {"crop_size": crop, "batch_size": batch, "dataset_fpcs": [16]},
+            "optimization": {"grad_accumulation": num_micro},
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def measure(cfg: Config, num_steps: int = NUM_STEPS) -> int:
@@ -77,21 +86,41 @@ def _row(case: tuple[str, int, int, str, str, int]) -> dict[str, Any]:
     predicted, measured = predict(cfg), measure(cfg)
     names = ("model", "pixels", "clips", "dtype", "checkpointing", "micro_batches")
     return dict(zip(names, case, strict=True)) | {
-        "measured": measured, "predicted": predicted.peak, "permanent": predicted.permanent, "where": predicted.where,
-        "ratio": predicted.peak / measured}
+        "measured": measured,
+        "predicted": predicted.peak,
+        "permanent": predicted.permanent,
+        "where": predicted.where,
+        "ratio": predicted.peak / measured,
+    }
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    lines = ["# Peak memory: predicted by `vjepa-fast plan`, and counted by the allocator", "",
-             f"Command: `{report['command']}`", "", f"{report['hardware']}; {report['versions']}; {report['date']}", "",
-             "Two masks, 16 frames, predictor 12 x 384. MiB; `between steps` is what both have in common: weights, "
-             "moments, copies in half precision.", "",
-             "| model | pixels | clips | dtype | recomputed | micro-batches | between steps | predicted | measured | "
-             "predicted / measured | predicted to be in |", "|" + "---|" * 11]
+    lines = [
+        "# Peak memory: predicted by `vjepa-fast plan`, and counted by the allocator",
+        "",
+        f"Command: `{report['command']}`",
+        "",
+        f"{report['hardware']}; {report['versions']}; {report['date']}",
+        "",
+        "Two masks, 16 frames, predictor 12 x 384. MiB; `between steps` is what both have in common: weights, "
+        "moments, copies in half precision.",
+        "",
+        "| model | pixels | clips | dtype | recomputed | micro-batches | between steps | predicted | measured | "
+        "predicted / measured | predicted to be in |",
+        "|" + "---|" * 11,
+    ]
     for row in report["rows"]:
-        cells = [row["model"], row["pixels"], row["clips"], row["dtype"], row["checkpointing"], row["micro_batches"],
-                 *(f"{row[key] / 2**20:.0f}" for key in ("permanent", "predicted", "measured")), f"{row['ratio']:.3f}",
-                 row["where"]]
+        cells = [
+            row["model"],
+            row["pixels"],
+            row["clips"],
+            row["dtype"],
+            row["checkpointing"],
+            row["micro_batches"],
+            *(f"{row[key] / 2**20:.0f}" for key in ("permanent", "predicted", "measured")),
+            f"{row['ratio']:.3f}",
+            row["where"],
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     ratios = [row["ratio"] for row in report["rows"]]
     return "\n".join([*lines, "", f"Between {min(ratios):.3f} and {max(ratios):.3f}."]) + "\n"
@@ -102,13 +131,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without suffix: .json and .md are written")
     parser.add_argument("--models", nargs="+", default=[name for name, _, _ in SIZES])
     args = parser.parse_args()
-    cases = [(*size, dtype, *how) for size in SIZES if size[0] in args.models for dtype in ("float32", "bfloat16")
-             for how in (("none", 1), ("selective", 1), ("full", 1), ("none", 2))]
+    cases = [
+        (*size, dtype, *how)
+        for size in SIZES
+        if size[0] in args.models
+        for dtype in ("float32", "bfloat16")
+        for how in (("none", 1), ("selective", 1), ("full", 1), ("none", 2))
+    ]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.plan_memory {' '.join(sys.argv[1:])}",
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": f"torch {torch.__version__}, vjepa-fast {vf.__version__}", "date": time.strftime("%Y-%m-%d"),
-        "rows": []}
+        "versions": f"torch {torch.__version__}, vjepa-fast {vf.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
+    }
     for case in cases:
         report["rows"].append(_row(case))
         print(json.dumps(report["rows"][-1]), flush=True)

@@ -60,26 +60,53 @@ class Architecture:
 
 
 def _v1(name: str, model: str, crop: int) -> Architecture:
-    return Architecture(name, "v1", {
-        "model_name": model, "use_rope": False, "uniform_power": True, "crop_size": crop, "num_frames": 16,
-        "num_mask_tokens": 2})
+    return Architecture(
+        name,
+        "v1",
+        {
+            "model_name": model,
+            "use_rope": False,
+            "uniform_power": True,
+            "crop_size": crop,
+            "num_frames": 16,
+            "num_mask_tokens": 2,
+        },
+    )
 
 
 def _v2(name: str, model: str, crop: int) -> Architecture:
-    return Architecture(name, "v2", {
-        "model_name": model, "crop_size": crop, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 10})
+    return Architecture(
+        name,
+        "v2",
+        {"model_name": model, "crop_size": crop, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 10},
+    )
 
 
 def _v21(name: str, model: str, **more: Any) -> Architecture:
-    fields = {"model_name": model, "crop_size": 384, "num_frames": 64, "pred_num_heads": 12, "num_mask_tokens": 8,
-              "rope_style": "interleaved", "interpolate_rope": True, "img_temporal_dim_size": 1,
-              "modality_embedding": True, "return_all_tokens": True, "n_output_distillation": 4, "pred_depth": 24}
+    fields = {
+        "model_name": model,
+        "crop_size": 384,
+        "num_frames": 64,
+        "pred_num_heads": 12,
+        "num_mask_tokens": 8,
+        "rope_style": "interleaved",
+        "interpolate_rope": True,
+        "img_temporal_dim_size": 1,
+        "modality_embedding": True,
+        "return_all_tokens": True,
+        "n_output_distillation": 4,
+        "pred_depth": 24,
+    }
     key = more.pop("key", "target_encoder")
     return Architecture(name, "v2.1", fields | more, key, heads=None)
 
 
 _DISTILLED: dict[str, Any] = {
-    "key": "ema_encoder", "n_output_distillation": 1, "teacher_embed_dim": 1664, "pred_depth": 12}
+    "key": "ema_encoder",
+    "n_output_distillation": 1,
+    "teacher_embed_dim": 1664,
+    "pred_depth": 12,
+}
 
 ARCHITECTURES = (
     _v1("V-JEPA ViT-L/16", "vit_large", 224),
@@ -89,9 +116,13 @@ ARCHITECTURES = (
     _v2("V-JEPA 2 ViT-H/16", "vit_huge", 256),
     _v2("V-JEPA 2 ViT-g/16", "vit_giant_xformers", 256),
     _v2("V-JEPA 2 ViT-g/16-384", "vit_giant_xformers", 384),
-    Architecture("V-JEPA 2-AC ViT-g/16", "v2", {
-        "model_name": "vit_giant_xformers", "crop_size": 256, "num_frames": 64, "pred_depth": 24}, heads=None,
-        action=True),
+    Architecture(
+        "V-JEPA 2-AC ViT-g/16",
+        "v2",
+        {"model_name": "vit_giant_xformers", "crop_size": 256, "num_frames": 64, "pred_depth": 24},
+        heads=None,
+        action=True,
+    ),
     _v21("V-JEPA 2.1 ViT-B/16", "vit_base", **_DISTILLED),
     _v21("V-JEPA 2.1 ViT-L/16", "vit_large", **_DISTILLED),
     _v21("V-JEPA 2.1 ViT-g/16", "vit_giant_xformers"),
@@ -126,9 +157,15 @@ def reference_networks(cfg: ModelConfig, root: Path, action: bool = False) -> di
         assert cfg.crop_size is not None
         # Its mask of all pairs of tokens would not fit the memory at 64 frames; no parameter depends on it.
         networks["predictor"] = predictors.VisionTransformerPredictorAC(
-            img_size=cfg.crop_size, patch_size=cfg.patch_size, num_frames=cfg.num_frames, is_frame_causal=False,
-            tubelet_size=cfg.tubelet_size, embed_dim=size_of(cfg).embed_dim, depth=cfg.pred_depth,
-            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+            img_size=cfg.crop_size,
+            patch_size=cfg.patch_size,
+            num_frames=cfg.num_frames,
+            is_frame_causal=False,
+            tubelet_size=cfg.tubelet_size,
+            embed_dim=size_of(cfg).embed_dim,
+            depth=cfg.pred_depth,
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        )
     return networks
 
 
@@ -161,8 +198,16 @@ def compare_names(architecture: Architecture, states: Mapping[str, State]) -> st
     # Fits, or raises with the differences.
     check_fit(checkpoint, architecture.key, found)
     # Neither shapes nor names tell the crop and the frames of a model with RoPE; nothing depends on them.
-    names = {"model_name", "use_rope", "rope_style", "interpolate_rope", "uniform_power", "n_output_distillation",
-             "teacher_embed_dim", *(() if cfg.use_rope else ("crop_size", "num_frames"))}
+    names = {
+        "model_name",
+        "use_rope",
+        "rope_style",
+        "interpolate_rope",
+        "uniform_power",
+        "n_output_distillation",
+        "teacher_embed_dim",
+        *(() if cfg.use_rope else ("crop_size", "num_frames")),
+    }
     for name in names:
         assert getattr(cfg, name) == getattr(found, name), name
     if not architecture.action:
@@ -180,9 +225,11 @@ def compare_hf_names(architecture: Architecture, states: Mapping[str, State]) ->
     """
     import transformers
 
-    config = {key: value for key, value in to_hf_config(
-        config_of(architecture), predictor=not architecture.action).items()
-              if key not in ("model_type", "architectures")}
+    config = {
+        key: value
+        for key, value in to_hf_config(config_of(architecture), predictor=not architecture.action).items()
+        if key not in ("model_type", "architectures")
+    }
     with torch.device("meta"):
         theirs = transformers.VJEPA2Model(transformers.VJEPA2Config(**config)).state_dict()
     if architecture.action:
@@ -246,8 +293,11 @@ def meta_trip(
     first, ours, back = folder / "meta.pt", folder / "ours.safetensors", folder / "back.pt"
     write_metas(architecture, cfg, root, first)
     start = open_checkpoint(first)
-    overrides = {name: getattr(cfg, name) for name in ("num_heads", "pred_num_heads", "crop_size", "num_frames")
-                 if getattr(cfg, name) is not None}
+    overrides = {
+        name: getattr(cfg, name)
+        for name in ("num_heads", "pred_num_heads", "crop_size", "num_frames")
+        if getattr(cfg, name) is not None
+    }
     found, _ = model_config(start, architecture.key, overrides)
     check_fit(start, architecture.key, found)
     write(start, found, architecture.key, ours, "fast", heads=_heads(architecture, cfg))
@@ -290,9 +340,12 @@ def build_config(checkpoint: Checkpoint) -> ModelConfig:
 
 def compare(start: Checkpoint, end: Checkpoint, key: str) -> None:
     """Raises UserError unless encoder, predictors and probes are equal to the bit."""
-    pairs = [("encoder", start.encoders[key], end.encoders[key]), ("predictor", start.predictor, end.predictor),
-             ("action predictor", start.action_predictor, end.action_predictor),
-             *(("probe", *both) for both in zip(start.classifiers, end.classifiers, strict=True))]
+    pairs = [
+        ("encoder", start.encoders[key], end.encoders[key]),
+        ("predictor", start.predictor, end.predictor),
+        ("action predictor", start.action_predictor, end.action_predictor),
+        *(("probe", *both) for both in zip(start.classifiers, end.classifiers, strict=True)),
+    ]
     for name, before, after in pairs:
         verify.assert_same_bits(name, before or {}, after or {})
 
@@ -326,8 +379,11 @@ def run(architecture: Architecture, root: Path, depth: int | None, **sizes: Any)
             start.classifiers = []
         try:
             found = hf_trip(cfg, start, architecture.key, heads, folder)
-            row.hf_trip = "equal to the bit" + ("" if start.classifiers or architecture.heads is None else
-                                                ", without probe (16 heads, the encoder has others)")
+            row.hf_trip = "equal to the bit" + (
+                ""
+                if start.classifiers or architecture.heads is None
+                else ", without probe (16 heads, the encoder has others)"
+            )
             row.outputs |= {f"transformers' {key}": value for key, value in found.items()}
         except UserError as error:
             row.hf_trip = f"refused: {str(error).partition(': ')[2]}"
@@ -336,14 +392,20 @@ def run(architecture: Architecture, root: Path, depth: int | None, **sizes: Any)
 
 def to_markdown(rows: Iterable[Row], depth: int | None, command: str) -> str:
     lines = [
-        "# Checkpoints there and back", "", f"Command: `{command}`", "",
-        f"torch {torch.__version__}, vjepa-fast {vf.__version__}; {time.strftime('%Y-%m-%d')}", "",
+        "# Checkpoints there and back",
+        "",
+        f"Command: `{command}`",
+        "",
+        f"torch {torch.__version__}, vjepa-fast {vf.__version__}; {time.strftime('%Y-%m-%d')}",
+        "",
         "Random weights under the reference's names. `tensors`: names and shapes of encoder and predictor with all "
         f"their blocks, on the meta device. The weights that went round have {depth or 'all'} blocks (V-JEPA 2.1: 12 "
         "in the encoder, 4 in the predictor) at full width. Outputs: norm of the difference over norm, of features and "
-        "predictions of one random clip, fp32.", "",
+        "predictions of one random clip, fp32.",
+        "",
         "| model | tensors, parameters | Meta -> ours -> Meta | Hugging Face -> ours -> Hugging Face | outputs |",
-        "|---|---|---|---|---|"]
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         outputs = ", ".join(f"{key} {value:.0e}" for key, value in row.outputs.items())
         lines.append(f"| {row.name} | {row.tensors} | {row.meta_trip} | {row.hf_trip} | {outputs} |")
@@ -368,8 +430,11 @@ def main() -> None:
         rows.append(run(architecture, root, args.depth))
         print(rows[-1], flush=True)
     checkouts = " ".join(f"--{key.replace('.', '')} ../{root.name}" for key, root in roots.items() if root is not None)
-    args.out.write_text(to_markdown(
-        rows, args.depth, f"python -m benchmarks.round_trips {checkouts} --depth {args.depth} --out {args.out}"))
+    args.out.write_text(
+        to_markdown(
+            rows, args.depth, f"python -m benchmarks.round_trips {checkouts} --depth {args.depth} --out {args.out}"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -66,8 +66,16 @@ def memory(pid: int) -> tuple[float, float]:
 
 def soak(manifest: Path, backend: str, num_clips: int, num_workers: int, num_points: int = 10) -> list[list[float]]:
     """Rows: clips so far, then VmRSS and RssAnon of the training process and of each decoding process, open files."""
-    cfg = DataConfig(datasets=[str(manifest)], batch_size=_BATCH, dataset_fpcs=[8], crop_size=64, fps=8.0,
-                     num_workers=num_workers, backend=backend, cache_dir=manifest.parent / "cache")
+    cfg = DataConfig(
+        datasets=[str(manifest)],
+        batch_size=_BATCH,
+        dataset_fpcs=[8],
+        crop_size=64,
+        fps=8.0,
+        num_workers=num_workers,
+        backend=backend,
+        cache_dir=manifest.parent / "cache",
+    )
     num_steps = num_clips // _BATCH
     # The first is after the queues have filled.
     points = {max(20, num_steps * part // num_points) if part else 20 for part in range(num_points + 1)}
@@ -86,8 +94,10 @@ def soak(manifest: Path, backend: str, num_clips: int, num_workers: int, num_poi
 def as_markdown(rows: list[list[float]]) -> str:
     """A table; megabytes."""
     names = ["training process", *(f"decoding process {number}" for number in range((len(rows[0]) - 4) // 2))]
-    lines = ["| clips | " + " | ".join(f"{name}: resident | own" for name in names) + " | open files |",
-             "|---" * len(rows[0]) + "|"]
+    lines = [
+        "| clips | " + " | ".join(f"{name}: resident | own" for name in names) + " | open files |",
+        "|---" * len(rows[0]) + "|",
+    ]
     lines += ["| " + " | ".join(f"{value:.0f}" for value in row) + " |" for row in rows]
     return "\n".join(lines)
 

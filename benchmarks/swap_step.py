@@ -55,10 +55,14 @@ def compare(workload: Workload, rounds: int) -> dict[str, Any]:
     seconds = interleave(steps, cpu, rounds, first_step=2)
     ratios = {
         name: Quantiles.of([theirs / own for theirs, own in zip(seconds["reference"], seconds[name], strict=True)])
-        for name in ("swapped", "ours")}
+        for name in ("swapped", "ours")
+    }
     return {
-        "config": workload.name, "batch_size": workload.batch_size, "tokens": masks_of_batches(ours.masks),
-        "seconds": {name: asdict(Quantiles.of(values)) for name, values in seconds.items()}, "all_seconds": seconds,
+        "config": workload.name,
+        "batch_size": workload.batch_size,
+        "tokens": masks_of_batches(ours.masks),
+        "seconds": {name: asdict(Quantiles.of(values)) for name, values in seconds.items()},
+        "all_seconds": seconds,
         "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
     }
 
@@ -67,18 +71,21 @@ def as_markdown(report: dict[str, Any]) -> str:
     """A page for people."""
     about = report["environment"]
     lines = [
-        "# The reference's training step with vf.swap, CPU", "",
+        "# The reference's training step with vf.swap, CPU",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores, {about['threads']} threads used; load average "
         f"{about['load_average']:.2f} before, {report['load_average_after']:.2f} after the run itself",
         f"- versions: python {about['python']}, torch {about['torch']}, vjepa_fast {about['vjepa_fast']}, commit "
         f"{about['commit']}{' with uncommitted changes' if about['uncommitted_changes'] else ''}; "
         f"facebookresearch/vjepa2 at {report['reference_commit']}",
         f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
-        f"- date: {about['date']}", "",
+        f"- date: {about['date']}",
+        "",
         "fp32, SDPA on, activation checkpointing off, predictor 12 x 384 with 12 heads, 8 frames (ViT-B: 16), masks",
         "drawn beforehand, steps in turns. Swapped: the reference's step with its optimizer, moving average and loss,",
         "its three networks swapped. Ours: the step of `vjepa-fast train`. Times are medians with quantiles 20 to 80,",
-        f"ratios the medians of those of neighbouring steps. Promised of the swap alone: {PROMISED}.", "",
+        f"ratios the medians of those of neighbouring steps. Promised of the swap alone: {PROMISED}.",
+        "",
         "| config | batch | reference, ms | swapped, ms | ours, ms | reference / swapped | reference / ours |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -28,8 +28,10 @@ def test_activation(
     # dynamic=True: token counts differ from step to step.
     function = {"ours": ours, "plain": plain, "compiled": torch.compile(plain, dynamic=True)}[by]
     count, hidden = len(workload.masks(device).context_ids), 4 * workload.width
-    inputs = [randn(count, hidden, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
-              for _ in range(num_inputs)]
+    inputs = [
+        randn(count, hidden, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
+        for _ in range(num_inputs)
+    ]
     grad = randn(count, hidden, device=device, dtype=workload.torch_dtype)
 
     def forward_backward() -> None:
@@ -42,5 +44,8 @@ def test_activation(
         with torch.no_grad():
             measure(lambda: function(*inputs), num_bytes=forward_bytes, flops=forward_flops)
     else:
-        measure(forward_backward, num_bytes=forward_bytes + (2 * num_inputs + 1) * grad.nbytes,
-                flops=forward_flops + 20 * grad.numel())
+        measure(
+            forward_backward,
+            num_bytes=forward_bytes + (2 * num_inputs + 1) * grad.nbytes,
+            flops=forward_flops + 20 * grad.numel(),
+        )

@@ -21,12 +21,23 @@ from vjepa_fast.ops.packing import Packing
 
 
 @pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize(("part", "mode"), [
-    ("target", "forward"), ("context", "forward"), ("context", "forward_backward"), ("predictor", "forward"),
-    ("predictor", "forward_backward"),
-])
+@pytest.mark.parametrize(
+    ("part", "mode"),
+    [
+        ("target", "forward"),
+        ("context", "forward"),
+        ("context", "forward_backward"),
+        ("predictor", "forward"),
+        ("predictor", "forward_backward"),
+    ],
+)
 def test_attention(
-    measure: Callable[..., None], workload: Workload, device: torch.device, part: str, mode: str, backend: str,
+    measure: Callable[..., None],
+    workload: Workload,
+    device: torch.device,
+    part: str,
+    mode: str,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     masks = workload.masks(device)

@@ -17,5 +17,8 @@ def test_context_weights(measure: Callable[..., None], workload: Workload, devic
     # Each axis broadcasts all places against its own, adds, and takes the least.
     measure(
         lambda: context_weights(
-            masks.context_ids, masks.cu_seqlens_context, masks.target_ids, masks.cu_seqlens_target, masks.grid),
-        num_bytes=8 * places * sides, flops=2 * places * sides)
+            masks.context_ids, masks.cu_seqlens_context, masks.target_ids, masks.cu_seqlens_target, masks.grid
+        ),
+        num_bytes=8 * places * sides,
+        flops=2 * places * sides,
+    )

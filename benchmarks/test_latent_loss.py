@@ -32,8 +32,14 @@ def test_latent_loss(
     # A slope takes a byte, written in the forward and read in the backward.
     num_bytes = 2 * predictions.nbytes + predictions.numel()
     if mode == "forward":
-        measure(lambda: latent_loss(predictions, features, weights, 1.0, rows, norm, levels), num_bytes=num_bytes,
-                flops=16 * predictions.numel())
+        measure(
+            lambda: latent_loss(predictions, features, weights, 1.0, rows, norm, levels),
+            num_bytes=num_bytes,
+            flops=16 * predictions.numel(),
+        )
     else:
-        measure(forward_backward, num_bytes=num_bytes + predictions.numel() + predictions.nbytes,
-                flops=17 * predictions.numel())
+        measure(
+            forward_backward,
+            num_bytes=num_bytes + predictions.numel() + predictions.nbytes,
+            flops=17 * predictions.numel(),
+        )

@@ -39,8 +39,10 @@ def test_add_layer_norm(
     """The residual add within the norm, and before it; traffic is counted as the fused form needs it."""
     count = len(workload.masks(device).context_ids)
     norm = LayerNorm(workload.width, eps=1e-6).to(device)
-    x, branch = (randn(count, workload.width, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
-                 for _ in range(2))
+    x, branch = (
+        randn(count, workload.width, device=device, dtype=workload.torch_dtype, grad=mode != "forward")
+        for _ in range(2)
+    )
     grad_sum, grad = torch.randn_like(x), torch.randn_like(x)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,11 +33,18 @@ def test_loader(benchmark: Any, videos: Path, workload: Workload, device: torch.
     """`none` decodes in this process, so its CPU time is known exactly; `auto` is what training does."""
     num_workers = 0 if workers == "none" else auto_num_workers(device)
     cfg = DataConfig(
-        datasets=[str(videos)], dataset_fpcs=[workload.num_frames], batch_size=_BATCH, fps=4,
-        crop_size=workload.config.data.crop_size, num_workers=num_workers, cache_dir=videos.parent / "cache")
+        datasets=[str(videos)],
+        dataset_fpcs=[workload.num_frames],
+        batch_size=_BATCH,
+        fps=4,
+        crop_size=workload.config.data.crop_size,
+        num_workers=num_workers,
+        cache_dir=videos.parent / "cache",
+    )
     num_batches = 2 if workload is TRIAL else 8
     benchmark.extra_info.update(workload=workload.name, device="cpu", num_workers=num_workers)
     found = benchmark.pedantic(lambda: read_batches(cfg, device, num_batches), rounds=1)
     benchmark.extra_info.update({f"ms_{name}": found[name] * 1e3 for name in ("p20", "p50", "p80")})
     benchmark.extra_info.update(
-        {name: found[name] for name in ("clips_per_s", "core_ms_per_clip") if name in found}, rounds=num_batches)
+        {name: found[name] for name in ("clips_per_s", "core_ms_per_clip") if name in found}, rounds=num_batches
+    )

@@ -15,7 +15,10 @@ from vjepa_fast.common import extension
 
 @pytest.mark.parametrize("drawn_by", ["extension", "numpy"])
 def test_mask_sample(
-    measure: Callable[..., None], workload: Workload, device: torch.device, drawn_by: str,
+    measure: Callable[..., None],
+    workload: Workload,
+    device: torch.device,
+    drawn_by: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if drawn_by == "numpy":

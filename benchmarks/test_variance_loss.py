@@ -17,8 +17,9 @@ from vjepa_fast.ops.variance_loss import variance_loss
 def test_variance_loss(measure: Callable[..., None], workload: Workload, device: torch.device, mode: str) -> None:
     masks = workload.masks(device)
     packing, weights = Packing(masks.target_lengths, masks.cu_seqlens_target), masks.clip_weights()
-    predictions = randn(packing.total, workload.width, device=device, dtype=workload.torch_dtype,
-                        grad=mode != "forward")
+    predictions = randn(
+        packing.total, workload.width, device=device, dtype=workload.torch_dtype, grad=mode != "forward"
+    )
 
     def forward_backward() -> None:
         predictions.grad = None
@@ -26,7 +27,10 @@ def test_variance_loss(measure: Callable[..., None], workload: Workload, device:
 
     if mode == "forward":
         with torch.no_grad():
-            measure(lambda: variance_loss(predictions, packing, weights), num_bytes=predictions.nbytes,
-                    flops=6 * predictions.numel())
+            measure(
+                lambda: variance_loss(predictions, packing, weights),
+                num_bytes=predictions.nbytes,
+                flops=6 * predictions.numel(),
+            )
     else:
         measure(forward_backward, num_bytes=3 * predictions.nbytes, flops=8 * predictions.numel())

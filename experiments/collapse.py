@@ -31,8 +31,16 @@ from vjepa_fast.train.trainer import Trainer
 
 NUM_STEPS = 100
 SEEDS = (0, 1, 2, 3, 4)
-SHOWN = ("loss", "target_std", "target_rank", "context_std", "context_rank", "prediction_std", "explained",
-         "clip_cosine")
+SHOWN = (
+    "loss",
+    "target_std",
+    "target_rank",
+    "context_std",
+    "context_rank",
+    "prediction_std",
+    "explained",
+    "clip_cosine",
+)
 
 
 class WithoutStopGradient(VJEPA):
@@ -80,9 +88,18 @@ HEALTHY = tuple(Case(f"demo, seed {seed}", seed=seed) for seed in SEEDS)
 
 def run(case: Case, folder: Path, num_steps: int, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Train, and collect the warnings and the figures of the last step."""
-    cfg = vf.load_recipe("demo", [
-        *case.changes, f"train.seed={case.seed}", f"train.max_steps={num_steps}", "train.log_every=10",
-        "train.probe=false", "train.checkpoint_every=1000000", *changes])
+    cfg = vf.load_recipe(
+        "demo",
+        [
+            *case.changes,
+            f"train.seed={case.seed}",
+            f"train.max_steps={num_steps}",
+            "train.log_every=10",
+            "train.probe=false",
+            "train.checkpoint_every=1000000",
+            *changes,
+        ],
+    )
     folder.mkdir(parents=True)
     trainer = Trainer(cfg, folder=folder)
     if case.sabotage is not None:
@@ -91,22 +108,38 @@ def run(case: Case, folder: Path, num_steps: int, changes: Sequence[str] = ()) -
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     path = folder / "warnings.jsonl"
     warnings = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {"name": case.name, "changes": list(case.changes), "seed": case.seed, "expected": case.expected,
-            "named": warnings[0]["cause"] if warnings else None, "warnings": warnings,
-            "rows": [{key: row[key] for key in ("step", *SHOWN)} for row in rows]}
+    return {
+        "name": case.name,
+        "changes": list(case.changes),
+        "seed": case.seed,
+        "expected": case.expected,
+        "named": warnings[0]["cause"] if warnings else None,
+        "warnings": warnings,
+        "rows": [{key: row[key] for key in ("step", *SHOWN)} for row in rows],
+    }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    columns = ("run", "first warning at step", "seen", "cause named", "expected", "target std", "target rank",
-               "context rank", "explained")
+    columns = (
+        "run",
+        "first warning at step",
+        "seen",
+        "cause named",
+        "expected",
+        "target std",
+        "target rank",
+        "context rank",
+        "explained",
+    )
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in results:
         last, first = r["rows"][-1], (r["warnings"] or [{"step": "none", "kind": "", "cause": ""}])[0]
         lines.append(
             f"| {r['name']} | {first['step']} | {first['kind']} | {first['cause']} | {r['expected'] or 'none'} | "
             f"{last['target_std']:.3f} | {last['target_rank']:.1f} | {last['context_rank']:.1f} | "
-            f"{last['explained']:.2f} |")
+            f"{last['explained']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -122,17 +155,22 @@ def main() -> None:
         chosen = [case for case in (*PROVOKED, *HEALTHY) if args.only in (None, case.name)]
         for number, case in enumerate(chosen):
             results.append(run(case, Path(folder) / str(number), args.steps))
-    about = {"command": f"python -m experiments.collapse --steps {args.steps}" + (
-                 f" --only '{args.only}'" if args.only else ""), "date": str(date.today()),
-             "versions": f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}",
-             "hardware": f"CPU, {torch.get_num_threads()} threads"}
+    about = {
+        "command": f"python -m experiments.collapse --steps {args.steps}"
+        + (f" --only '{args.only}'" if args.only else ""),
+        "date": str(date.today()),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}",
+        "hardware": f"CPU, {torch.get_num_threads()} threads",
+    }
     args.out.with_suffix(".json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
     said = "\n".join(f"- {r['name']}: step {w['step']}: {w['warning']}" for r in results for w in r["warnings"])
     head = "\n".join(f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in about.items())
     right = sum(r["named"] == r["expected"] for r in results)
-    text = (f"# Collapses provoked in the demo\n\n{head}\n\n{right} of {len(results)} runs were judged as expected. "
-            "The last four columns are of the last step; `explained` is the share of the targets' variance that is "
-            f"predicted.\n\n{table(results)}\n\nWhat the warnings said:\n\n{said}\n")
+    text = (
+        f"# Collapses provoked in the demo\n\n{head}\n\n{right} of {len(results)} runs were judged as expected. "
+        "The last four columns are of the last step; `explained` is the share of the targets' variance that is "
+        f"predicted.\n\n{table(results)}\n\nWhat the warnings said:\n\n{said}\n"
+    )
     args.out.with_suffix(".md").write_text(text)
     print(text)
 

@@ -48,8 +48,13 @@ def measure(run: Path, num_batches: int) -> dict[str, float]:
         losses.append([float(out.loss) for out in outputs])
     values = torch.cat(cosines)
     mean = torch.tensor(losses).mean(0).tolist()
-    return {"tokens": len(values), "cosine_mean": float(values.mean()), "cosine_smallest": float(values.min()),
-            "loss_same": mean[0], "loss_float8": mean[1]}
+    return {
+        "tokens": len(values),
+        "cosine_mean": float(values.mean()),
+        "cosine_smallest": float(values.min()),
+        "loss_same": mean[0],
+        "loss_float8": mean[1],
+    }
 
 
 def main() -> None:

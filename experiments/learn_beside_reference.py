@@ -53,7 +53,10 @@ class FedReference:
         # What ReferenceStep takes weights and first clips from.
         start: Any = SimpleNamespace(
             workload=SimpleNamespace(config=trainer.cfg, torch_dtype=getattr(torch, trainer.cfg.train.dtype)),
-            clips=first.clips, masks=trainer._masks_of(first), model=trainer.model)
+            clips=first.clips,
+            masks=trainer._masks_of(first),
+            model=trainer.model,
+        )
         self.step = ReferenceStep(root, start, **options)
         self.schedules = Schedules(trainer.cfg.optimization)
 
@@ -86,10 +89,16 @@ def train_both(seed: int, num_steps: int | None, folder: Path) -> dict[str, Any]
     trainer.loader.close()
     theirs = copy.deepcopy(trainer.model)
     theirs.encoder.load_state_dict(reference.encoder_state())
-    found = {"reference": probe_scores(cfg, theirs, trainer.synthetic),
-             "ours": probe_scores(cfg, trainer.model, trainer.synthetic)}
-    return {"seed": seed, "losses": losses, "untrained": found["ours"]["untrained encoder"],
-            "scores": {side: scores["trained encoder"] for side, scores in found.items()}}
+    found = {
+        "reference": probe_scores(cfg, theirs, trainer.synthetic),
+        "ours": probe_scores(cfg, trainer.model, trainer.synthetic),
+    }
+    return {
+        "seed": seed,
+        "losses": losses,
+        "untrained": found["ours"]["untrained encoder"],
+        "scores": {side: scores["trained encoder"] for side, scores in found.items()},
+    }
 
 
 def spread(values: list[float]) -> str:
@@ -113,14 +122,20 @@ def as_markdown(report: dict[str, Any]) -> str:
     ours, theirs = (np.array([run["losses"][side] for run in runs]) for side in ("ours", "reference"))
     apart = np.abs(ours - theirs) / theirs
     lines = [
-        "# The demo trained by the reference's code and by ours", "",
+        "# The demo trained by the reference's code and by ours",
+        "",
         f"- hardware: {about['cpu']}, {about['cores']} cores, {about['threads']} threads used",
         f"- versions: python {about['python']}, torch {about['torch']}, vjepa_fast {about['vjepa_fast']}, commit "
         f"{about['commit']}; facebookresearch/vjepa2 at {report['reference_commit']}",
-        f"- command: `VJEPA2_REFERENCE=... {about['command']}`", f"- date: {about['date']}", "",
+        f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
+        f"- date: {about['date']}",
+        "",
         f"{ours.shape[1]} steps of the demo recipe with `mask.truncate=batch_min`, fp32; both sides see the same clips",
-        "and masks and start from the same weights. Mean and standard deviation over the seeds.", "",
-        "| | reference | ours | untrained |", "|---|---|---|---|"]
+        "and masks and start from the same weights. Mean and standard deviation over the seeds.",
+        "",
+        "| | reference | ours | untrained |",
+        "|---|---|---|---|",
+    ]
     tenth = max(1, ours.shape[1] // 10)
     for name, part in (("loss, first tenth", slice(0, tenth)), ("loss, last tenth", slice(-tenth, None))):
         cells = [spread([float(np.mean(run["losses"][side][part])) for run in runs]) for side in SIDES]
@@ -128,27 +143,50 @@ def as_markdown(report: dict[str, Any]) -> str:
     for score in SCORES:
         cells = [spread([run["scores"][side][score] for run in runs]) for side in SIDES]
         lines.append(f"| {score} | {' | '.join(cells)} | {spread([run['untrained'][score] for run in runs])} |")
-    lines += ["", "Largest relative difference of a step's loss up to step 10, 50, 100 and the last, worst seed: "
-              + ", ".join(f"{apart[:, :upto].max():.1e}" for upto in (10, 50, 100, ours.shape[1])) + "."]
+    lines += [
+        "",
+        "Largest relative difference of a step's loss up to step 10, 50, 100 and the last, worst seed: "
+        + ", ".join(f"{apart[:, :upto].max():.1e}" for upto in (10, 50, 100, ours.shape[1]))
+        + ".",
+    ]
     if len(runs) > 1:
-        lines.append("Means over ten steps differ by more than the seeds' deviations at "
-                     f"{100 * outside(runs):.1f} % of the steps.")
-    lines += ["", "| seed | velocity R2, reference | ours | loss of the last tenth, reference | ours |",
-              "|---|---|---|---|---|"]
+        lines.append(
+            "Means over ten steps differ by more than the seeds' deviations at "
+            f"{100 * outside(runs):.1f} % of the steps."
+        )
+    lines += [
+        "",
+        "| seed | velocity R2, reference | ours | loss of the last tenth, reference | ours |",
+        "|---|---|---|---|---|",
+    ]
     for run in runs:
         last = {side: np.mean(run["losses"][side][-tenth:]) for side in SIDES}
-        lines.append(f"| {run['seed']} | {run['scores']['reference']['velocity_r2']:.2f} | "
-                     f"{run['scores']['ours']['velocity_r2']:.2f} | {last['reference']:.4f} | {last['ours']:.4f} |")
+        lines.append(
+            f"| {run['seed']} | {run['scores']['reference']['velocity_r2']:.2f} | "
+            f"{run['scores']['ours']['velocity_r2']:.2f} | {last['reference']:.4f} | {last['ours']:.4f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def plot(runs: list[dict[str, Any]], out: Path) -> None:
     """Curves of both sides, a colour a seed."""
-    plot_losses([(f"{side}, seed {run['seed']}", run["losses"][side], {
-        "linestyle": style, "linewidth": width, "alpha": 0.5 if side == "reference" else 1.0,
-        "color": f"C{place}" if side == "reference" else "black"})
-        for side, style, width in (("reference", "-", 3.0), ("ours", "--", 1.2))
-        for place, run in enumerate(runs)], out)
+    plot_losses(
+        [
+            (
+                f"{side}, seed {run['seed']}",
+                run["losses"][side],
+                {
+                    "linestyle": style,
+                    "linewidth": width,
+                    "alpha": 0.5 if side == "reference" else 1.0,
+                    "color": f"C{place}" if side == "reference" else "black",
+                },
+            )
+            for side, style, width in (("reference", "-", 3.0), ("ours", "--", 1.2))
+            for place, run in enumerate(runs)
+        ],
+        out,
+    )
 
 
 def main() -> None:

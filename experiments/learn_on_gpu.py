@@ -36,19 +36,41 @@ from vjepa_fast.data.generated.physics import make_physics
 from vjepa_fast.train.trainer import Trainer
 
 SETTINGS = (
-    "data.crop_size=128", "data.batch_size=32", "data.fps=12", "data.num_workers=10", "mask.group_size=null",
-    "mask.truncate=batch_min", "loss.loss_exp=2", "optimization.grad_accumulation=1", "optimization.epochs=10",
-    "optimization.schedule=warmup_cosine", "optimization.warmup=1", "optimization.anneal=0",
-    "optimization.start_lr=1e-5", "optimization.lr=3e-4", "optimization.final_lr=1e-5",
-    "optimization.ema=[0.996, 1.0]", "train.seed=0", "train.cuda_graphs=true", "train.log_every=50",
-    "train.checkpoint_every=1000000")
+    "data.crop_size=128",
+    "data.batch_size=32",
+    "data.fps=12",
+    "data.num_workers=10",
+    "mask.group_size=null",
+    "mask.truncate=batch_min",
+    "loss.loss_exp=2",
+    "optimization.grad_accumulation=1",
+    "optimization.epochs=10",
+    "optimization.schedule=warmup_cosine",
+    "optimization.warmup=1",
+    "optimization.anneal=0",
+    "optimization.start_lr=1e-5",
+    "optimization.lr=3e-4",
+    "optimization.final_lr=1e-5",
+    "optimization.ema=[0.996, 1.0]",
+    "train.seed=0",
+    "train.cuda_graphs=true",
+    "train.log_every=50",
+    "train.checkpoint_every=1000000",
+)
 """On top of the recipe `one-gpu-vitb`, for a run of a thousand steps: the momentum and learning rate of short runs, and
 masks cut to the shortest of a batch, which is all that the reference can do."""
 
 
 def config(pack: Path, num_steps: int, changes: list[str]) -> Config:
-    return vf.load_recipe("one-gpu-vitb", [
-        f"data.datasets=[{json.dumps(str(pack))}]", f"optimization.ipe={max(1, num_steps // 10)}", *SETTINGS, *changes])
+    return vf.load_recipe(
+        "one-gpu-vitb",
+        [
+            f"data.datasets=[{json.dumps(str(pack))}]",
+            f"optimization.ipe={max(1, num_steps // 10)}",
+            *SETTINGS,
+            *changes,
+        ],
+    )
 
 
 def train_ours(cfg: Config, folder: Path) -> tuple[Trainer, dict[str, Any]]:
@@ -58,10 +80,13 @@ def train_ours(cfg: Config, folder: Path) -> tuple[Trainer, dict[str, Any]]:
     began = time.perf_counter()
     summary = trainer.fit()
     return trainer, {
-        "losses": losses_of(folder).tolist(), "seconds": time.perf_counter() - began,
-        "clips_per_s": summary.clips_per_s, "data_wait": summary.data_wait,
+        "losses": losses_of(folder).tolist(),
+        "seconds": time.perf_counter() - began,
+        "clips_per_s": summary.clips_per_s,
+        "data_wait": summary.data_wait,
         "log": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
-        "peak_memory_gib": _peak(trainer.device)}
+        "peak_memory_gib": _peak(trainer.device),
+    }
 
 
 def _peak(device: torch.device) -> float | None:
@@ -94,9 +119,12 @@ def train_reference(cfg: Config, folder: Path, root: Path, limit_s: float) -> tu
     trainer.loader.close()
     encoder = trainer.model.encoder
     encoder.load_state_dict(reference.encoder_state())
-    return encoder, {"losses": torch.stack(losses).tolist(), "seconds": seconds,
-                     "clips_per_s": trainer.global_batch * len(losses) / seconds,
-                     "peak_memory_gib": _peak(device)}
+    return encoder, {
+        "losses": torch.stack(losses).tolist(),
+        "seconds": seconds,
+        "clips_per_s": trainer.global_batch * len(losses) / seconds,
+        "peak_memory_gib": _peak(device),
+    }
 
 
 @torch.no_grad()
@@ -105,27 +133,38 @@ def probe(encoder: Any, splits: tuple[Split, Split]) -> dict[str, Any]:
     device = next(encoder.parameters()).device
     there = [Split(split.clips, {key: value.to(device) for key, value in split.values.items()}) for split in splits]
     found = [{key: x.to(device) for key, x in features(encoder, split.clips).items()} for split in splits]
-    return {"rank": effective_rank(encoder, splits[1].clips[:64].to(device)),
-            "scores": scores(there[0], there[1], found[0], found[1])}
+    return {
+        "rank": effective_rank(encoder, splits[1].clips[:64].to(device)),
+        "scores": scores(there[0], there[1], found[0], found[1]),
+    }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """A page for people."""
     about, sides = report["environment"], report["sides"]
     lines = [
-        "# ViT-B on the physics set, on a GPU", "",
+        "# ViT-B on the physics set, on a GPU",
+        "",
         f"- hardware: {about['device']}, {about['cpu']}, {about['cores']} cores",
         f"- versions: python {about['python']}, torch {about['torch']}, triton {about['triton']}, vjepa_fast "
         f"{about['vjepa_fast']}, commit {about['commit']}; facebookresearch/vjepa2 at {REFERENCE_COMMIT}",
-        f"- command: `VJEPA2_REFERENCE=... {about['command']}`", f"- date: {about['date']}", "",
-        "| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
-    for label, key, form in (("steps", "losses", len),
-                             ("clips/s, with loading and compiling", "clips_per_s", "{:.0f}".format),
-                             ("waits for clips", "data_wait", "{:.1%}".format),
-                             ("peak memory, GiB (of the reference with a copy of ours)", "peak_memory_gib",
-                              "{:.1f}".format)):
-        lines.append(f"| {label} | " + " | ".join(
-            str(form(side[key])) if side.get(key) is not None else "" for side in sides.values()) + " |")
+        f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
+        f"- date: {about['date']}",
+        "",
+        "| | " + " | ".join(sides) + " |",
+        "|---" * (len(sides) + 1) + "|",
+    ]
+    for label, key, form in (
+        ("steps", "losses", len),
+        ("clips/s, with loading and compiling", "clips_per_s", "{:.0f}".format),
+        ("waits for clips", "data_wait", "{:.1%}".format),
+        ("peak memory, GiB (of the reference with a copy of ours)", "peak_memory_gib", "{:.1f}".format),
+    ):
+        lines.append(
+            f"| {label} | "
+            + " | ".join(str(form(side[key])) if side.get(key) is not None else "" for side in sides.values())
+            + " |"
+        )
     most = max(len(side.get("losses", [])) for side in sides.values())
     for end in sorted({most // 10, most // 4, most // 2, most}):
         told = [side.get("losses", [])[:end] for side in sides.values()]
@@ -144,8 +183,10 @@ def write(report: dict[str, Any], out: Path) -> None:
     """Figures, page and picture; once more with the second side, so that a run cut off has the first."""
     out.with_name(out.name + ".json").write_text(json.dumps(report) + "\n")
     out.with_name(out.name + ".md").write_text(as_markdown(report))
-    plot_losses([(name, side["losses"], {}) for name, side in report["sides"].items() if "losses" in side],
-                out.with_name(out.name + ".png"))
+    plot_losses(
+        [(name, side["losses"], {}) for name, side in report["sides"].items() if "losses" in side],
+        out.with_name(out.name + ".png"),
+    )
 
 
 def main() -> None:
@@ -167,8 +208,10 @@ def main() -> None:
     out = args.out or ROOT / "benchmarks" / "results" / f"learn_{name}_{about['date'][:10]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     sides: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(
-            2, multiprocessing.get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool,
+    ):
         folder = args.work or Path(temporary)
         made = make_physics(folder / "videos", *args.videos)
         pack_videos(made, folder / "pack")

@@ -88,8 +88,14 @@ def read_split(manifest: Path, cfg: DataConfig, starts: int = 5) -> Split:
     for path in read_manifest(str(manifest))[0]:
         index, truth = load_index(path, cfg.cache_dir), labels[path]
         num_frames = cfg.dataset_fpcs[0]
-        step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step,
-                         round_fps=cfg.round_fps)
+        step = clip_step(
+            index.avg_fps,
+            num_frames,
+            fps=cfg.fps,
+            duration=cfg.duration,
+            frame_step=cfg.frame_step,
+            round_fps=cfg.round_fps,
+        )
         for first in np.linspace(0, max(0, index.num_frames - 1 - (num_frames - 1) * step), starts).astype(int):
             frames = np.minimum(first + step * np.arange(num_frames), index.num_frames - 1)
             whole = Box(0, 0, index.height, index.width)
@@ -97,7 +103,7 @@ def read_split(manifest: Path, cfg: DataConfig, starts: int = 5) -> Split:
             last = frames[-1]
             contact = truth["contact_in"][last, 0]
             values["position"].append(truth["position"][last, 0])
-            values["velocity"].append(truth["velocity"][frames[0]:last + 1, 0].mean(0))
+            values["velocity"].append(truth["velocity"][frames[0] : last + 1, 0].mean(0))
             values["time to contact"].append([LONGEST if np.isnan(contact) else min(contact, LONGEST)])
             values["law"].append(KINDS.index(truth["kind"]))
             values["hidden"].append(classes.get(behind(truth, last), -1))
@@ -137,8 +143,11 @@ def scores(train: Split, test: Split, x: dict[str, Tensor], x_test: dict[str, Te
     for name in x:
         decomposed = Decomposition.of(x[name])
         found[name] = {
-            q: _balanced(x[name], train.values[q], x_test[name], test.values[q], CLASSES[q]) if q in CLASSES
-            else decomposed.fit(train.values[q]).r2(x_test[name], test.values[q]) for q in QUANTITIES}
+            q: _balanced(x[name], train.values[q], x_test[name], test.values[q], CLASSES[q])
+            if q in CLASSES
+            else decomposed.fit(train.values[q]).r2(x_test[name], test.values[q])
+            for q in QUANTITIES
+        }
     return found
 
 
@@ -156,9 +165,17 @@ def _balanced(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor, nu
 
 def config(objective: str, seed: int, videos: Path, num_steps: int, changes: list[str]) -> Config:
     """The recipe `laptop` with its schedules laid over num_steps, a tenth of them warm-up."""
-    return vf.load_recipe("laptop", [
-        f"data.datasets=[{json.dumps(str(videos))}]", f"model.objective={objective}", f"train.seed={seed}",
-        f"optimization.ipe={max(1, num_steps // 10)}", "train.checkpoint_every=1000000", *changes])
+    return vf.load_recipe(
+        "laptop",
+        [
+            f"data.datasets=[{json.dumps(str(videos))}]",
+            f"model.objective={objective}",
+            f"train.seed={seed}",
+            f"optimization.ipe={max(1, num_steps // 10)}",
+            "train.checkpoint_every=1000000",
+            *changes,
+        ],
+    )
 
 
 def train(
@@ -241,12 +258,14 @@ def run(job: Job) -> dict[str, Any]:
         found["log"] = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
         encoders |= {name: getattr(trainer.model, key) for name, key in names.items()}
     found["labelled"] = labelled
-    splits = [_split(manifest, cfg.data.model_dump_json())
-              for manifest in (job.labelled.train_csv, job.labelled.val_csv)]
+    splits = [
+        _split(manifest, cfg.data.model_dump_json()) for manifest in (job.labelled.train_csv, job.labelled.val_csv)
+    ]
     found["rank"] = {name: effective_rank(encoder, splits[1].clips[:64]) for name, encoder in encoders.items()}
     found["scores"] = {
         name: scores(splits[0], splits[1], *(features(encoder, split.clips) for split in splits))
-        for name, encoder in encoders.items()}
+        for name, encoder in encoders.items()
+    }
     if job.objective == "untrained" and job.seed == 0:
         found["pixels"] = scores(splits[0], splits[1], *(pixels(split.clips) for split in splits))["all"]
         found["clips"] = [len(split.clips) for split in splits]
@@ -301,8 +320,10 @@ def lengths(runs: list[dict[str, Any]]) -> str:
     said = []
     for name in OBJECTIVES:
         own = [one for one in runs if one["objective"] == name]
-        said.append(f"{name} {np.mean([one['steps'] for one in own]):.0f} steps in "
-                    f"{np.mean([one['minutes'] for one in own]):.1f} minutes")
+        said.append(
+            f"{name} {np.mean([one['steps'] for one in own]):.0f} steps in "
+            f"{np.mean([one['minutes'] for one in own]):.1f} minutes"
+        )
     return ", ".join(said)
 
 
@@ -349,9 +370,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--videos", type=int, nargs=2, default=(400, 200), metavar=("TRAIN", "VAL"))
-    parser.add_argument("--labelled", type=int, nargs=2, metavar=("TRAIN", "VAL"),
-                        help="videos that read-outs are fitted and scored on; default: those of --videos. With more of "
-                        "them scores are higher and steadier, the encoders are the same")
+    parser.add_argument(
+        "--labelled",
+        type=int,
+        nargs=2,
+        metavar=("TRAIN", "VAL"),
+        help="videos that read-outs are fitted and scored on; default: those of --videos. With more of "
+        "them scores are higher and steadier, the encoders are the same",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
@@ -366,21 +392,29 @@ def main() -> None:
         pack_videos(made, folder / "pack")
         labelled = make_physics(folder / "labelled", *args.labelled) if args.labelled else made
         jobs = [
-            Job(objective, seed, args.minutes, args.steps, threads, args.set, labelled, folder / "pack",
-                folder / length)
-            for seed in range(args.seeds) for objective in (*OBJECTIVES, "untrained")]
+            Job(
+                objective, seed, args.minutes, args.steps, threads, args.set, labelled, folder / "pack", folder / length
+            )
+            for seed in range(args.seeds)
+            for objective in (*OBJECTIVES, "untrained")
+        ]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             runs = list(pool.map(run, jobs))
     rows = gather(runs)
-    given = [f"--{'steps' if args.steps else 'minutes'} {args.steps or format(args.minutes, 'g')}",
-             f"--seeds {args.seeds} --jobs {args.jobs}",
-             *([f"--labelled {args.labelled[0]} {args.labelled[1]}"] if args.labelled else []),
-             *(["--set", *map(repr, args.set)] if args.set else [])]
+    given = [
+        f"--{'steps' if args.steps else 'minutes'} {args.steps or format(args.minutes, 'g')}",
+        f"--seeds {args.seeds} --jobs {args.jobs}",
+        *([f"--labelled {args.labelled[0]} {args.labelled[1]}"] if args.labelled else []),
+        *(["--set", *map(repr, args.set)] if args.set else []),
+    ]
     counts = next(one["clips"] for one in runs if "clips" in one)
-    about = {"command": f"python -m experiments.physics_probes {' '.join(given)}", "date": str(date.today()),
-             "versions": versions(),
-             "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each",
-             "clips": f"{counts[0]} to fit, {counts[1]} of other files to score"}
+    about = {
+        "command": f"python -m experiments.physics_probes {' '.join(given)}",
+        "date": str(date.today()),
+        "versions": versions(),
+        "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each",
+        "clips": f"{counts[0]} to fit, {counts[1]} of other files to score",
+    }
     figures = {**about, "rows": rows, "runs": runs}
     out.with_name(out.name + ".json").write_text(json.dumps(figures, indent=1) + "\n")
     head = "\n".join(f"- {key}: {value}" for key, value in about.items())
@@ -391,7 +425,8 @@ def main() -> None:
         f"({', '.join(HIDDEN.values())}), and the law ({', '.join(KINDS)}). `mean` of all tokens, or the tokens "
         f"of the `last` frames side by side. Mean over {args.seeds} seeds, and their spread.\n\n{table(rows)}\n\n"
         "What training adds, and how many standard deviations of the difference between two seeds that is.\n\n"
-        f"{margins(rows)}\n\nEffective rank of the tokens: {ranks(runs)}.\n")
+        f"{margins(rows)}\n\nEffective rank of the tokens: {ranks(runs)}.\n"
+    )
     out.with_name(out.name + ".md").write_text(text)
     plot(rows, out.with_name(out.name + ".png"))
     print(text)

@@ -53,8 +53,10 @@ VARIANTS: dict[str, tuple[float, list[str]]] = {
     "mask tokens begin at zero": (1, ["model.zero_init_mask_tokens=true"]),
     "multi-block masks": (1, [f"mask.masks=[{BLOCKS % (8, 0.15, 0.15)}, {BLOCKS % (2, 0.7, 0.7)}]"]),
     "4 frames a second, not 6": (1, ["data.fps=4"]),
-    "whole pictures, no crops": (1, [
-        "data.aug.random_resize_scale=[1.0,1.0]", "data.aug.random_resize_aspect_ratio=[1.0,1.0]"]),
+    "whole pictures, no crops": (
+        1,
+        ["data.aug.random_resize_scale=[1.0,1.0]", "data.aug.random_resize_aspect_ratio=[1.0,1.0]"],
+    ),
     "predictor of width 48": (1, ["model.pred_embed_dim=48"]),
     "predictor of one block": (1, ["model.pred_depth=1"]),
     BRIGHT: (1, []),
@@ -68,8 +70,10 @@ READ = (("velocity", "mean"), ("position", "last"), ("time to contact", "last"),
 def table(found: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> str:
     """Markdown: mean and spread over the seeds."""
     columns = [f"{quantity} ({read_out})" for quantity, read_out in READ]
-    lines = [f"| changed | steps | {' | '.join(columns)} | rank | explained | seconds a step |",
-             "|---" * (len(READ) + 5) + "|"]
+    lines = [
+        f"| changed | steps | {' | '.join(columns)} | rank | explained | seconds a step |",
+        "|---" * (len(READ) + 5) + "|",
+    ]
     for name, runs in {**found, "untrained": untrained}.items():
         cells = []
         for quantity, read_out in READ:
@@ -108,8 +112,16 @@ def main() -> None:
             pack_videos(made, pack)
 
         def job(objective: str, seed: int, times: float, changes: list[str], variant: str) -> Job:
-            return Job(objective, seed, 0.0, int(args.steps * times), threads, SHORT + changes,
-                       *clips[variant == BRIGHT], folder / f"variants_{args.steps}" / variant)
+            return Job(
+                objective,
+                seed,
+                0.0,
+                int(args.steps * times),
+                threads,
+                SHORT + changes,
+                *clips[variant == BRIGHT],
+                folder / f"variants_{args.steps}" / variant,
+            )
 
         # The runs of one seed before those of the next, so that an early stop leaves a whole table.
         jobs = [job("latent", seed, *VARIANTS[variant], variant) for seed in range(args.seeds) for variant in names]
@@ -118,19 +130,28 @@ def main() -> None:
             runs = list(pool.map(run, jobs))
     found = {variant: runs[i : -args.seeds : len(names)] for i, variant in enumerate(names)}
     untrained = runs[-args.seeds :]
-    given = " ".join([f"--steps {args.steps} --seeds {args.seeds} --jobs {args.jobs}",
-                      *(["--only", *(json.dumps(name) for name in args.only)] if args.only else [])])
-    about = {"command": f"python -m experiments.small_scale {given}",
-             "date": str(date.today()), "versions": versions(),
-             "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each"}
+    given = " ".join(
+        [
+            f"--steps {args.steps} --seeds {args.seeds} --jobs {args.jobs}",
+            *(["--only", *(json.dumps(name) for name in args.only)] if args.only else []),
+        ]
+    )
+    about = {
+        "command": f"python -m experiments.small_scale {given}",
+        "date": str(date.today()),
+        "versions": versions(),
+        "hardware": f"CPU, {args.jobs} runs at a time, {threads} threads each",
+    }
     out.with_name(out.name + ".json").write_text(
-        json.dumps({**about, "all": SHORT, "changes": VARIANTS, "runs": found, "untrained": untrained},
-                   indent=1) + "\n")
+        json.dumps({**about, "all": SHORT, "changes": VARIANTS, "runs": found, "untrained": untrained}, indent=1) + "\n"
+    )
     head = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    text = (f"# Settings of small runs\n\n{head}\n\nR2, or balanced accuracy of `law`, of ridge regression on the "
-            "`mean` of all tokens or on those of the `last` frames side by side; mean over the seeds and their spread. "
-            "Effective rank of the tokens; how much of the targets is explained at the end.\n\n"
-            f"{table(found, untrained)}\n")
+    text = (
+        f"# Settings of small runs\n\n{head}\n\nR2, or balanced accuracy of `law`, of ridge regression on the "
+        "`mean` of all tokens or on those of the `last` frames side by side; mean over the seeds and their spread. "
+        "Effective rank of the tokens; how much of the targets is explained at the end.\n\n"
+        f"{table(found, untrained)}\n"
+    )
     out.with_name(out.name + ".md").write_text(text)
     print(text)
 

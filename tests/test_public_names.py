@@ -17,8 +17,10 @@ def test_every_name_is_there(name: str) -> None:
 
 
 def test_names_of_interop() -> None:
-    command = ("import vjepa_fast as vf; vf.interop.meta.MaskCollator; vf.interop.meta.load_checkpoint; "
-               "vf.interop.meta.save_checkpoint; vf.interop.huggingface.to_hf; vf.interop.huggingface.from_hf")
+    command = (
+        "import vjepa_fast as vf; vf.interop.meta.MaskCollator; vf.interop.meta.load_checkpoint; "
+        "vf.interop.meta.save_checkpoint; vf.interop.huggingface.to_hf; vf.interop.huggingface.from_hf"
+    )
     subprocess.run([sys.executable, "-c", command], check=True, timeout=120)
 
 

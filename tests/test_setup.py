@@ -21,9 +21,20 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
         (tmp_path / name).symlink_to(ROOT / name)
     hidden = {"CXX": str(tmp_path / "no-compiler"), "PATH": str(tmp_path / "bin"), "CUDA_HOME": str(tmp_path)}
     return subprocess.run(
-        [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp",
-         str(tmp_path / "temp")], cwd=tmp_path, env={**os.environ, **hidden, **environment}, text=True,
-        capture_output=True)
+        [
+            sys.executable,
+            str(ROOT / "setup.py"),
+            "build_ext",
+            "--build-lib",
+            str(tmp_path / "lib"),
+            "--build-temp",
+            str(tmp_path / "temp"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, **hidden, **environment},
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_without_a_compiler_the_installation_succeeds_and_says_so(tmp_path: Path) -> None:
@@ -33,10 +44,10 @@ def test_without_a_compiler_the_installation_succeeds_and_says_so(tmp_path: Path
     assert not list(tmp_path.glob("lib/**/*.so"))
 
 
-@pytest.mark.parametrize(("wish", "message"), [
-    ("cpu", "no-compiler failed"),
-    ("gpu", "VJEPA_FAST_EXT is 'gpu'; expected auto, cpu, cuda or 0"),
-])
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [("cpu", "no-compiler failed"), ("gpu", "VJEPA_FAST_EXT is 'gpu'; expected auto, cpu, cuda or 0")],
+)
 def test_what_was_asked_for_and_cannot_be_had_is_an_error(tmp_path: Path, wish: str, message: str) -> None:
     done = build(tmp_path, VJEPA_FAST_EXT=wish)
     assert done.returncode != 0

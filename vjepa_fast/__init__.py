@@ -21,8 +21,17 @@ _HOME = {
 }
 
 __all__ = [
-    "AdamWEMA", "MaskBatch", "MaskSampler", "Trainer", "VJEPA", "__version__", "build_loader", "load",
-    "load_config", "load_recipe", "swap",
+    "AdamWEMA",
+    "MaskBatch",
+    "MaskSampler",
+    "Trainer",
+    "VJEPA",
+    "__version__",
+    "build_loader",
+    "load",
+    "load_config",
+    "load_recipe",
+    "swap",
 ]
 
 if TYPE_CHECKING:

@@ -13,8 +13,12 @@ import os
 import sys
 import time
 
-os.environ |= {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132",
-               "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+os.environ |= {
+    "FLASH_ATTENTION_ARCH": "sm_90",
+    "CUTE_DSL_ARCH": "sm_90a",
+    "FLASH_ATTENTION_NUM_SMS": "132",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+}
 
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -57,8 +61,9 @@ def main(head_dim: int) -> None:
             seconds.setdefault("forward", time.perf_counter() - began)
             if (9, head_dim) not in BACKENDS["fa4"].no_backward:
                 began = time.perf_counter()
-                calls.backward(torch.empty_like(out), q, k, v, out, lse, cu_seqlens, longest, head_dim**-0.5,
-                               *gradients, False)
+                calls.backward(
+                    torch.empty_like(out), q, k, v, out, lse, cu_seqlens, longest, head_dim**-0.5, *gradients, False
+                )
                 seconds.setdefault("backward", time.perf_counter() - began)
             assert longest == 1530 or compiled == before, "another max_seqlen compiles again"
     assert compiled

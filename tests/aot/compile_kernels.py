@@ -38,12 +38,22 @@ from vjepa_fast.ops import (
 from vjepa_fast.ops.triton_support import dispatch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-         torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32",
-         torch.int64: "*i64"}
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 # Instructions that a budget may ask for.
-INSTRUCTIONS = re.compile(r"ld\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|st\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|"
-                          r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.cg")
+INSTRUCTIONS = re.compile(
+    r"ld\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|st\.global(?:\.[a-z0-9:]+)*?\.v[24]\.b32|"
+    r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.cg"
+)
 
 
 def source_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
@@ -73,13 +83,19 @@ def resources(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        done = subprocess.run([str(TOOLS / "cuobjdump"), "-res-usage", file.name], capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            [str(TOOLS / "cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)}
-    found = {re.sub(r"\.(?:L[12]::[a-z_]+|nc|ca|cg)(?=\.)", "", text) for text in INSTRUCTIONS.findall(
-        compiled.asm["ptx"])}
-    return {"registers": usage["REG"], "stack": usage["STACK"] + usage["LOCAL"], "shared": compiled.metadata.shared,
-            "instructions": sorted(found)}
+    found = {
+        re.sub(r"\.(?:L[12]::[a-z_]+|nc|ca|cg)(?=\.)", "", text) for text in INSTRUCTIONS.findall(compiled.asm["ptx"])
+    }
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "instructions": sorted(found),
+    }
 
 
 def latent_loss_case(dtype: torch.dtype, width: int, exponent: float, levels: int = 1) -> None:
@@ -115,8 +131,13 @@ def rope3d_case(dtype: torch.dtype, num_heads: int, head_dim: int, precision: ro
 
 
 def patch_embed_case(
-    dtype: torch.dtype, width: int, kernel: tuple[int, int, int], clip: tuple[int, int, int], with_table: bool = False,
-    pixel_dtype: torch.dtype = torch.uint8, channels_last: bool = True,
+    dtype: torch.dtype,
+    width: int,
+    kernel: tuple[int, int, int],
+    clip: tuple[int, int, int],
+    with_table: bool = False,
+    pixel_dtype: torch.dtype = torch.uint8,
+    channels_last: bool = True,
 ) -> None:
     sides = [n * unit for n, unit in zip(clip, kernel, strict=True)]
     clips = torch.zeros(2, *sides, 3, dtype=pixel_dtype)
@@ -180,9 +201,11 @@ CASES: dict[str, Callable[[], None]] = {
     "patch_embed fp16 192 patch 14": lambda: patch_embed_case(torch.float16, 192, (2, 14, 14), (8, 16, 16)),
     "patch_embed bf16 40 patch 5": lambda: patch_embed_case(torch.bfloat16, 40, (4, 5, 5), (2, 7, 3)),
     "patch_embed bf16 1408 channels first": lambda: patch_embed_case(
-        torch.bfloat16, 1408, (2, 16, 16), (8, 16, 16), channels_last=False),
+        torch.bfloat16, 1408, (2, 16, 16), (8, 16, 16), channels_last=False
+    ),
     "patch_embed bf16 1280 float image": lambda: patch_embed_case(
-        torch.bfloat16, 1280, (1, 8, 8), (1, 28, 28), pixel_dtype=torch.bfloat16),
+        torch.bfloat16, 1280, (1, 8, 8), (1, 28, 28), pixel_dtype=torch.bfloat16
+    ),
     "patch_embed fp32 384": lambda: patch_embed_case(torch.float32, 384, (2, 16, 16), (8, 16, 16)),
     "gelu bf16 4096": lambda: gelu_case(torch.bfloat16, 4096),
     "gelu fp32 1537": lambda: gelu_case(torch.float32, 1537),
@@ -219,9 +242,13 @@ def main(capabilities: list[int]) -> None:
             dispatch.assumed_capability = capability
             case()
             for kernel, args, options in launched:
-                found.setdefault(f"{kernel.fn.__name__} ({name})", {})[str(capability)] = resources(triton.compile(
-                    source_of(kernel, args, options), target=GPUTarget("cuda", capability, 32),
-                    options={key: options[key] for key in ("num_warps", "num_stages") if key in options}))
+                found.setdefault(f"{kernel.fn.__name__} ({name})", {})[str(capability)] = resources(
+                    triton.compile(
+                        source_of(kernel, args, options),
+                        target=GPUTarget("cuda", capability, 32),
+                        options={key: options[key] for key in ("num_warps", "num_stages") if key in options},
+                    )
+                )
     print(json.dumps({"triton": triton.__version__, "kernels": found}))
 
 

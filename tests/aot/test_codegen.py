@@ -30,8 +30,11 @@ def compile_all() -> dict[str, Any]:
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), *filter(None, [env.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, str(HERE / "compile_kernels.py"), *CAPABILITIES], env={**env, "TRITON_CACHE_DIR": cache},
-            capture_output=True, text=True)
+            [sys.executable, str(HERE / "compile_kernels.py"), *CAPABILITIES],
+            env={**env, "TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels: dict[str, Any] = json.loads(done.stdout)["kernels"]
     return kernels
@@ -81,14 +84,19 @@ def test_fp32_products_are_fp32(compiled: dict[str, Any], capability: str) -> No
 
 
 def _budget(used: dict[str, Any]) -> dict[str, Any]:
-    return {"registers": -(-used["registers"] // 8) * 8 + 8, "shared": used["shared"],
-            "instructions": used["instructions"]}
+    return {
+        "registers": -(-used["registers"] // 8) * 8 + 8,
+        "shared": used["shared"],
+        "instructions": used["instructions"],
+    }
 
 
 def table(compiled: dict[str, Any]) -> str:
     """What each kernel uses, in Markdown; a cell has one figure where all architectures agree."""
-    lines = [f"| kernel (case) | registers, sm_{' / '.join(CAPABILITIES)} | stack | shared, bytes | instructions |",
-             "|---|---|---|---|---|"]
+    lines = [
+        f"| kernel (case) | registers, sm_{' / '.join(CAPABILITIES)} | stack | shared, bytes | instructions |",
+        "|---|---|---|---|---|",
+    ]
     for kernel, found in compiled.items():
         cells = []
         for key in ("registers", "stack", "shared", "instructions"):

@@ -23,8 +23,13 @@ def test_compiles(head_dim: int) -> None:
         pytest.skip(why)
     path = os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        done = subprocess.run([sys.executable, str(HERE / "compile_fa4.py"), str(head_dim)], capture_output=True,
-                              text=True, timeout=60, env={**os.environ, "PYTHONPATH": path})
+        done = subprocess.run(
+            [sys.executable, str(HERE / "compile_fa4.py"), str(head_dim)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     except subprocess.TimeoutExpired:
         pytest.skip("takes more than a minute here")
     assert done.returncode == 0, done.stderr[-4000:]

@@ -66,8 +66,9 @@ def test_broken_videos_are_left_out_and_named(videos: list[str], cfg: DataConfig
     assert "the file is empty" in str(error.value) and os.listdir(tmp_path / "cache") == ["index"]
 
 
-def test_a_film_is_not_packed(videos: list[str], cfg: DataConfig, tmp_path: Path,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_film_is_not_packed(
+    videos: list[str], cfg: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampled, "_PACK_SECONDS", 1e-6)
     found = measure_loader(manifest(tmp_path, videos), None, cfg, CPU, 1)
     assert "pack" not in found
@@ -114,8 +115,9 @@ def test_what_is_packed_fits_time_and_space() -> None:
     assert 0 < len(taken) * 2000 * 256 * 448 * sampled._BYTES_PER_PIXEL <= sampled._PACK_BYTES
 
 
-def test_the_sample_is_bounded_and_spread(videos: list[str], cfg: DataConfig, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_is_bounded_and_spread(
+    videos: list[str], cfg: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampled, "_MAX_VIDEOS", 6)
     name = manifest(tmp_path, videos * 20)
     found = open_sample(name, cfg)
@@ -132,7 +134,8 @@ def test_what_the_step_needs() -> None:
     assert (loader["step_ms_per_clip"], row["waits"]) == (5.0, 0.75)
     assert describe_need(loader, gpu) == [
         "the step takes 5.0 ms a clip here, so it needs 200.0 clips/s",
-        "pack, PyAV: has 50.0 clips/s, the step would wait 75.0 % of the time"]
+        "pack, PyAV: has 50.0 clips/s, the step would wait 75.0 % of the time",
+    ]
     add_need(loader, 40.0, gpu)
     assert row["waits"] == 0
     add_need(loader, 200.0, CPU)
@@ -140,13 +143,33 @@ def test_what_the_step_needs() -> None:
 
 
 def test_interrupted_nothing_stays(videos: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vjepa_fast", "bench", "--size", "trial", "--device", "cpu", "--rounds", "8",
-               "--loader", manifest(tmp_path, videos), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "vjepa_fast",
+        "bench",
+        "--size",
+        "trial",
+        "--device",
+        "cpu",
+        "--rounds",
+        "8",
+        "--loader",
+        manifest(tmp_path, videos),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                          start_new_session=True,
-                          # A shell that starts something in the background has it ignore the signal.
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # A shell that starts something in the background has it ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if "videos, PyAV" in line:

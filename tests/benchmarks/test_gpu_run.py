@@ -15,8 +15,14 @@ from vjepa_fast.bench.timing import ROOT, pick_device
 def call(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out)}
     environment.pop("VJEPA2_REFERENCE", None)
-    return subprocess.run([sys.executable, "-m", "benchmarks.gpu_run", "--cpu", "--small", *arguments],
-                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_run", "--cpu", "--small", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def test_parts_write_their_results(tmp_path: Path) -> None:
@@ -49,11 +55,16 @@ def test_a_part_that_hangs_or_fails_is_reported(tmp_path: Path, monkeypatch) -> 
 
 def test_table_sets_the_prediction_beside_the_profile() -> None:
     nothing = {"seconds": 0.0, "error": None, "result": None}
-    found = {"ms_by_kind": {"matmul": 60.0}, "operators": [], "ms_by_part": {"target encoder": 84.0},
-             "predicted_ms_by_part": {"target encoder": 70.0}}
+    found = {
+        "ms_by_kind": {"matmul": 60.0},
+        "operators": [],
+        "ms_by_part": {"target encoder": 84.0},
+        "predicted_ms_by_part": {"target encoder": 70.0},
+    }
     text = as_table({**{name: nothing for name in PARTS}, "profile": {**nothing, "result": found}})
     assert [line.split() for line in text.splitlines() if line.startswith("target encoder")] == [
-        ["target", "encoder", "70.00", "84.00", "1.20", "*"]]
+        ["target", "encoder", "70.00", "84.00", "1.20", "*"]
+    ]
 
 
 def test_time_limits_fit_the_call() -> None:

@@ -14,8 +14,15 @@ from tests.checkpoints import released_names
 from vjepa_fast.common.errors import UserError
 
 ROOTS = {"v1": "VJEPA1_REFERENCE", "v2": "VJEPA2_REFERENCE", "v2.1": "VJEPA21_REFERENCE"}
-SMALL: dict[str, Any] = {"embed_dim": 192, "num_heads": 16, "pred_embed_dim": 48, "pred_num_heads": 3,
-                         "mlp_ratio": 4.0, "num_frames": 4, "crop_size": 64}
+SMALL: dict[str, Any] = {
+    "embed_dim": 192,
+    "num_heads": 16,
+    "pred_embed_dim": 48,
+    "pred_num_heads": 3,
+    "mlp_ratio": 4.0,
+    "num_frames": 4,
+    "crop_size": 64,
+}
 SOME = ("V-JEPA ViT-L/16", "V-JEPA 2 ViT-L/16", "V-JEPA 2-AC ViT-g/16", "V-JEPA 2.1 ViT-B/16")
 
 

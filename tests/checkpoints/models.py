@@ -14,8 +14,17 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.models.attentive import AttentiveClassifier
 
 WIDTH, HEADS, FRAMES, CROP = 96, 3, 8, 64
-MODEL = {"model_name": "vit_tiny", "embed_dim": WIDTH, "depth": 3, "num_heads": HEADS, "pred_embed_dim": 48,
-         "pred_depth": 2, "pred_num_heads": 3, "zero_init_mask_tokens": False, "num_mask_tokens": 2}
+MODEL = {
+    "model_name": "vit_tiny",
+    "embed_dim": WIDTH,
+    "depth": 3,
+    "num_heads": HEADS,
+    "pred_embed_dim": 48,
+    "pred_depth": 2,
+    "pred_num_heads": 3,
+    "zero_init_mask_tokens": False,
+    "num_mask_tokens": 2,
+}
 DATA = {"crop_size": CROP, "patch_size": 16, "dataset_fpcs": [FRAMES], "fps": 8}
 NOT_IN_SHAPES = {"num_heads": HEADS, "pred_num_heads": 3}
 
@@ -36,8 +45,11 @@ def model(**changes: Any) -> vf.VJEPA:
         for part in (made.encoder, made.target_encoder, made.predictor):
             for name in ("pos_embed", "predictor_pos_embed"):
                 if getattr(part, name, None) is not None:
-                    getattr(part, name).copy_(getattr(vf.VJEPA(made.cfg).encoder if name == "pos_embed"
-                                                      else vf.VJEPA(made.cfg).predictor, name))
+                    getattr(part, name).copy_(
+                        getattr(
+                            vf.VJEPA(made.cfg).encoder if name == "pos_embed" else vf.VJEPA(made.cfg).predictor, name
+                        )
+                    )
     return made.eval()
 
 
@@ -47,9 +59,16 @@ def prefixed(state: dict[str, Tensor], prefix: str = meta_format.PREFIX) -> dict
 
 def contents(made: vf.VJEPA, prefix: str = meta_format.PREFIX) -> dict[str, Any]:
     """A training checkpoint of the reference."""
-    return {**{name: prefixed(getattr(made, name).state_dict(), prefix) for name in meta_format.NETWORKS},
-            "opt": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 3, "loss": 0.5, "batch_size": 2,
-            "world_size": 1, "lr": 1e-3}
+    return {
+        **{name: prefixed(getattr(made, name).state_dict(), prefix) for name in meta_format.NETWORKS},
+        "opt": {"state": {}, "param_groups": []},
+        "scaler": None,
+        "epoch": 3,
+        "loss": 0.5,
+        "batch_size": 2,
+        "world_size": 1,
+        "lr": 1e-3,
+    }
 
 
 def write_run(folder: Path) -> Path:

@@ -46,16 +46,20 @@ def unfold(folded: dict[str, Any]) -> dict[str, Tensor]:
 
 def load() -> dict[str, dict[str, dict[str, Tensor]]]:
     """`encoder` and `predictor` of each model by its name, see benchmarks.round_trips.ARCHITECTURES."""
-    return {name: {part: unfold(folded) for part, folded in parts.items()}
-            for name, parts in json.loads(FILE.read_text()).items()}
+    return {
+        name: {part: unfold(folded) for part, folded in parts.items()}
+        for name, parts in json.loads(FILE.read_text()).items()
+    }
 
 
 def main() -> None:
     from benchmarks.round_trips import ARCHITECTURES, reference_states
 
     roots = dict(zip(("v1", "v2", "v2.1"), map(Path, sys.argv[1:]), strict=True))
-    found = {one.name: {part: fold(state) for part, state in reference_states(one, roots[one.version]).items()}
-             for one in ARCHITECTURES}
+    found = {
+        one.name: {part: fold(state) for part, state in reference_states(one, roots[one.version]).items()}
+        for one in ARCHITECTURES
+    }
     text = json.dumps(found, indent=1)
     # One line a shape.
     FILE.write_text(re.sub(r"\[\s+([^\]]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n")

@@ -67,8 +67,11 @@ def test_interrupted_write_leaves_nothing(saved: Path, monkeypatch: pytest.Monke
 def test_synced_before_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}")), fsync(descriptor))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: (events.append(os.readlink(f"/proc/self/fd/{descriptor}")), fsync(descriptor))[1],
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
     write_atomically(tmp_path / "a.pt", {"x": 1})
     assert ".tmp" in events[0]
@@ -109,12 +112,15 @@ def test_code_is_not_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"opt": None}, "the optimizer state does not fit"),
-    ({"opt": {"state": {}, "param_groups": []}}, "the optimizer state does not fit"),
-    ({"epoch": "one"}, "epoch is not what"),
-    ({"predictor": 3}, "predictor is not what"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"opt": None}, "the optimizer state does not fit"),
+        ({"opt": {"state": {}, "param_groups": []}}, "the optimizer state does not fit"),
+        ({"epoch": "one"}, "epoch is not what"),
+        ({"predictor": 3}, "predictor is not what"),
+    ],
+)
 def test_foreign_contents(change: dict[str, Any], said: str, saved: Path) -> None:
     contents = torch.load(saved, weights_only=True)
     torch.save(contents | change, saved)
@@ -126,8 +132,11 @@ def test_foreign_contents(change: dict[str, Any], said: str, saved: Path) -> Non
 def test_optimizer_state_of_another_shape(saved: Path) -> None:
     contents = torch.load(saved, weights_only=True)
     parameter = contents["opt"]["param_groups"][0]["params"][0]
-    contents["opt"]["state"][parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3),
-                                           "exp_avg_sq": torch.zeros(3)}
+    contents["opt"]["state"][parameter] = {
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.zeros(3),
+        "exp_avg_sq": torch.zeros(3),
+    }
     torch.save(contents, saved)
     model = small_model()
     with pytest.raises(UserError, match=r"exp_avg of parameter \d+ is saved with shape \[3\]; the parameter has"):

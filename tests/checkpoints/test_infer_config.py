@@ -36,15 +36,25 @@ def test_table_of_released_rope_models_is_not_taken_for_sincos(tokens: int) -> N
     assert infer_config.guess(encoder, predictor, overrides={"use_rope": False})[0].use_rope is False
 
 
-@pytest.mark.parametrize("changes", [
-    {"use_silu": True}, {"use_silu": True, "wide_silu": False, "use_pred_silu": True}, {"mlp_ratio": 3.3},
-    {"mlp_ratio": 48 / 11}, {"depth": 5, "pred_depth": 1}, {"use_rope": False},
-    {"use_rope": False, "uniform_power": True}, {"use_rope": False, "positions": "learned"},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_silu": True},
+        {"use_silu": True, "wide_silu": False, "use_pred_silu": True},
+        {"mlp_ratio": 3.3},
+        {"mlp_ratio": 48 / 11},
+        {"depth": 5, "pred_depth": 1},
+        {"use_rope": False},
+        {"use_rope": False, "uniform_power": True},
+        {"use_rope": False, "positions": "learned"},
+    ],
+    ids=str,
+)
 def test_fields_come_back(changes: dict[str, Any]) -> None:
     made = models.model(**changes)
     found, _ = infer_config.guess(
-        made.encoder.state_dict(), made.predictor.state_dict(), overrides=models.NOT_IN_SHAPES)
+        made.encoder.state_dict(), made.predictor.state_dict(), overrides=models.NOT_IN_SHAPES
+    )
     keys = ["use_silu", "use_pred_silu", "use_rope", "positions"]
     keys += ["uniform_power", "crop_size", "num_frames"] if not found.use_rope else []
     for key in keys:
@@ -82,8 +92,16 @@ def test_an_image_model_of_something_else_is_refused() -> None:
         infer_config.guess({"conv1.weight": torch.zeros(1)})
 
 
-V21 = {"n_output_distillation": 4, "rope_style": "interleaved", "interpolate_rope": True, "img_temporal_dim_size": 1,
-       "modality_embedding": True, "return_all_tokens": True, "depth": 4, "pred_depth": 4}
+V21 = {
+    "n_output_distillation": 4,
+    "rope_style": "interleaved",
+    "interpolate_rope": True,
+    "img_temporal_dim_size": 1,
+    "modality_embedding": True,
+    "return_all_tokens": True,
+    "depth": 4,
+    "pred_depth": 4,
+}
 
 
 def v21_model(**changes: Any) -> vf.VJEPA:

@@ -99,8 +99,12 @@ def test_student_and_teacher(
     student, teacher, predictor = states.values()
     path = tmp_path / "some.pt"
     for given, of_encoder, of_target, said in (
-        ({"encoder": student, "target_encoder": teacher}, student, teacher,
-         "encoder from encoder, target encoder from target_encoder"),
+        (
+            {"encoder": student, "target_encoder": teacher},
+            student,
+            teacher,
+            "encoder from encoder, target encoder from target_encoder",
+        ),
         ({"encoder": student, "ema_encoder": teacher}, student, teacher, "target encoder from ema_encoder"),
         ({"encoder": student}, student, student, "encoder and target encoder from encoder, the only one there"),
         ({"target_encoder": teacher}, teacher, teacher, "from target_encoder, the only one there"),
@@ -127,8 +131,19 @@ def test_a_hugging_face_folder(
     states: dict[str, dict[str, Tensor]], released: Path, make: Make, tmp_path: Path
 ) -> None:
     torch.save(states, tmp_path / "plain.pt")
-    result = CliRunner().invoke(app, ["convert", str(tmp_path / "plain.pt"), str(tmp_path / "hf"), "--to", "hf",
-                                      "--no-check", "num_heads=2", "pred_num_heads=2"])
+    result = CliRunner().invoke(
+        app,
+        [
+            "convert",
+            str(tmp_path / "plain.pt"),
+            str(tmp_path / "hf"),
+            "--to",
+            "hf",
+            "--no-check",
+            "num_heads=2",
+            "pred_num_heads=2",
+        ],
+    )
     assert result.exit_code == 0, result.output
     models = [make(*BASE, f"train.init_weights={path}").model for path in (released, tmp_path / "hf")]
     # It holds the teacher, under one name.
@@ -149,12 +164,21 @@ def test_a_new_predictor(states: dict[str, dict[str, Tensor]], make: Make, tmp_p
         assert same(model.predictor, fresh) and same(model.encoder, states["encoder"])
 
 
-@pytest.mark.parametrize("change, said", [
-    ("model.num_mask_tokens=2", r"the predictor in the checkpoint does not fit .*unexpected mask_tokens.2.*A config "
-                                r"that fits .*vit.pt has model.model_name=vit_tiny .*model.num_mask_tokens=10"),
-    ("model.embed_dim=64", r"the encoder in the checkpoint does not fit .* expected .*model.embed_dim=32"),
-    ("model.use_rope=false", "has rotary positions, the configured model tables of positions; set model.use_rope=true"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            "model.num_mask_tokens=2",
+            r"the predictor in the checkpoint does not fit .*unexpected mask_tokens.2.*A config "
+            r"that fits .*vit.pt has model.model_name=vit_tiny .*model.num_mask_tokens=10",
+        ),
+        ("model.embed_dim=64", r"the encoder in the checkpoint does not fit .* expected .*model.embed_dim=32"),
+        (
+            "model.use_rope=false",
+            "has rotary positions, the configured model tables of positions; set model.use_rope=true",
+        ),
+    ],
+)
 def test_what_does_not_fit(change: str, said: str, released: Path, make: Make) -> None:
     with pytest.raises(UserError, match=said):
         make(*BASE, f"train.init_weights={released}", change)
@@ -162,8 +186,13 @@ def test_what_does_not_fit(change: str, said: str, released: Path, make: Make) -
 
 def test_a_distilled_predictor(video_csv: Path, make: Make, tmp_path: Path) -> None:
     """Meta's ViT-B and ViT-L of V-JEPA 2.1: what they predict is wider than they are."""
-    changes = ("model.depth=4", "model.n_output_distillation=1", "model.rope_style=interleaved",
-               "model.interpolate_rope=true", "loss.predict_all=true")
+    changes = (
+        "model.depth=4",
+        "model.n_output_distillation=1",
+        "model.rope_style=interleaved",
+        "model.interpolate_rope=true",
+        "loss.predict_all=true",
+    )
     states = networks(tiny_config(video_csv, tmp_path, *changes, "model.teacher_embed_dim=48"))
     torch.save(states, tmp_path / "distilled.pt")
     change = f"train.init_weights={tmp_path / 'distilled.pt'}"
@@ -202,8 +231,12 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
 def test_two_processes(released: Path, video_csv: Path, tmp_path: Path) -> None:
     """Their first loss is that of one."""
     changes = {"ddp": (), "zero": ("train.shard_optimizer=true",), "fsdp": ("train.parallel=fsdp",), "one": ()}
-    cfgs = {name: tiny_config(video_csv, tmp_path / "cache", *BASE, "train.max_steps=1",
-                              f"train.init_weights={released}", *some) for name, some in changes.items()}
+    cfgs = {
+        name: tiny_config(
+            video_csv, tmp_path / "cache", *BASE, "train.max_steps=1", f"train.init_weights={released}", *some
+        )
+        for name, some in changes.items()
+    }
     train_all(0, {"one": cfgs.pop("one")}, tmp_path)
     assert processes.launch(partial(train_all, cfgs=cfgs, folder=tmp_path), 2) == 0
     expected = column(tmp_path / "one" / "log_r0.csv")

@@ -85,15 +85,18 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 9)
 
 
-@pytest.mark.parametrize("change, name, said", [
-    (flip, "__0_0.distcp", "the checksum of its part __0_0.distcp is wrong"),
-    (cut, "__0_0.distcp", r"its part __0_0.distcp has \d+ bytes in place of \d+"),
-    (flip, ".metadata", "the checksum of its part .metadata is wrong"),
-    (flip, "run.pt", "the checksum of its part run.pt is wrong"),
-    (Path.unlink, "__0_0.distcp", "its part __0_0.distcp is gone"),
-    (cut, "manifest.json", "its manifest.json is damaged"),
-    (Path.unlink, "manifest.json", "it has no manifest.json"),
-])
+@pytest.mark.parametrize(
+    "change, name, said",
+    [
+        (flip, "__0_0.distcp", "the checksum of its part __0_0.distcp is wrong"),
+        (cut, "__0_0.distcp", r"its part __0_0.distcp has \d+ bytes in place of \d+"),
+        (flip, ".metadata", "the checksum of its part .metadata is wrong"),
+        (flip, "run.pt", "the checksum of its part run.pt is wrong"),
+        (Path.unlink, "__0_0.distcp", "its part __0_0.distcp is gone"),
+        (cut, "manifest.json", "its manifest.json is damaged"),
+        (Path.unlink, "manifest.json", "it has no manifest.json"),
+    ],
+)
 def test_damage_is_named_and_the_newest_whole_one_taken(
     change: Callable[[Path], None], name: str, said: str, run: Path, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,8 +169,10 @@ def test_another_model_is_refused(run: Path, make: Make) -> None:
         make(*ONE, "model.embed_dim=48", resume=True)
 
 
-@pytest.mark.parametrize("name, background", [
-    ("__0_0.distcp", "false"), ("__0_0.distcp", "true"), ("run.pt", "false"), ("manifest.json", "true")])
+@pytest.mark.parametrize(
+    "name, background",
+    [("__0_0.distcp", "false"), ("__0_0.distcp", "true"), ("run.pt", "false"), ("manifest.json", "true")],
+)
 def test_a_full_disk_leaves_the_one_before(
     name: str, background: str, run: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +196,11 @@ def test_a_full_disk_leaves_the_one_before(
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(Path, "write_text", full_text)
-    with pytest.raises(UserError, match=r"cannot write checkpoint .*/step6.dcp: the disk is full; .*--resume. The "
-                                        "checkpoint written before it is intact"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot write checkpoint .*/step6.dcp: the disk is full; .*--resume. The "
+        "checkpoint written before it is intact",
+    ):
         going.fit()
     monkeypatch.undo()
     assert sharded_format.damage(tmp_path / "run" / "step3.dcp") is None and no_leftovers(tmp_path / "run")

@@ -31,8 +31,10 @@ def contents(step: int) -> dict[str, Any]:
     return {"step": step, "weights": torch.full((300,), float(step))}
 
 
-@pytest.mark.parametrize(("keep_last", "left"), [
-    (1, ["latest.pt"]), (2, ["latest.pt", "step9.pt"]), (3, ["latest.pt", "step6.pt", "step9.pt"])])
+@pytest.mark.parametrize(
+    ("keep_last", "left"),
+    [(1, ["latest.pt"]), (2, ["latest.pt", "step9.pt"]), (3, ["latest.pt", "step6.pt", "step9.pt"])],
+)
 @pytest.mark.parametrize("background", [False, True])
 def test_as_many_as_asked_for(keep_last: int, left: list[str], background: bool, tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep_last, background)
@@ -61,7 +63,10 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "save", watched)
     writer.write(contents(6), 6, tmp_path / "e1.pt")
     assert {name: torch.load(tmp_path / name)["step"] for name in names(tmp_path)} == {
-        "e1.pt": 6, "latest.pt": 6, "step3.pt": 3}
+        "e1.pt": 6,
+        "latest.pt": 6,
+        "step3.pt": 3,
+    }
     assert seen == [None]
 
 
@@ -99,8 +104,9 @@ def test_full_disk_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.load(tmp_path / "latest.pt")["step"] == 3
 
 
-def test_background_takes_a_copy_and_waits_for_the_write_before(tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_takes_a_copy_and_waits_for_the_write_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free, original, written = threading.Event(), torch.save, []
 
     def save(value: Any, file: Any) -> None:

@@ -61,8 +61,18 @@ def test_step_and_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(not os.environ.get("VJEPA2_REFERENCE"), reason="VJEPA2_REFERENCE does not name a checkout")
 def test_beside_the_reference(tmp_path: Path) -> None:
-    result = invoke("--size", "trial", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path),
-                    "--reference", os.environ["VJEPA2_REFERENCE"])
+    result = invoke(
+        "--size",
+        "trial",
+        "--device",
+        "cpu",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--reference",
+        os.environ["VJEPA2_REFERENCE"],
+    )
     assert result.exit_code == 0, result.output
     report = written(tmp_path)
     assert report["reference"]["reference"]["over_ours"]["count"] == 2
@@ -72,19 +82,46 @@ def test_beside_the_reference(tmp_path: Path) -> None:
 
 
 def test_page_of_settings_that_failed() -> None:
-    times = {"p20": 0.9, "p50": 1.0, "p80": 1.1, "clips_per_s": 24.0, "model_tflop_per_s": 85.0,
-             "share_of_matmul_rate": 0.1, "unseen_shapes": {"p50": 2.0}}
+    times = {
+        "p20": 0.9,
+        "p50": 1.0,
+        "p80": 1.1,
+        "clips_per_s": 24.0,
+        "model_tflop_per_s": 85.0,
+        "share_of_matmul_rate": 0.1,
+        "unseen_shapes": {"p50": 2.0},
+    }
     ratio = {"p20": 1.8, "p50": 2.0, "p80": 2.1}
-    found = pages.as_markdown({
-        "environment": {"device": "NVIDIA H200", "cpu": "x", "cores": 8, "load_average": 0.0, "python": "3",
-                        "torch": "2", "triton": "3", "vjepa_fast": "0", "commit": None, "uncommitted_changes": None,
-                        "command": "c", "date": "d"},
-        "limits": {"bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"}, "workload": TRIAL.as_dict(),
-        "load_average_after": 0.0,
-        "step": {"figures": times, "profile": {"ms_by_part": {"optimizer": 3.0}}, "graphed": {
-            **times, "num_buckets": 4, "eager_over_graphed": {"p50": 1.25}, "warm_up_s": 9.0}},
-        "reference": {"reference as configured": {**times, "over_ours": ratio},
-                      "reference, and compiled": {"error": "out of memory: ..."}}})
+    found = pages.as_markdown(
+        {
+            "environment": {
+                "device": "NVIDIA H200",
+                "cpu": "x",
+                "cores": 8,
+                "load_average": 0.0,
+                "python": "3",
+                "torch": "2",
+                "triton": "3",
+                "vjepa_fast": "0",
+                "commit": None,
+                "uncommitted_changes": None,
+                "command": "c",
+                "date": "d",
+            },
+            "limits": {"bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"},
+            "workload": TRIAL.as_dict(),
+            "load_average_after": 0.0,
+            "step": {
+                "figures": times,
+                "profile": {"ms_by_part": {"optimizer": 3.0}},
+                "graphed": {**times, "num_buckets": 4, "eager_over_graphed": {"p50": 1.25}, "warm_up_s": 9.0},
+            },
+            "reference": {
+                "reference as configured": {**times, "over_ours": ratio},
+                "reference, and compiled": {"error": "out of memory: ..."},
+            },
+        }
+    )
     row = "| reference as configured | 1000.0 (900.0 to 1100.0) | 24.00 | 85 (10 %) | 2000.0 | 2.00 (1.80 to 2.10) |"
     assert row in found
     assert "As CUDA graphs (4 of them): 1000.0 ms a step, 24.00 clips/s; in turns with it the eager" in found
@@ -101,12 +138,15 @@ def test_workload_of_a_recipe() -> None:
     assert work.model(torch.device("cpu"))(clips, masks).loss.ndim == 0
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (("--reference", "nowhere"), "--reference: nowhere is not a folder; give a checkout of"),
-    (("--reference", "."), "so it is no checkout of facebookresearch/vjepa2"),
-    (("--size", "tiny", "--recipe", "demo"), "--size and --recipe are both given"),
-    (("--size", "trial", "--device", "cpu", "--loader", "no.csv"), "'no.csv' does not exist"),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--reference", "nowhere"), "--reference: nowhere is not a folder; give a checkout of"),
+        (("--reference", "."), "so it is no checkout of facebookresearch/vjepa2"),
+        (("--size", "tiny", "--recipe", "demo"), "--size and --recipe are both given"),
+        (("--size", "trial", "--device", "cpu", "--loader", "no.csv"), "'no.csv' does not exist"),
+    ],
+)
 def test_mistakes(args: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*args, "--out", str(tmp_path))

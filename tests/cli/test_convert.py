@@ -48,8 +48,16 @@ def meta_file(made: vf.VJEPA, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("probe") / "ssv2.pt"
-    torch.save({"classifiers": [models.prefixed(models.probe().state_dict(), "module."),
-                                models.prefixed(models.probe(7).state_dict(), "module.")], "epoch": 1}, path)
+    torch.save(
+        {
+            "classifiers": [
+                models.prefixed(models.probe().state_dict(), "module."),
+                models.prefixed(models.probe(7).state_dict(), "module."),
+            ],
+            "epoch": 1,
+        },
+        path,
+    )
     return path
 
 
@@ -92,8 +100,9 @@ def test_probe_becomes_a_classifier_of_transformers_and_comes_back(
     meta_file: Path, probe_file: Path, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    text = convert(meta_file, tmp_path / "hf", *FIELDS, "--to", "hf", "--probe", probe_file, "--classifier", 1,
-                   "--probe-heads", 3)
+    text = convert(
+        meta_file, tmp_path / "hf", *FIELDS, "--to", "hf", "--probe", probe_file, "--classifier", 1, "--probe-heads", 3
+    )
     assert "relative difference: classifier" in text
     theirs = transformers.VJEPA2ForVideoClassification.from_pretrained(tmp_path / "hf")
     assert theirs.config.num_labels == 7
@@ -123,10 +132,14 @@ def test_a_probe_that_transformers_would_run_otherwise_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"use_rope": False}, "sine-cosine or learned positions"), ({"use_silu": True}, "SwiGLU"),
-    ({"rope_style": "interleaved"}, "RoPE as in V-JEPA 2.1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_rope": False}, "sine-cosine or learned positions"),
+        ({"use_silu": True}, "SwiGLU"),
+        ({"rope_style": "interleaved"}, "RoPE as in V-JEPA 2.1"),
+    ],
+)
 def test_what_transformers_cannot_hold_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     torch.save(models.contents(models.model(**changes)), tmp_path / "latest.pt")
     style = [f"{key}={value}" for key, value in changes.items() if key == "rope_style"]
@@ -222,8 +235,16 @@ def test_run_by_metas_modules(version: str, probe_file: Path, tmp_path: Path) ->
         pytest.skip(f"{REFERENCES[version]} does not name a checkout of the reference")
     made = models.model(use_rope=version == "v2")
     torch.save(models.contents(made), tmp_path / "latest.pt")
-    text = convert(tmp_path / "latest.pt", tmp_path / "m.pt", *FIELDS, "--to", "meta", "--reference", root,
-                   *(("--probe", probe_file) if version == "v2" else ()))
+    text = convert(
+        tmp_path / "latest.pt",
+        tmp_path / "m.pt",
+        *FIELDS,
+        "--to",
+        "meta",
+        "--reference",
+        root,
+        *(("--probe", probe_file) if version == "v2" else ()),
+    )
     assert "relative difference: encoder" in text and "predictor" in text
     assert ("classifier 1" in text) == (version == "v2")
 

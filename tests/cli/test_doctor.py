@@ -89,9 +89,11 @@ def test_attention_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = attention(run())
     assert len(lines) == 6 and lines[-1].endswith("chosen: sdpa, the only candidate on the CPU")
     assert any(f"varlen (torch {torch.__version__}): not used: torch finds no CUDA device" in text for text in lines)
-    for value, level, text in (("sdpa", "ok", "chosen: sdpa, by VJEPA_FAST_ATTENTION=sdpa"),
-                               ("fa2", "problem", "VJEPA_FAST_ATTENTION=fa2 cannot be used: torch finds no CUDA"),
-                               ("fast", "problem", "VJEPA_FAST_ATTENTION=fast is not an attention back end")):
+    for value, level, text in (
+        ("sdpa", "ok", "chosen: sdpa, by VJEPA_FAST_ATTENTION=sdpa"),
+        ("fa2", "problem", "VJEPA_FAST_ATTENTION=fa2 cannot be used: torch finds no CUDA"),
+        ("fast", "problem", "VJEPA_FAST_ATTENTION=fast is not an attention back end"),
+    ):
         monkeypatch.setenv("VJEPA_FAST_ATTENTION", value)
         result = run()
         assert attention(result)[-1].startswith(level) and text in attention(result)[-1]
@@ -111,8 +113,9 @@ def test_attention_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         wrong = wrong._replace(backward=lambda *args: None)
         monkeypatch.setattr(ops_attention, "adapter", lambda name: wrong if name == "fa2" else adapter(name))
         first = attention(run())
-        cache.store(choice.stamp(device) + "; bf16, head dim 64", cache.Choice("fa4", {"sdpa": 2.5, "fa4": 1.25}, {}),
-                    ["fa4"])
+        cache.store(
+            choice.stamp(device) + "; bf16, head dim 64", cache.Choice("fa4", {"sdpa": 2.5, "fa4": 1.25}, {}), ["fa4"]
+        )
         second = attention(run())
     assert "fa4 (flash-attn-4 4.0.0b36): usable, equal to the definition" in first[0] and first[0].startswith("ok")
     assert first[1].startswith("note") and first[1].endswith("fa3: not used: flash_attn_3 is not installed")

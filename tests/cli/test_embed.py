@@ -59,7 +59,11 @@ def test_a_folder(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
     assert {value.shape for value in found.values()} == {(64, 96)}
     assert str(videos / "2.mp4") in (tmp_path / "features.broken.tsv").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "cache", "features.broken.tsv", "features.safetensors", "videos"]
+        "cache",
+        "features.broken.tsv",
+        "features.safetensors",
+        "videos",
+    ]
     # Read by hand: 8 frames, every third of 24 a second, from the middle; the middle 7/8 of the short side.
     model = vf.load(checkpoint)
     sampling = inference_videos.default_sampling(model, None, None, None, 1)
@@ -92,9 +96,30 @@ def test_what_is_seen_of_a_video(videos: Path) -> None:
 def test_options(suffix: str, checkpoint: Path, videos: Path, tmp_path: Path) -> None:
     (videos / "list.csv").write_text("0.mp4 7\n0.mp4 7\n4.mp4 8\n")
     out = tmp_path / f"f{suffix}"
-    result = run(videos / "list.csv", videos / "0.mp4", "--checkpoint", checkpoint, "--out", out, "--pool", "mean",
-                 "--frames", 4, "--fps", 12, "--size", 32, "--clips", 2, "--dtype", "bfloat16", "--batch-size", 3,
-                 "--weights", "encoder")
+    result = run(
+        videos / "list.csv",
+        videos / "0.mp4",
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        out,
+        "--pool",
+        "mean",
+        "--frames",
+        4,
+        "--fps",
+        12,
+        "--size",
+        32,
+        "--clips",
+        2,
+        "--dtype",
+        "bfloat16",
+        "--batch-size",
+        3,
+        "--weights",
+        "encoder",
+    )
     assert result.exit_code == 0, result.output
     names = [str(videos / "0.mp4"), str(videos / "4.mp4")]
     if suffix == ".npz":

@@ -45,14 +45,26 @@ def step_masks(cfg: Config, rank: int = 0, world_size: int = 1, fpcs: list[int] 
     """As the trainer makes them."""
     data = cfg.data
     return StepMasks(
-        cfg.mask, fpcs=fpcs or data.dataset_fpcs, crop_size=data.crop_size, patch_size=data.patch_size,
-        tubelet_size=data.tubelet_size, seed=cfg.train.seed, global_batch=data.per_process(world_size) * world_size,
-        group_of=np.zeros_like, rank=rank, world_size=world_size)
+        cfg.mask,
+        fpcs=fpcs or data.dataset_fpcs,
+        crop_size=data.crop_size,
+        patch_size=data.patch_size,
+        tubelet_size=data.tubelet_size,
+        seed=cfg.train.seed,
+        global_batch=data.per_process(world_size) * world_size,
+        group_of=np.zeros_like,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def same(one: MaskBatch, other: MaskBatch) -> bool:
-    return (torch.equal(one.context_ids, other.context_ids) and torch.equal(one.target_ids, other.target_ids)
-            and one.context_lengths == other.context_lengths and one.grid == other.grid)
+    return (
+        torch.equal(one.context_ids, other.context_ids)
+        and torch.equal(one.target_ids, other.target_ids)
+        and one.context_lengths == other.context_lengths
+        and one.grid == other.grid
+    )
 
 
 def printed_shares(text: str) -> list[tuple[float, float]]:
@@ -80,7 +92,7 @@ def test_masks_of_training(world_size: int, drawn: Drawn) -> None:
     for rank in range(world_size):
         ids = torch.arange(24) + (7 * world_size + rank) * 24
         ranks += step_masks(cfg, rank, world_size)(7, [ids], [0])
-    panel, = drawn.panels
+    (panel,) = drawn.panels
     assert list(panel.sample_ids) == [7 * world_size * 24, 7 * world_size * 24 + 1]
     assert same(panel.masks, ranks[0].narrow(0, 2))
     shares = [np.mean([picture.mean_shares(batch, mask) for batch in ranks], axis=0) for mask in range(2)]
@@ -106,7 +118,7 @@ def test_reference_stream(drawn: Drawn) -> None:
     assert invoke(*args, "--step", "2").exit_code == 0
     stream = step_masks(load_recipe("demo", args))
     for step in range(3):
-        batch, = stream(step, [torch.arange(16) + step * 16], [0])
+        (batch,) = stream(step, [torch.arange(16) + step * 16], [0])
     assert same(drawn.panels[0].masks, batch.narrow(0, 3))
     assert "reference" in drawn.facts[1]
 
@@ -155,23 +167,26 @@ def test_frames_of_a_video(num_frames: int, drawn: Drawn, tmp_path: Path) -> Non
     np.testing.assert_allclose(clip.mean((1, 2, 3)), 40 + 4 * numbers, atol=2.5)
 
 
-@pytest.mark.parametrize(("args", "code", "said"), [
-    (["--samples", "17"], 2, "--samples is 17, but a step has 16 clips"),
-    (["--samples", "0"], 2, "--samples"),
-    (["--step", "-1"], 2, "--step"),
-    (["--out", "m.jpg"], 2, "--out is m.jpg; expected a name that ends in .png or .pdf or .svg"),
-    (["--out", "nowhere/m.png"], 1, "cannot write nowhere/m.png: No such file"),
-    (["--video", "nowhere.mp4"], 1, "--video nowhere.mp4: the file does not exist"),
-    (["--video", "text.mp4"], 1, "--video text.mp4: "),
-    (["mask.source=reference"], 2, "mask.truncate=batch_min"),
-    (["mask.source=reference", "mask.truncate=batch_min", "--nproc", "2"], 2, "stream of one process"),
-    (["--nproc", "3"], 2, "not a multiple of 3 processes"),
-    (["data.datasets=[]", "data.dataset_fpcs=[4, 8]"], 2, "the datasets decide which clips have how many frames"),
-    (["mask.group_size=5", "mask.truncate=batch_min"], 2, "mask.group_size=5 does not divide"),
-    (["data.global_batch_size=400", "--samples", "400"], 2, "--samples 400 makes 400 rows"),
-    (["vitl16-256"], 2, "did you mean --recipe vitl16-256?"),
-    (["--recipe", "demo", "--config", "x.yaml"], 2, "--recipe and --config are both given"),
-])
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--samples", "17"], 2, "--samples is 17, but a step has 16 clips"),
+        (["--samples", "0"], 2, "--samples"),
+        (["--step", "-1"], 2, "--step"),
+        (["--out", "m.jpg"], 2, "--out is m.jpg; expected a name that ends in .png or .pdf or .svg"),
+        (["--out", "nowhere/m.png"], 1, "cannot write nowhere/m.png: No such file"),
+        (["--video", "nowhere.mp4"], 1, "--video nowhere.mp4: the file does not exist"),
+        (["--video", "text.mp4"], 1, "--video text.mp4: "),
+        (["mask.source=reference"], 2, "mask.truncate=batch_min"),
+        (["mask.source=reference", "mask.truncate=batch_min", "--nproc", "2"], 2, "stream of one process"),
+        (["--nproc", "3"], 2, "not a multiple of 3 processes"),
+        (["data.datasets=[]", "data.dataset_fpcs=[4, 8]"], 2, "the datasets decide which clips have how many frames"),
+        (["mask.group_size=5", "mask.truncate=batch_min"], 2, "mask.group_size=5 does not divide"),
+        (["data.global_batch_size=400", "--samples", "400"], 2, "--samples 400 makes 400 rows"),
+        (["vitl16-256"], 2, "did you mean --recipe vitl16-256?"),
+        (["--recipe", "demo", "--config", "x.yaml"], 2, "--recipe and --config are both given"),
+    ],
+)
 def test_mistakes(args: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.mp4").write_text("no video")
@@ -182,10 +197,22 @@ def test_mistakes(args: list[str], code: int, said: str, tmp_path: Path, monkeyp
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = ("import sys, vjepa_fast.cli.main as m; m.app(['masks', '--help'], standalone_mode=False); "
-            "sys.exit(sum(name in sys.modules for name in ('torch', 'matplotlib', 'av')))")
+    code = (
+        "import sys, vjepa_fast.cli.main as m; m.app(['masks', '--help'], standalone_mode=False); "
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'matplotlib', 'av')))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    for word in ("--recipe", "--config", "--out", "--samples", "--step", "--nproc", "--video", "KEY=VALUE", "Examples:",
-                 "Exit codes:"):
+    for word in (
+        "--recipe",
+        "--config",
+        "--out",
+        "--samples",
+        "--step",
+        "--nproc",
+        "--video",
+        "KEY=VALUE",
+        "Examples:",
+        "Exit codes:",
+    ):
         assert word in result.stdout, word

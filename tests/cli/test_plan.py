@@ -44,8 +44,19 @@ def test_plan_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_duration_for_some_data() -> None:
-    text = invoke("--recipe", "vitl16-256", "--gpus", "2", "--gpu", "a100-80gb", "--videos", "4800000", "--price", "3",
-                  "optimization.ipe=null").stdout
+    text = invoke(
+        "--recipe",
+        "vitl16-256",
+        "--gpus",
+        "2",
+        "--gpu",
+        "a100-80gb",
+        "--videos",
+        "4800000",
+        "--price",
+        "3",
+        "optimization.ipe=null",
+    ).stdout
     assert "4.8 M videos: once through them in 100000 steps, " in text and "schedule      1000000 steps" in text
     once, all_epochs = (float(hours) for hours in re.findall(r"([\d.]+) h ", text))
     assert all_epochs == pytest.approx(10 * once, rel=0.01)
@@ -57,7 +68,9 @@ def test_what_does_not_fit_says_what_would() -> None:
     over = number(r"does not fit the 20.6 GiB that can be used of the 22.4 of rtx4090, by ([\d.]+) GiB", text)
     assert over > 1
     for setting in (
-            "model.activation_checkpointing=full", r"optimization.grad_accumulation=\d+, which changes no loss"):
+        "model.activation_checkpointing=full",
+        r"optimization.grad_accumulation=\d+, which changes no loss",
+    ):
         assert number(rf"fits with {setting}: ([\d.]+) GiB", text) < 20.6
     both = invoke("--recipe", "vitg16-256", "--gpu", "a100-40gb", "model.use_activation_checkpointing=false").stdout
     assert "fits with model.activation_checkpointing=" in both and "optimization.grad_accumulation=" in both
@@ -69,15 +82,18 @@ def test_plain_pytorch() -> None:
     assert invoke("--plain").exit_code == 0
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (("--gpu", "h20"), "--gpu is 'h20'; did you mean h200? known are b200, h200"),
-    (("--gpu", "RTX 4900"), "did you mean rtx4090?"),
-    (("--gpu", "a100"), "did you mean a100-80gb or a100-40gb?"),
-    (("--recipe", "vitl-256"), "did you mean vitl16-256?"),
-    (("model.target_precision=float8", "--gpu", "a100-80gb"), "float8, which a100-80gb has no matrix units for"),
-    (("--rates", "nothing.json"), "--rates nothing.json: "),
-    (("--gpus", "3", "--recipe", "demo"), "data.global_batch_size=16 is not a multiple of 3 processes; --gpus"),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--gpu", "h20"), "--gpu is 'h20'; did you mean h200? known are b200, h200"),
+        (("--gpu", "RTX 4900"), "did you mean rtx4090?"),
+        (("--gpu", "a100"), "did you mean a100-80gb or a100-40gb?"),
+        (("--recipe", "vitl-256"), "did you mean vitl16-256?"),
+        (("model.target_precision=float8", "--gpu", "a100-80gb"), "float8, which a100-80gb has no matrix units for"),
+        (("--rates", "nothing.json"), "--rates nothing.json: "),
+        (("--gpus", "3", "--recipe", "demo"), "data.global_batch_size=16 is not a multiple of 3 processes; --gpus"),
+    ],
+)
 def test_mistakes(args: tuple[str, ...], said: str) -> None:
     result = invoke(*args)
     assert result.exit_code == 2 and said in result.stderr, result.stderr

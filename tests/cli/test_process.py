@@ -14,16 +14,22 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_free() -> None:
-    result = run("-c", "import sys, time; start = time.perf_counter(); import vjepa_fast; "
-                       "print(time.perf_counter() - start, 'torch' in sys.modules, 'pydantic' in sys.modules)")
+    result = run(
+        "-c",
+        "import sys, time; start = time.perf_counter(); import vjepa_fast; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules, 'pydantic' in sys.modules)",
+    )
     seconds, torch, pydantic = result.stdout.split()
     assert float(seconds) < 1
     assert (torch, pydantic) == ("False", "False")
 
 
 def test_config_and_command_do_not_wait_for_torch() -> None:
-    result = run("-c", "import sys, vjepa_fast.cli.main as m; "
-                       "m.app(['train', '--print-config'], standalone_mode=False); sys.exit('torch' in sys.modules)")
+    result = run(
+        "-c",
+        "import sys, vjepa_fast.cli.main as m; "
+        "m.app(['train', '--print-config'], standalone_mode=False); sys.exit('torch' in sys.modules)",
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -36,15 +42,21 @@ def test_closed_pipe_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        [sys.executable, "-m", "vjepa_fast", "train", "--print-config"], stdout=writer, stderr=subprocess.PIPE,
-        text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": ""})
+        [sys.executable, "-m", "vjepa_fast", "train", "--print-config"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
     os.close(writer)
     assert result.stderr == ""
 
 
 def test_threads_wait_asleep_unless_told_otherwise() -> None:
-    code = ("import os, vjepa_fast.cli.main as m; m.app = lambda **_: None; m.main(); "
-            "print(os.environ['OMP_WAIT_POLICY'])")
+    code = (
+        "import os, vjepa_fast.cli.main as m; m.app = lambda **_: None; m.main(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
     given = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     assert run("-c", code, env=given).stdout == "passive\n"
     assert run("-c", code, env={**given, "OMP_WAIT_POLICY": "active"}).stdout == "active\n"

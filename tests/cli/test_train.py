@@ -53,10 +53,23 @@ def test_nothing_else_is_the_demo(runs: Runs) -> None:
 
 def test_flags_and_overrides(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "a b: [c]"
-    result = invoke("train", "optimization.lr=1e-4", "--recipe", "vitl16-256", "--out", str(out), "--resume", "--nproc",
-                    "2", "--max-steps", "0", "--profile", "data.datasets=[a.csv]")
+    result = invoke(
+        "train",
+        "optimization.lr=1e-4",
+        "--recipe",
+        "vitl16-256",
+        "--out",
+        str(out),
+        "--resume",
+        "--nproc",
+        "2",
+        "--max-steps",
+        "0",
+        "--profile",
+        "data.datasets=[a.csv]",
+    )
     assert result.exit_code == 0
-    (cfg, flags), = runs.calls
+    ((cfg, flags),) = runs.calls
     assert flags == {"nproc": 2, "resume": True, "profile": True}
     assert (cfg.train.out, cfg.train.max_steps) == (out, 0)
     assert (cfg.optimization.lr, cfg.data.datasets, cfg.train.name) == (1e-4, ["a.csv"], "vitl16-256")
@@ -75,11 +88,14 @@ def test_exit_code_of_the_trainer(code: int, runs: Runs) -> None:
     assert invoke("train").exit_code == code
 
 
-@pytest.mark.parametrize(("outcome", "code", "said"), [
-    (UserError("disk [bold]full[/bold] [/]"), 1, "error: disk [bold]full[/bold] [/]\n"),
-    (ConfigError("no"), 2, "error: no\n"),
-    (KeyboardInterrupt(), 130, "error: interrupted\n"),
-])
+@pytest.mark.parametrize(
+    ("outcome", "code", "said"),
+    [
+        (UserError("disk [bold]full[/bold] [/]"), 1, "error: disk [bold]full[/bold] [/]\n"),
+        (ConfigError("no"), 2, "error: no\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
 def test_errors_of_the_trainer(outcome: BaseException, code: int, said: str, runs: Runs) -> None:
     runs.outcome = outcome
     result = invoke("train")
@@ -119,21 +135,24 @@ def test_warning_goes_to_stderr(runs: Runs, tmp_path: Path) -> None:
     assert result.stdout.startswith("model:\n")
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (["--recipe", "demoo"], "no recipe is called 'demoo'; did you mean demo?"),
-    (["--recipe", "demo", "--config", "x.yaml"], "--recipe and --config are both given"),
-    (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-    (["--config", "."], ". is a folder"),
-    (["optimization.lrr=1"], "did you mean optimization.lr?"),
-    (["vitl16.yaml"], "did you mean --config vitl16.yaml?"),
-    (["vitl16-256"], "did you mean --recipe vitl16-256?"),
-    (["resume"], "unexpected argument 'resume'; expected section.key=value"),
-    (["--recipe", "vitl16-256"], "data.datasets is empty"),
-    (["--nproc", "0"], "--nproc"),
-    (["--max-steps", "-1"], "--max-steps"),
-    (["--max-steps", "many"], "--max-steps"),
-    (["--resum"], "--resume"),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--recipe", "demoo"], "no recipe is called 'demoo'; did you mean demo?"),
+        (["--recipe", "demo", "--config", "x.yaml"], "--recipe and --config are both given"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config", "."], ". is a folder"),
+        (["optimization.lrr=1"], "did you mean optimization.lr?"),
+        (["vitl16.yaml"], "did you mean --config vitl16.yaml?"),
+        (["vitl16-256"], "did you mean --recipe vitl16-256?"),
+        (["resume"], "unexpected argument 'resume'; expected section.key=value"),
+        (["--recipe", "vitl16-256"], "data.datasets is empty"),
+        (["--nproc", "0"], "--nproc"),
+        (["--max-steps", "-1"], "--max-steps"),
+        (["--max-steps", "many"], "--max-steps"),
+        (["--resum"], "--resume"),
+    ],
+)
 def test_usage(args: list[str], said: str, runs: Runs) -> None:
     result = invoke("train", *args)
     assert (result.exit_code, result.stdout, runs.calls) == (2, "", [])
@@ -150,6 +169,19 @@ def test_verbs() -> None:
 
 def test_help_names_every_flag_and_recipe() -> None:
     text = invoke("train", "--help").stdout
-    for word in ("--recipe", "--config", "--out", "--resume", "--nproc", "--max-steps", "--print-config", "--profile",
-                 "KEY=VALUE", "vitg16-256", "Examples:", "data.datasets=videos.csv", "Exit codes:"):
+    for word in (
+        "--recipe",
+        "--config",
+        "--out",
+        "--resume",
+        "--nproc",
+        "--max-steps",
+        "--print-config",
+        "--profile",
+        "KEY=VALUE",
+        "vitg16-256",
+        "Examples:",
+        "data.datasets=videos.csv",
+        "Exit codes:",
+    ):
         assert word in text, word

@@ -19,8 +19,10 @@ def test_overrides_are_what_differs() -> None:
     nearest, found = from_nearest_recipe(yaml.safe_load(dump(cfg)))
     assert nearest == "vith16-256"
     before = vf.load_recipe("vith16-256")
-    assert found == [Difference("mask.masks.0.num_blocks", before.mask.masks[0].num_blocks, 3),
-                     Difference("optimization.lr", before.optimization.lr, 1e-4)]
+    assert found == [
+        Difference("mask.masks.0.num_blocks", before.mask.masks[0].num_blocks, 3),
+        Difference("optimization.lr", before.optimization.lr, 1e-4),
+    ]
 
 
 def test_keys_of_another_version() -> None:

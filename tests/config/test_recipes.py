@@ -15,12 +15,31 @@ from vjepa_fast.config.schema import MODEL_NAMES
 
 def test_names() -> None:
     assert recipe_names() == [
-        "adapt", "demo", "laptop", "one-gpu-vitb", "one-gpu-vitl", "tutorial", "vitb16-256-64f-cooldown-v2.1",
-        "vitb16-256-v2.1", "vitg16-256", "vitg16-256-64f-cooldown",
-        "vitg16-256-64f-cooldown-v2.1", "vitg16-256-v2.1", "vitg16-384-64f-cooldown",
-        "vitgigantic16-256-64f-cooldown-v2.1", "vitgigantic16-256-v2.1", "vith16-224-v1", "vith16-256",
-        "vith16-256-64f-cooldown", "vith16-384-v1", "vitl16-224-v1", "vitl16-256", "vitl16-256-64f-cooldown",
-        "vitl16-256-64f-cooldown-v2.1", "vitl16-256-v2.1"]
+        "adapt",
+        "demo",
+        "laptop",
+        "one-gpu-vitb",
+        "one-gpu-vitl",
+        "tutorial",
+        "vitb16-256-64f-cooldown-v2.1",
+        "vitb16-256-v2.1",
+        "vitg16-256",
+        "vitg16-256-64f-cooldown",
+        "vitg16-256-64f-cooldown-v2.1",
+        "vitg16-256-v2.1",
+        "vitg16-384-64f-cooldown",
+        "vitgigantic16-256-64f-cooldown-v2.1",
+        "vitgigantic16-256-v2.1",
+        "vith16-224-v1",
+        "vith16-256",
+        "vith16-256-64f-cooldown",
+        "vith16-384-v1",
+        "vitl16-224-v1",
+        "vitl16-256",
+        "vitl16-256-64f-cooldown",
+        "vitl16-256-64f-cooldown-v2.1",
+        "vitl16-256-v2.1",
+    ]
     # Some file systems do not tell capital letters from small ones.
     assert len({name.lower() for name in recipe_names()}) == len(recipe_names())
 
@@ -42,7 +61,13 @@ def test_dump_is_complete(tmp_path: Path) -> None:
     printed = yaml.safe_load(dump(Config()))
     assert set(printed) == set(Config.model_fields)
     assert set(Config.model_fields["model"].annotation.model_fields) - set(printed["model"]) == {
-        "crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"}
+        "crop_size",
+        "patch_size",
+        "tubelet_size",
+        "num_frames",
+        "dtype",
+        "return_all_tokens",
+    }
     assert set(Config.model_fields["optimization"].annotation.model_fields) == set(printed["optimization"])
     assert set(Config.model_fields["train"].annotation.model_fields) == set(printed["train"])
 
@@ -72,21 +97,24 @@ def test_without_datasets_loads_but_does_not_train() -> None:
     load_recipe("demo").check_trainable()
 
 
-@pytest.mark.parametrize(("override", "section", "key", "value"), [
-    ("optimization.lr=1e-4", "optimization", "lr", 1e-4),
-    ("optimization.lr=1.E-4", "optimization", "lr", 1e-4),
-    ("optimization.lr=1", "optimization", "lr", 1.0),
-    ("optimization.ipe=1e2", "optimization", "ipe", 100),
-    ("meta.seed=7", "train", "seed", 7),
-    ("meta.dtype=float16", "train", "dtype", "float16"),
-    ("folder=/x/y", "train", "out", Path("/x/y")),
-    ("optimization.is_anneal=true", "optimization", "schedule", "linear"),
-    ("data.datasets=a.csv", "data", "datasets", ["a.csv"]),
-    ("data.datasets.0=2024-01-01", "data", "datasets", ["2024-01-01"]),
-    ("data.datasets=[8:30]", "data", "datasets", ["8:30"]),
-    ("data.crop_size=[128, 64]", "data", "crop_size", (128, 64)),
-    ("data.num_workers=", "data", "num_workers", None),
-])
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optimization.lr=1e-4", "optimization", "lr", 1e-4),
+        ("optimization.lr=1.E-4", "optimization", "lr", 1e-4),
+        ("optimization.lr=1", "optimization", "lr", 1.0),
+        ("optimization.ipe=1e2", "optimization", "ipe", 100),
+        ("meta.seed=7", "train", "seed", 7),
+        ("meta.dtype=float16", "train", "dtype", "float16"),
+        ("folder=/x/y", "train", "out", Path("/x/y")),
+        ("optimization.is_anneal=true", "optimization", "schedule", "linear"),
+        ("data.datasets=a.csv", "data", "datasets", ["a.csv"]),
+        ("data.datasets.0=2024-01-01", "data", "datasets", ["2024-01-01"]),
+        ("data.datasets=[8:30]", "data", "datasets", ["8:30"]),
+        ("data.crop_size=[128, 64]", "data", "crop_size", (128, 64)),
+        ("data.num_workers=", "data", "num_workers", None),
+    ],
+)
 def test_override(override: str, section: str, key: str, value: object) -> None:
     assert getattr(getattr(load_recipe("demo", [override]), section), key) == value
 

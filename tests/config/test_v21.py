@@ -25,21 +25,27 @@ def test_images_beside_videos() -> None:
     assert cfg.img_mask is not None and cfg.img_mask.masks[0].num_blocks == 3
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    (["loss.predict_all=true"], "set model.n_output_distillation to 4 as well"),
-    ([*DENSE, "model.return_all_tokens=false"], "model.return_all_tokens is false but loss.predict_all is true"),
-    (["model.modality_embedding=true"], "model.modality_embedding tells videos from images"),
-    (["model.teacher_embed_dim=1664"], "model.teacher_embed_dim is of V-JEPA 2.1"),
-    (["model.n_output_distillation=2"], "model.n_output_distillation is 2; expected 1 or 4"),
-    (["model.img_temporal_dim_size=2"], "model.img_temporal_dim_size is 2; expected 1"),
-    (["loss.weight_distance_loss=true"], "loss.weight_distance_loss and offset_context_loss weigh the loss of context"),
-    ([*DENSE, "loss.offset_context_loss=true"], "loss.offset_context_loss is about distances"),
-    ([*DENSE, "loss.lambda_warmup=[5, 5]"], "loss.lambda_warmup is [5, 5]; expected two steps"),
-    (["img_mask=[{}]"], "img_mask is set but img_data is not"),
-    ([*DENSE, "img_data.datasets=[a]"], "set model.img_temporal_dim_size to 1"),
-    ([*IMAGES, "img_data.batch_size=3"], "img_data.batch_size 3 times rank_ratio 0.25 is 0.75 images"),
-    ([*IMAGES, "img_data.rank_ratoi=0.5"], "did you mean img_data.rank_ratio?"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss.predict_all=true"], "set model.n_output_distillation to 4 as well"),
+        ([*DENSE, "model.return_all_tokens=false"], "model.return_all_tokens is false but loss.predict_all is true"),
+        (["model.modality_embedding=true"], "model.modality_embedding tells videos from images"),
+        (["model.teacher_embed_dim=1664"], "model.teacher_embed_dim is of V-JEPA 2.1"),
+        (["model.n_output_distillation=2"], "model.n_output_distillation is 2; expected 1 or 4"),
+        (["model.img_temporal_dim_size=2"], "model.img_temporal_dim_size is 2; expected 1"),
+        (
+            ["loss.weight_distance_loss=true"],
+            "loss.weight_distance_loss and offset_context_loss weigh the loss of context",
+        ),
+        ([*DENSE, "loss.offset_context_loss=true"], "loss.offset_context_loss is about distances"),
+        ([*DENSE, "loss.lambda_warmup=[5, 5]"], "loss.lambda_warmup is [5, 5]; expected two steps"),
+        (["img_mask=[{}]"], "img_mask is set but img_data is not"),
+        ([*DENSE, "img_data.datasets=[a]"], "set model.img_temporal_dim_size to 1"),
+        ([*IMAGES, "img_data.batch_size=3"], "img_data.batch_size 3 times rank_ratio 0.25 is 0.75 images"),
+        ([*IMAGES, "img_data.rank_ratoi=0.5"], "did you mean img_data.rank_ratio?"),
+    ],
+)
 def test_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("demo", overrides)

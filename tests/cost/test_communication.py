@@ -67,8 +67,9 @@ def test_slower_links_expose_more(large: tuple[Config, Prediction]) -> None:
         alone = exchange(way, cfg, prediction, Cluster.of("h100", 1, 1, "ib400"))
         assert alone.sent == alone.saved == alone.exposed_backward == alone.exposed_forward == 0
         assert alone.efficiency == pytest.approx(1)
-        found = [exchange(way, cfg, prediction, Cluster.of("h100", 8, 8, link))
-                 for link in ("ib400", "eth100", "eth25")]
+        found = [
+            exchange(way, cfg, prediction, Cluster.of("h100", 8, 8, link)) for link in ("ib400", "eth100", "eth25")
+        ]
         assert found[0].efficiency > found[1].efficiency > found[2].efficiency
         assert all(x.exposed_backward + x.exposed_forward <= x.busy for x in found)
     # A fourth of the backward is left to hide behind.
@@ -76,7 +77,8 @@ def test_slower_links_expose_more(large: tuple[Config, Prediction]) -> None:
     parts.optimization.grad_accumulation = 4
     slow = Cluster.of("h100", 8, 8, "eth100")
     assert exchange("ddp", parts, prediction, slow).exposed_backward > (
-        exchange("ddp", cfg, prediction, slow).exposed_backward)
+        exchange("ddp", cfg, prediction, slow).exposed_backward
+    )
 
 
 def plan(*args: str) -> tuple[str, str]:
@@ -91,11 +93,14 @@ def test_command() -> None:
         assert re.search(rf"^{name} .* [\d.]+ %$", text, re.M), name
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (("--nodes", "2", "--link", "ib4000"), "--link is 'ib4000'; known are nvlink, ib400, eth100, eth25"),
-    (("--nodes", "2", "--link", "0x25"), "--link is '0x25'"),
-    (("--nodes", "2", "--gpus", "16"), "--gpus is --nodes times --gpus-per-node; leave it out"),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--nodes", "2", "--link", "ib4000"), "--link is 'ib4000'; known are nvlink, ib400, eth100, eth25"),
+        (("--nodes", "2", "--link", "0x25"), "--link is '0x25'"),
+        (("--nodes", "2", "--gpus", "16"), "--gpus is --nodes times --gpus-per-node; leave it out"),
+    ],
+)
 def test_mistakes(args: tuple[str, ...], said: str) -> None:
     assert said in plan(*args)[1]
 

@@ -18,19 +18,35 @@ from vjepa_fast.masking.batch import MaskBatch
 
 
 def config(**model: Any) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 3, "pred_depth": 3,
-                  "pred_embed_dim": 32, "pred_num_heads": 2, **model},
-        "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [8], "batch_size": 3},
-        "loss": {"predict_all": model.get("return_all_tokens", False)},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 48,
+                "depth": 2,
+                "num_heads": 3,
+                "pred_depth": 3,
+                "pred_embed_dim": 32,
+                "pred_num_heads": 2,
+                **model,
+            },
+            "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [8], "batch_size": 3},
+            "loss": {"predict_all": model.get("return_all_tokens", False)},
+        }
+    )
 
 
-@pytest.mark.parametrize("model", [
-    {}, {"use_silu": True}, {"use_silu": True, "use_pred_silu": True, "wide_silu": False},
-    {"use_rope": False, "mlp_ratio": 48 / 11}, {"depth": 4, "n_output_distillation": 4, "return_all_tokens": True},
-    {"depth": 4, "n_output_distillation": 1},
-])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"use_silu": True},
+        {"use_silu": True, "use_pred_silu": True, "wide_silu": False},
+        {"use_rope": False, "mlp_ratio": 48 / 11},
+        {"depth": 4, "n_output_distillation": 4, "return_all_tokens": True},
+        {"depth": 4, "n_output_distillation": 1},
+    ],
+)
 def test_equals_what_torch_counts(model: dict[str, Any]) -> None:
     cfg = config(**model)
     masks = vf.MaskSampler(cfg.mask, (4, 4, 4), seed=1)(0, np.arange(3))

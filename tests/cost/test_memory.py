@@ -26,8 +26,10 @@ from vjepa_fast.train.step import TrainStep
 SMALL = {"depth": 3, "pred_depth": 3}
 
 
-@pytest.mark.parametrize(("dtype", "checkpointing", "num_micro"), [
-    ("float32", "none", 1), ("bfloat16", "selective", 1), ("float32", "full", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing", "num_micro"),
+    [("float32", "none", 1), ("bfloat16", "selective", 1), ("float32", "full", 2)],
+)
 def test_what_the_allocator_counts(dtype: str, checkpointing: str, num_micro: int) -> None:
     cfg = config("vit_tiny", 64, 4, dtype, checkpointing, num_micro, **SMALL)
     assert predict(cfg, 2).peak == pytest.approx(measure(cfg, 2), rel=0.1)
@@ -46,8 +48,10 @@ def traced(cfg: Config, masks: Sequence[MaskBatch]) -> int:
         with LiveBytes() as live:
             for parameter in model.parameters():
                 live.see(parameter)
-            clips = [torch.empty((b.batch_size, num_frames, *cfg.data.crop_size, 3), dtype=torch.uint8)
-                     for b, num_frames in zip(masks, frames, strict=False)]
+            clips = [
+                torch.empty((b.batch_size, num_frames, *cfg.data.crop_size, 3), dtype=torch.uint8)
+                for b, num_frames in zip(masks, frames, strict=False)
+            ]
             result = step(0, clips, masks)
             live.most = 0
             result = step(1, clips, masks)
@@ -58,15 +62,22 @@ def traced(cfg: Config, masks: Sequence[MaskBatch]) -> int:
 DENSE = {"n_output_distillation": 4, "img_temporal_dim_size": 1, "modality_embedding": True, "interpolate_rope": True}
 
 
-@pytest.mark.parametrize(("changes", "dtype", "checkpointing", "num_micro"), [
-    ({"use_silu": True, "use_pred_silu": True}, "bfloat16", "none", 1), ({}, "float32", "selective", 1),
-    ({}, "bfloat16", "full", 2), (DENSE, "bfloat16", "none", 1)])
+@pytest.mark.parametrize(
+    ("changes", "dtype", "checkpointing", "num_micro"),
+    [
+        ({"use_silu": True, "use_pred_silu": True}, "bfloat16", "none", 1),
+        ({}, "float32", "selective", 1),
+        ({}, "bfloat16", "full", 2),
+        (DENSE, "bfloat16", "none", 1),
+    ],
+)
 def test_tensors_on_our_kernels(changes: dict[str, Any], dtype: str, checkpointing: str, num_micro: int) -> None:
     cfg = config("vit_tiny", 64, 8, dtype, checkpointing, num_micro, depth=4, pred_depth=2, **changes)
     if changes is DENSE:
         raw = cfg.model_dump(exclude={"model": {"return_all_tokens"}})
-        cfg = Config.model_validate(raw | {
-            "loss": {"predict_all": True}, "img_data": {"batch_size": 16, "rank_ratio": 0.25}})
+        cfg = Config.model_validate(
+            raw | {"loss": {"predict_all": True}, "img_data": {"batch_size": 16, "rank_ratio": 0.25}}
+        )
     [masks] = draw_masks(cfg, 8, 1)
     loads = Loads.of([masks], image_groups(cfg))
     # Nothing is read ahead here.
@@ -106,9 +117,14 @@ def test_advice() -> None:
     adviser = Adviser(cfg, draw_masks(cfg, 24, 2), num_processes=2)
     now = adviser.peak(cfg)
     single = {change.settings[0]: change.peak for change in adviser.single()}
-    assert list(single) == ["train.dtype=bfloat16", "train.shard_optimizer=true", "train.parallel=fsdp",
-                            "model.activation_checkpointing=selective", "model.activation_checkpointing=full",
-                            "optimization.grad_accumulation=2"]
+    assert list(single) == [
+        "train.dtype=bfloat16",
+        "train.shard_optimizer=true",
+        "train.parallel=fsdp",
+        "model.activation_checkpointing=selective",
+        "model.activation_checkpointing=full",
+        "optimization.grad_accumulation=2",
+    ]
     assert max(single.values()) < now
     [*_, micro] = adviser.what_fits(single["optimization.grad_accumulation=2"] * 0.9)
     assert micro.settings == ("optimization.grad_accumulation=4",)
@@ -118,14 +134,16 @@ def test_advice() -> None:
     assert adviser.what_fits(1.0) == []
 
 
-@pytest.mark.parametrize(("changes", "card", "num_micro"), [
-    (["model.model_name=vit_base"], "rtx4080", 2), ([], "rtx4090", 4)])
+@pytest.mark.parametrize(
+    ("changes", "card", "num_micro"), [(["model.model_name=vit_base"], "rtx4080", 2), ([], "rtx4090", 4)]
+)
 def test_flags_for_small_cards(changes: list[str], card: str, num_micro: int) -> None:
     """As docs/small_cards.md has them: without micro-batches it does not fit."""
     limit = FITS * GPUS[card].memory_bytes
     for count, fits in ((1, False), (num_micro, True)):
-        cfg = load_recipe("vitl16-256", [
-            *changes, "model.activation_checkpointing=none", f"optimization.grad_accumulation={count}"])
+        cfg = load_recipe(
+            "vitl16-256", [*changes, "model.activation_checkpointing=none", f"optimization.grad_accumulation={count}"]
+        )
         assert (peak_memory(cfg, draw_masks(cfg, 24, 20)).peak <= limit) == fits
 
 

@@ -63,10 +63,16 @@ def test_bytes_and_launches_against_what_is_dispatched() -> None:
     counted = count_step(cfg, [masks], kernels=True)
     operations = step_operations(cfg, Loads.of([[masks]]))
     tokens, width, depth = {"target encoder": 24 * 2048, "context encoder": 24 * 636}, 1024, 24
-    for part, rel in (("target encoder", 0.02), ("context encoder", 0.02), ("loss", 0.1), (backward_of("loss"), 0.02),
-                      ("optimizer", 0.1)):
-        modelled = sum(op.num_bytes for op in operations
-                       if op.part == part and op.kind == "memory" and op.name != "rope")
+    for part, rel in (
+        ("target encoder", 0.02),
+        ("context encoder", 0.02),
+        ("loss", 0.1),
+        (backward_of("loss"), 0.02),
+        ("optimizer", 0.1),
+    ):
+        modelled = sum(
+            op.num_bytes for op in operations if op.part == part and op.kind == "memory" and op.name != "rope"
+        )
         modelled += depth * 6 * 2 * width * tokens.get(part, 0)
         modelled += depth * 2 * 2 * width * tokens[part] if part == "context encoder" else 0
         assert modelled == pytest.approx(counted[part].elementwise_bytes, rel=rel), part
@@ -78,8 +84,12 @@ def test_bytes_and_launches_against_what_is_dispatched() -> None:
 
 
 def test_micro_batches_cost_launches_and_sums() -> None:
-    whole, parts = (step_operations(load_recipe("vitl16-256", [f"optimization.grad_accumulation={count}"]),
-                                    Loads.of([[mean_masks()]])) for count in (1, 4))
+    whole, parts = (
+        step_operations(
+            load_recipe("vitl16-256", [f"optimization.grad_accumulation={count}"]), Loads.of([[mean_masks()]])
+        )
+        for count in (1, 4)
+    )
     assert sum(op.flops for op in parts) == pytest.approx(sum(op.flops for op in whole))
     assert sum(op.launches for op in parts) > 3.9 * sum(op.launches for op in whole if op.part != "optimizer")
     assert sum(op.num_bytes for op in parts) > sum(op.num_bytes for op in whole)
@@ -98,8 +108,9 @@ def test_a_part_takes_the_longer_of_kernels_and_launches() -> None:
     masks = TINY.masks(torch.device("cpu"))
     slow = replace(gpu_named("h200"), launch_s=1e-3)
     found = predict(TINY.config, slow, [[masks]], loader_clips_per_s=0.5)
-    assert [part.part for part in found.parts] == [name for name in ORDER if name != backward_of("target encoder")
-                                                   and name != backward_of("optimizer")]
+    assert [part.part for part in found.parts] == [
+        name for name in ORDER if name != backward_of("target encoder") and name != backward_of("optimizer")
+    ]
     for part in found.parts:
         assert part.total == pytest.approx(part.launches * 1e-3)
     assert found.total == TINY.batch_size / 0.5 > found.busy
@@ -127,8 +138,9 @@ def test_parameters() -> None:
     assert found.encoder == pytest.approx(303.9e6, rel=1e-3) and found.target == found.encoder
     net = VJEPA(TINY.config.model)
     tiny = count_parameters(TINY.config.model)
-    assert tiny.trained == sum(p.numel() for p in (*net.encoder.parameters(), *net.predictor.parameters())
-                               if p.requires_grad)
+    assert tiny.trained == sum(
+        p.numel() for p in (*net.encoder.parameters(), *net.predictor.parameters()) if p.requires_grad
+    )
 
 
 def test_attention_rates() -> None:
@@ -145,9 +157,13 @@ def test_attention_rates() -> None:
 
 
 def test_measured_rates_replace_assumed_ones() -> None:
-    gpu = with_measured(gpu_named("H200"), {
-        "floors": {"result": {"limits": {"bytes_per_s": 4.0e12, "flops_per_s": 700e12, "dtype": "bfloat16"}}},
-        "rates": {"launch_s": 4e-6, "attention": [{"head_dim": 32, "phase": "forward", "flops_per_s": 2e14}]}})
+    gpu = with_measured(
+        gpu_named("H200"),
+        {
+            "floors": {"result": {"limits": {"bytes_per_s": 4.0e12, "flops_per_s": 700e12, "dtype": "bfloat16"}}},
+            "rates": {"launch_s": 4e-6, "attention": [{"head_dim": 32, "phase": "forward", "flops_per_s": 2e14}]},
+        },
+    )
     assert math.isclose(gpu.matmul_rate(1024), 700e12) and math.isclose(gpu.memory_rate(), 4.0e12)
     assert gpu.attention_rate(32, 2048, "forward") == 2e14
     assert gpu.attention_rate(32, 2048, "backward") == GPUS["h200"].attention_rate(32, 2048, "backward")
@@ -159,10 +175,16 @@ def test_measured_rates_replace_assumed_ones() -> None:
 
 
 def test_names_of_devices() -> None:
-    known = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie",
-             "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb",
-             "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L4": "l4",
-             "NVIDIA L40S": "l40s"}
+    known = {
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "NVIDIA A100-SXM4-40GB": "a100-40gb",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA L4": "l4",
+        "NVIDIA L40S": "l40s",
+    }
     for text, name in known.items():
         found = gpu_of_device(text)
         assert found is not None and found.name == name, text
@@ -171,8 +193,10 @@ def test_names_of_devices() -> None:
 
 def test_check_of_a_profile() -> None:
     """A profile that was made up: one part is off, one was not foreseen."""
-    rows = compare({"target encoder": 70.0, "predictor": 16.0, "optimizer": 3.0},
-                   {"optimizer": 3.1, "target encoder": 84.0, "predictor": 16.0, "other": 2.0})
+    rows = compare(
+        {"target encoder": 70.0, "predictor": 16.0, "optimizer": 3.0},
+        {"optimizer": 3.1, "target encoder": 84.0, "predictor": 16.0, "other": 2.0},
+    )
     assert [row.part for row in rows] == ["target encoder", "predictor", "optimizer", "other", "step"]
     assert rows[0].ratio == pytest.approx(1.2)
     assert rows[-1].predicted == 89.0 and rows[-1].measured == pytest.approx(105.1)

@@ -24,13 +24,26 @@ def _build_sanitized(operators: str, emulated: str, folder: Path) -> None:
 
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", *_SANITIZE]
-    subprocess.run([
-        compiler, *flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY",
-        *(word for path in include_paths() for word in ("-isystem", path)), str(ROOT / "csrc" / operators), "-o",
-        str(folder / "operators.so"), *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10",
-    ], check=True)
-    subprocess.run([compiler, *flags, str(ROOT / "tests/csrc" / emulated), "-o", str(folder / "emulated.so")],
-                   check=True)
+    subprocess.run(
+        [
+            compiler,
+            *flags,
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DTORCH_STABLE_ONLY",
+            *(word for path in include_paths() for word in ("-isystem", path)),
+            str(ROOT / "csrc" / operators),
+            "-o",
+            str(folder / "operators.so"),
+            *(f"-L{path}" for path in library_paths()),
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ],
+        check=True,
+    )
+    subprocess.run(
+        [compiler, *flags, str(ROOT / "tests/csrc" / emulated), "-o", str(folder / "emulated.so")], check=True
+    )
 
 
 def run_sanitized(script: str, arguments: list[str], operators: str, emulated: str, **environment: str) -> int:
@@ -52,9 +65,14 @@ def run_sanitized(script: str, arguments: list[str], operators: str, emulated: s
     with tempfile.TemporaryDirectory() as folder:
         _build_sanitized(operators, emulated, Path(folder))
         variables = {
-            **os.environ, CHILD: folder, "VJEPA_FAST_EXT": "0", "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONPATH": str(ROOT),
-            "UBSAN_OPTIONS": "print_stacktrace=1", **environment,
+            **os.environ,
+            CHILD: folder,
+            "VJEPA_FAST_EXT": "0",
+            "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "PYTHONPATH": str(ROOT),
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            **environment,
         }
         return subprocess.run([sys.executable, script, *arguments], env=variables).returncode
 
@@ -70,7 +88,20 @@ def load_emulator(source: str, folder: Path) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     target = folder / Path(source).with_suffix(".so").name
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined",
-                    "-fno-sanitize-recover=all", "-static-libubsan", str(ROOT / "tests/csrc" / source),
-                    "-o", str(target)], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fsanitize=undefined",
+            "-fno-sanitize-recover=all",
+            "-static-libubsan",
+            str(ROOT / "tests/csrc" / source),
+            "-o",
+            str(target),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(target))

@@ -27,8 +27,26 @@ from building import CHILD, run_sanitized
 from torch import Tensor
 
 SLOWEST_S = 60
-EXTREMES = [-(2**63), -(2**32), -(2**31), -2, -1, 0, 1, 2, 13, 14, 255, 2**18, 2**24, 2**31 - 1, 2**31, 2**32, 2**62,
-            2**63 - 1]
+EXTREMES = [
+    -(2**63),
+    -(2**32),
+    -(2**31),
+    -2,
+    -1,
+    0,
+    1,
+    2,
+    13,
+    14,
+    255,
+    2**18,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**62,
+    2**63 - 1,
+]
 
 
 class Fuzzer:
@@ -53,9 +71,11 @@ class Fuzzer:
         pick = self.random
         strategy = pick.choice(STRATEGIES)
         keys: dict[str, Any] = {
-            "max_temporal_keep": pick.choice([1.0, 0.5, 0.01]), "max_keep": pick.choice([None, 1, 50]),
+            "max_temporal_keep": pick.choice([1.0, 0.5, 0.01]),
+            "max_keep": pick.choice([None, 1, 50]),
             "inv_block": pick.random() < 0.3,
-            **pick.choice([{}, {"full_complement": True}, {"pred_full_complement": True}])}
+            **pick.choice([{}, {"full_complement": True}, {"pred_full_complement": True}]),
+        }
         if strategy == "multiblock":
             for name, top in (("spatial_scale", 1.0), ("temporal_scale", 1.0), ("aspect_ratio", 255.0)):
                 low, high = sorted(top * pick.random() ** 3 + 1e-6 for _ in range(2))
@@ -68,21 +88,38 @@ class Fuzzer:
     def case(self) -> Any:
         """A batch that is in order."""
         pick = self.random
-        grid = pick.choice([
-            (1, 1, 1), (8, 16, 16), (64, 24, 24), (2, 64, 64), (1, 1, 2**18), (2**18, 1, 1), (1, 511, 513),
-            *[tuple(pick.randint(1, 20) for _ in range(3)) for _ in range(30)]])
+        grid = pick.choice(
+            [
+                (1, 1, 1),
+                (8, 16, 16),
+                (64, 24, 24),
+                (2, 64, 64),
+                (1, 1, 2**18),
+                (2**18, 1, 1),
+                (1, 511, 513),
+                *[tuple(pick.randint(1, 20) for _ in range(3)) for _ in range(30)],
+            ]
+        )
         specs = [self.spec() for _ in range(pick.randint(1, 4))]
         if grid[1] * grid[2] > 4096 or grid[0] > 256:
             from vjepa_fast.config.schema import MaskSpec
+
             specs = [MaskSpec(num_blocks=pick.choice([1, 4]), temporal_scale=(0.1, 0.5)), MaskSpec(strategy="future")]
         first = pick.choice([0, 7, 2**40, 2**63 - 70])
         ids = [first + i for i in pick.sample(range(60), pick.randint(0, 6))]
         group_size = pick.choice([-1, 0, 1, 3, 8, 2**63 - 1])
         members = sorted({*ids, *(first + i for i in pick.sample(range(60), pick.randint(0, 4)))})
         pick.shuffle(members)
-        return self.mask_cases.Case(tuple(specs), grid, tuple(ids), tuple(members), group_size,
-                                 seed=pick.getrandbits(64), step=pick.choice([0, 5, 2**31, 2**32 - 1]),
-                                 group=pick.randint(0, 15))
+        return self.mask_cases.Case(
+            tuple(specs),
+            grid,
+            tuple(ids),
+            tuple(members),
+            group_size,
+            seed=pick.getrandbits(64),
+            step=pick.choice([0, 5, 2**31, 2**32 - 1]),
+            group=pick.randint(0, 15),
+        )
 
     def broken_tensor(self, tensor: Tensor) -> Tensor:
         pick = self.random
@@ -90,14 +127,19 @@ class Fuzzer:
             return tensor  # broken before
         shape = [pick.choice([0, 1, 2, 5]) for _ in range(pick.randint(0, 4))]
         strided = {1: lambda: tensor.repeat(2)[::2], 2: lambda: tensor.flip(0)[:, ::2]}
-        return pick.choice([
-            lambda: tensor.float(), lambda: tensor.to(torch.int8), lambda: tensor.reshape(1, -1),
-            lambda: torch.full_like(tensor, pick.choice([-(2**31), -1, 0, 1, 144, 2**31 - 1])),
-            lambda: torch.zeros(shape, dtype=tensor.dtype),
-            strided.get(tensor.ndim, lambda: tensor),
-            lambda: torch.cat([tensor.flatten(), tensor.flatten()[:1]]), lambda: tensor.flatten()[:0],
-            lambda: tensor.new_zeros(()).expand(tensor.shape),
-        ])()
+        return pick.choice(
+            [
+                lambda: tensor.float(),
+                lambda: tensor.to(torch.int8),
+                lambda: tensor.reshape(1, -1),
+                lambda: torch.full_like(tensor, pick.choice([-(2**31), -1, 0, 1, 144, 2**31 - 1])),
+                lambda: torch.zeros(shape, dtype=tensor.dtype),
+                strided.get(tensor.ndim, lambda: tensor),
+                lambda: torch.cat([tensor.flatten(), tensor.flatten()[:1]]),
+                lambda: tensor.flatten()[:0],
+                lambda: tensor.new_zeros(()).expand(tensor.shape),
+            ]
+        )()
 
     def broken(self, arguments: list[Any]) -> list[Any]:
         """Some arguments replaced by others that may be out of order."""

@@ -23,8 +23,29 @@ from building import CHILD, run_sanitized
 from torch import Tensor
 
 # Sides to 2**15 are in order and would only fill the memory.
-EXTREMES = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 10, 14, 15, 60, 2**15 + 1, 2**31 - 1, 2**31, 2**62,
-            2**63 - 1]
+EXTREMES = [
+    -(2**63),
+    -(2**31),
+    -2,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    10,
+    14,
+    15,
+    60,
+    2**15 + 1,
+    2**31 - 1,
+    2**31,
+    2**62,
+    2**63 - 1,
+]
 
 
 def random_case(pick: random.Random) -> Any:
@@ -37,9 +58,16 @@ def random_case(pick: random.Random) -> Any:
     return Case(
         (pick.randint(0, 6), height, width),
         (pick.randint(0, height - box_height), pick.randint(0, width - box_width), box_height, box_width),
-        (pick.randint(1, largest), pick.randint(1, largest)), pick.random() < 0.5, pick.choice([8, 8, 9, 10, 14]),
-        (pick.randint(1, 4), pick.randint(1, 4), pick.randint(0, 8), pick.randint(0, 8)), pick.choice(MATRICES),
-        pick.random() < 0.5, pick.choice(LAYOUTS), pick.getrandbits(16), pick.random() < 0.5)
+        (pick.randint(1, largest), pick.randint(1, largest)),
+        pick.random() < 0.5,
+        pick.choice([8, 8, 9, 10, 14]),
+        (pick.randint(1, 4), pick.randint(1, 4), pick.randint(0, 8), pick.randint(0, 8)),
+        pick.choice(MATRICES),
+        pick.random() < 0.5,
+        pick.choice(LAYOUTS),
+        pick.getrandbits(16),
+        pick.random() < 0.5,
+    )
 
 
 def broken(pick: random.Random, arguments: list[Any]) -> list[Any]:

@@ -21,9 +21,20 @@ def picture(number: int, height: int, width: int) -> np.ndarray:
     return (np.stack(planes, axis=-1) + noise).astype(np.uint8)
 
 
-def write_video(path: Path, codec: str = "libx264", *, num_frames: int = 40, height: int = 48, width: int = 64,
-                fps: int = 24, pix_fmt: str = "yuv420p", pts: list[int] | None = None, audio: bool = False,
-                container_options: dict[str, str] | None = None, **options: str) -> Path:
+def write_video(
+    path: Path,
+    codec: str = "libx264",
+    *,
+    num_frames: int = 40,
+    height: int = 48,
+    width: int = 64,
+    fps: int = 24,
+    pix_fmt: str = "yuv420p",
+    pts: list[int] | None = None,
+    audio: bool = False,
+    container_options: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
     """A video file in which every frame is different; `pts` in units of 1/1000 s."""
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream: Any = container.add_stream(codec, rate=fps, options=options)

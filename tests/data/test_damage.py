@@ -40,11 +40,17 @@ def says_something(path: Path) -> bool:
     return count < 0
 
 
-@pytest.mark.parametrize(("codec", "options", "num_bits"), [
-    ("libx264", {"preset": "ultrafast", "g": "8"}, 1), ("libx264", {"g": "8", "bf": "2"}, 4),
-    ("libx265", {"g": "8"}, 4)])
-def test_every_word_of_the_decoder_is_listed(write_video: Callable[..., Path], tmp_path: Path, codec: str,
-                                             options: dict[str, str], num_bits: int) -> None:
+@pytest.mark.parametrize(
+    ("codec", "options", "num_bits"),
+    [
+        ("libx264", {"preset": "ultrafast", "g": "8"}, 1),
+        ("libx264", {"g": "8", "bf": "2"}, 4),
+        ("libx265", {"g": "8"}, 4),
+    ],
+)
+def test_every_word_of_the_decoder_is_listed(
+    write_video: Callable[..., Path], tmp_path: Path, codec: str, options: dict[str, str], num_bits: int
+) -> None:
     if codec == "libx265":
         options = {**options, "x265-params": "log-level=none"}
     good = write_video(tmp_path / "good.mp4", codec, num_frames=NUM_FRAMES, **options)
@@ -64,8 +70,16 @@ def test_every_word_of_the_decoder_is_listed(write_video: Callable[..., Path], t
         lines.append(f"{good} {NUM_FILES + number}\n")
     (tmp_path / "list.csv").write_text("".join(lines))
     # A clip of all frames: what lies in those that are not wanted is not looked at.
-    cfg = DataConfig(datasets=[str(tmp_path / "list.csv")], batch_size=NUM_FILES, dataset_fpcs=[NUM_FRAMES],
-                     frame_step=1, crop_size=32, num_workers=0, cache_dir=tmp_path / "cache", max_broken=1.0)
+    cfg = DataConfig(
+        datasets=[str(tmp_path / "list.csv")],
+        batch_size=NUM_FILES,
+        dataset_fpcs=[NUM_FRAMES],
+        frame_step=1,
+        crop_size=32,
+        num_workers=0,
+        cache_dir=tmp_path / "cache",
+        max_broken=1.0,
+    )
     labels: list[Any] = []
     with build_loader(cfg, num_steps=2) as loader:
         for batch in loader:

@@ -116,21 +116,22 @@ def test_world_size_changes_nothing(config: Callable[..., DataConfig]) -> None:
     assert parts[0].labels[0] + parts[1].labels[0] == reference.labels[0]
 
 
-def test_mixed_frames_per_clip_and_images(config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path,
-                                          ) -> None:
+def test_mixed_frames_per_clip_and_images(
+    config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3):
         Image.new("RGB", (50, 40), (number * 80, 10, 200)).save(tmp_path / "images" / f"{number}.png")
     csv = str(video_folder / "list.csv")
-    cfg = config(datasets=[csv, str(tmp_path / "images"), csv], dataset_fpcs=[8, 2, 8], datasets_weights=[1, 1, 1],
-                 batch_size=12)
+    cfg = config(
+        datasets=[csv, str(tmp_path / "images"), csv], dataset_fpcs=[8, 2, 8], datasets_weights=[1, 1, 1], batch_size=12
+    )
     loader = build_loader(cfg, num_steps=2)
     assert loader.fpcs == [8, 2]
     for batch in collect(loader):
         assert batch.group_ids == [0, 1]
         assert [clip.shape[1] for clip in batch.clips] == [8, 2]
-        for group, clips, ids, labels in zip(
-                batch.group_ids, batch.clips, batch.sample_ids, batch.labels, strict=True):
+        for group, clips, ids, labels in zip(batch.group_ids, batch.clips, batch.sample_ids, batch.labels, strict=True):
             assert len(clips) == len(ids) == len(labels)
             assert loader.group_of(ids.numpy()).tolist() == [group] * len(ids)
             assert torch.all(ids[1:] > ids[:-1])
@@ -154,14 +155,23 @@ def spoil(folder: Path, video_folder: Path, num_good: int, bad: dict[str, bytes 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_broken_videos_are_replaced_within_their_dataset(
-        config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path, num_workers: int,
-        write_audio: Callable[[Path], Path]) -> None:
+    config: Callable[..., DataConfig],
+    video_folder: Path,
+    tmp_path: Path,
+    num_workers: int,
+    write_audio: Callable[[Path], Path],
+) -> None:
     whole = (video_folder / "0.mp4").read_bytes()
     sound = write_audio(tmp_path / "sound.mp4").read_bytes()
-    bad = {"empty.mp4": b"", "gone.mp4": None, "cut.mp4": whole[:len(whole) // 2], "sound.mp4": sound, "x.png": b"no"}
+    bad = {"empty.mp4": b"", "gone.mp4": None, "cut.mp4": whole[: len(whole) // 2], "sound.mp4": sound, "x.png": b"no"}
     name = spoil(tmp_path / "bad", video_folder, 3, bad)
-    cfg = config(datasets=[name, str(video_folder / "list.csv")], dataset_fpcs=[4, 8], max_broken=0.5,
-                 num_workers=num_workers, batch_size=8)
+    cfg = config(
+        datasets=[name, str(video_folder / "list.csv")],
+        dataset_fpcs=[4, 8],
+        max_broken=0.5,
+        num_workers=num_workers,
+        batch_size=8,
+    )
     loader = build_loader(cfg, num_steps=4)
     batches = collect(loader)
     for batch in batches:
@@ -174,8 +184,9 @@ def test_broken_videos_are_replaced_within_their_dataset(
     assert loader.num_tried == 16
 
 
-def test_too_many_broken_videos_stop_the_run(config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path,
-                                             ) -> None:
+def test_too_many_broken_videos_stop_the_run(
+    config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path
+) -> None:
     name = spoil(tmp_path / "bad", video_folder, 8, {f"{n}.mp4": b"" for n in range(2)})
     assert len(collect(build_loader(config(datasets=[name], max_broken=0.2), num_steps=8))) == 8
     with pytest.raises(UserError, match=r"max_broken=0.1 .*\n.*2 of the 10 videos tried|2 of the 10") as error:
@@ -185,7 +196,8 @@ def test_too_many_broken_videos_stop_the_run(config: Callable[..., DataConfig], 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_tenth_of_broken_videos_gets_through_and_a_third_does_not(
-        config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path, seed: int) -> None:
+    config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path, seed: int
+) -> None:
     good = [f"{video_folder}/{number % 8}.mp4 0\n" for number in range(180)]
     (tmp_path / "empty.mp4").touch()
     bad = [f"{tmp_path}/empty.mp4 99\n"]
@@ -205,20 +217,25 @@ def test_a_tenth_of_broken_videos_gets_through_and_a_third_does_not(
 
 
 def fail_in_training_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostFinisher, "wait", lambda self, started: Finished(
-        started[0], [(position, "no") for position in range(len(started[0]))]))
+    monkeypatch.setattr(
+        HostFinisher,
+        "wait",
+        lambda self, started: Finished(started[0], [(position, "no") for position in range(len(started[0]))]),
+    )
 
 
 def test_clips_that_fail_in_the_training_process_are_replaced_until_there_are_none(
-        config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_in_training_process(monkeypatch)
     loader = build_loader(config(max_broken=1.0), num_steps=1)
     with pytest.raises(UserError, match="no usable video found .*8 of the 8 videos tried"):
         collect(loader)
 
 
-def test_replacement_that_comes_back_is_no_endless_loop(config: Callable[..., DataConfig],
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacement_that_comes_back_is_no_endless_loop(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_in_training_process(monkeypatch)
     find = ClipReader.find
     monkeypatch.setattr(ClipReader, "find", lambda self, *arguments, after=None: find(self, *arguments))
@@ -227,8 +244,9 @@ def test_replacement_that_comes_back_is_no_endless_loop(config: Callable[..., Da
 
 
 @pytest.mark.parametrize("max_broken", [0.1, 1.0])
-def test_all_videos_broken_is_an_error_at_once(config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path,
-                                               max_broken: float) -> None:
+def test_all_videos_broken_is_an_error_at_once(
+    config: Callable[..., DataConfig], video_folder: Path, tmp_path: Path, max_broken: float
+) -> None:
     name = spoil(tmp_path / "bad", video_folder, 0, {f"{number}.mp4": b"" for number in range(300)})
     start = time.monotonic()
     with pytest.raises(UserError, match="no usable video found in dataset") as error:
@@ -279,9 +297,14 @@ def test_killed_parent_leaves_no_orphans_and_scripts_need_no_main_guard(video_fo
         "from vjepa_fast.data.loader import build_loader\n"
         f"cfg = DataConfig(datasets=[{str(video_folder / 'list.csv')!r}], batch_size=2, dataset_fpcs=[4], crop_size=32,"
         f" num_workers=2, cache_dir={str(tmp_path)!r})\n"
-        "loader = build_loader(cfg)\nnext(iter(loader))\nprint(*loader.worker_pids(), flush=True)\ntime.sleep(60)\n")
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(Path(vjepa_fast.__file__).parents[1])})
+        "loader = build_loader(cfg)\nnext(iter(loader))\nprint(*loader.worker_pids(), flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(vjepa_fast.__file__).parents[1])},
+    )
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(map(is_running, pids))
@@ -296,7 +319,12 @@ def test_killed_parent_leaves_no_orphans_and_scripts_need_no_main_guard(video_fo
 def test_number_of_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for cores, local, expected_cpu, expected_cuda in [
-            (1, 1, 0, 1), (2, 1, 1, 1), (16, 4, 3, 3), (4, 8, 0, 1), (200, 1, 32, 32)]:
+        (1, 1, 0, 1),
+        (2, 1, 1, 1),
+        (16, 4, 3, 3),
+        (4, 8, 0, 1),
+        (200, 1, 32, 32),
+    ]:
         monkeypatch.setattr(workers, "available_cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
         assert workers.auto_num_workers(cpu) == expected_cpu
@@ -306,14 +334,16 @@ def test_number_of_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 def test_clips_arrive_on_the_gpu(config: Callable[..., DataConfig]) -> None:
     reference = collect(build_loader(config(), num_steps=2))
-    for batch, expected in zip(collect(build_loader(config(num_workers=1), device="cuda", num_steps=2)), reference,
-                               strict=True):
+    for batch, expected in zip(
+        collect(build_loader(config(num_workers=1), device="cuda", num_steps=2)), reference, strict=True
+    ):
         assert batch.clips[0].is_cuda and batch.clips[0].dtype == torch.uint8
         assert torch.equal(batch.clips[0].cpu(), expected.clips[0])
 
 
-def test_gpu_without_a_number_is_the_callers(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                             ) -> None:
+def test_gpu_without_a_number_is_the_callers(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads that read ahead have a current device of their own."""
     asked = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)

@@ -22,14 +22,26 @@ def write(path: Path, text: str) -> str:
 
 def test_csv_forms(tmp_path: Path) -> None:
     (tmp_path / "odd name").write_text("")
-    name = write(tmp_path / "list.csv", (
-        "/v/a.mp4 3\n\n/v/b.mp4\n/v/c.mp4::a dog runs\n\"/v/long name.mp4\" 7\n\"/v/a \"\"b\"\".mp4\" cat\n"
-        "/v/long name.mp4 -2\n/v/long name.mp4\n/v/d.mp4 dog\n" + f"{tmp_path}/odd name\n" + "/v/\u00e9.mp4  4\r\n"))
+    name = write(
+        tmp_path / "list.csv",
+        (
+            '/v/a.mp4 3\n\n/v/b.mp4\n/v/c.mp4::a dog runs\n"/v/long name.mp4" 7\n"/v/a ""b"".mp4" cat\n'
+            "/v/long name.mp4 -2\n/v/long name.mp4\n/v/d.mp4 dog\n" + f"{tmp_path}/odd name\n" + "/v/\u00e9.mp4  4\r\n"
+        ),
+    )
     paths, labels = read_manifest(name)
     assert list(zip(paths, labels, strict=True)) == [
-        ("/v/a.mp4", 3), ("/v/b.mp4", 0), ("/v/c.mp4", "a dog runs"), ("/v/long name.mp4", 7),
-        ("/v/a \"b\".mp4", "cat"), ("/v/long name.mp4", -2), ("/v/long name.mp4", 0), ("/v/d.mp4", "dog"),
-        (f"{tmp_path}/odd name", 0), ("/v/\u00e9.mp4", 4)]
+        ("/v/a.mp4", 3),
+        ("/v/b.mp4", 0),
+        ("/v/c.mp4", "a dog runs"),
+        ("/v/long name.mp4", 7),
+        ('/v/a "b".mp4', "cat"),
+        ("/v/long name.mp4", -2),
+        ("/v/long name.mp4", 0),
+        ("/v/d.mp4", "dog"),
+        (f"{tmp_path}/odd name", 0),
+        ("/v/\u00e9.mp4", 4),
+    ]
 
 
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +97,9 @@ def test_datasets_carry_their_settings(tmp_path: Path) -> None:
     names = [write(tmp_path / f"{number}.csv", f"/v/{number}.mp4 {number}\n") for number in range(2)]
     datasets = load_datasets(DataConfig(datasets=names, dataset_fpcs=[8, 16], datasets_weights=[1, 3]))
     assert [(d.name, list(d.paths), d.labels, d.fpc, d.weight) for d in datasets] == [
-        (names[0], ["/v/0.mp4"], [0], 8, 1.0), (names[1], ["/v/1.mp4"], [1], 16, 3.0)]
+        (names[0], ["/v/0.mp4"], [0], 8, 1.0),
+        (names[1], ["/v/1.mp4"], [1], 16, 3.0),
+    ]
 
 
 def test_path_list_behaves_like_a_list() -> None:

@@ -103,15 +103,26 @@ def test_close_does_not_wait_for_a_batch_that_never_comes() -> None:
 @pytest.fixture
 def config(video_folder: Path, tmp_path: Path) -> Callable[..., DataConfig]:
     def make(**changes: Any) -> DataConfig:
-        return DataConfig(**{"datasets": [str(video_folder / "list.csv")], "batch_size": 2, "dataset_fpcs": [4],
-                             "crop_size": 32, "fps": 8.0, "cache_dir": tmp_path, "num_workers": 1, **changes})
+        return DataConfig(
+            **{
+                "datasets": [str(video_folder / "list.csv")],
+                "batch_size": 2,
+                "dataset_fpcs": [4],
+                "crop_size": 32,
+                "fps": 8.0,
+                "cache_dir": tmp_path,
+                "num_workers": 1,
+                **changes,
+            }
+        )
 
     return make
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_thread_changes_nothing(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, num_workers: int,
-                                ) -> None:
+def test_thread_changes_nothing(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
     cfg = config(num_workers=num_workers)
     with build_loader(cfg, num_steps=4) as loader:
         expected = list(loader)
@@ -125,8 +136,9 @@ def test_thread_changes_nothing(config: Callable[..., DataConfig], monkeypatch: 
 
 
 @pytest.mark.parametrize("kind", [PlainPrefetcher, ThreadedPrefetcher])
-def test_interrupted_step_can_be_taken_again(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                             kind: Any) -> None:
+def test_interrupted_step_can_be_taken_again(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
     monkeypatch.setattr(loader_module, "PlainPrefetcher", kind)
     with build_loader(config(), num_steps=3) as loader:
         expected = list(loader)
@@ -153,8 +165,9 @@ def test_interrupted_step_can_be_taken_again(config: Callable[..., DataConfig], 
         assert batch.step == other.step and torch.equal(batch.clips[0], other.clips[0])
 
 
-def test_stuck_worker_is_named_with_its_file(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                             ) -> None:
+def test_stuck_worker_is_named_with_its_file(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = reader_module.open_source
 
     def slow(path: str, *rest: Any) -> Any:

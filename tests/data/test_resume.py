@@ -39,9 +39,11 @@ def part_of_run(cfg: DataConfig, world_size: int, state: dict[str, int], end: in
                 first = (batch.step * world_size + rank) * len(own)
                 assert sorted(own) == list(range(first, first + len(own)))
                 for group, ids, labels, pixels in zip(
-                        batch.group_ids, batch.sample_ids, batch.labels, batch.clips, strict=True):
-                    clips |= {i: (group, label, clip) for i, label, clip in
-                              zip(ids.tolist(), labels, pixels, strict=True)}
+                    batch.group_ids, batch.sample_ids, batch.labels, batch.clips, strict=True
+                ):
+                    clips |= {
+                        i: (group, label, clip) for i, label, clip in zip(ids.tolist(), labels, pixels, strict=True)
+                    }
             saved = loader.state_dict()
     return clips, saved
 
@@ -103,32 +105,64 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @settings(max_examples=25)
-@given(weights=st.sampled_from([None, [1.0, 2.0], [0.0, 1.0]]), fpcs=st.sampled_from([[4, 4], [4, 2]]),
-       shuffle=st.booleans(), clips_per_video=st.sampled_from([1, 2, 4]), seed=st.integers(0, 2**63 - 1),
-       lengths=st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(1, 6)),
-       worlds=st.permutations([1, 2, 4]))
-def test_any_step_and_any_order_of_world_sizes(manifests: list[str], weights: list[float] | None, fpcs: list[int],
-                                               shuffle: bool, clips_per_video: int, seed: int,
-                                               lengths: tuple[int, int, int], worlds: list[int]) -> None:
+@given(
+    weights=st.sampled_from([None, [1.0, 2.0], [0.0, 1.0]]),
+    fpcs=st.sampled_from([[4, 4], [4, 2]]),
+    shuffle=st.booleans(),
+    clips_per_video=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 2**63 - 1),
+    lengths=st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(1, 6)),
+    worlds=st.permutations([1, 2, 4]),
+)
+def test_any_step_and_any_order_of_world_sizes(
+    manifests: list[str],
+    weights: list[float] | None,
+    fpcs: list[int],
+    shuffle: bool,
+    clips_per_video: int,
+    seed: int,
+    lengths: tuple[int, int, int],
+    worlds: list[int],
+) -> None:
     cfg = DataConfig(
-        datasets=manifests, datasets_weights=weights, dataset_fpcs=fpcs, global_batch_size=GLOBAL_BATCH, fps=8.0,
-        crop_size=32, patch_size=16, shuffle=shuffle, clips_per_video=clips_per_video, seed=seed, max_broken=1.0)
+        datasets=manifests,
+        datasets_weights=weights,
+        dataset_fpcs=fpcs,
+        global_batch_size=GLOBAL_BATCH,
+        fps=8.0,
+        crop_size=32,
+        patch_size=16,
+        shuffle=shuffle,
+        clips_per_video=clips_per_video,
+        seed=seed,
+        max_broken=1.0,
+    )
     ends = [sum(lengths[:count]) for count in (1, 2, 3)]
     finisher = HostFinisher(torch.device("cpu"), False, 1)
-    with mock.patch.object(loader_module, "make_backend", lambda *_: (Preparer(), finisher)), \
-            mock.patch.object(reader_module, "open_source", lambda path, _: Source(path)):
+    with (
+        mock.patch.object(loader_module, "make_backend", lambda *_: (Preparer(), finisher)),
+        mock.patch.object(reader_module, "open_source", lambda path, _: Source(path)),
+    ):
         assert_goes_on(cfg, [(world, 0, end) for world, end in zip(worlds, ends, strict=True)])
 
 
 @pytest.mark.parametrize("parts", [[(1, 0, 3), (2, 1, 4), (4, 2, 6)], [(1, 2, 1), (2, 0, 3), (4, 1, 5)]])
-def test_pixels(video_folder: Path, tmp_path: Path, parts: list[tuple[int, int, int]],
-                write_video: Callable[..., Path]) -> None:
+def test_pixels(
+    video_folder: Path, tmp_path: Path, parts: list[tuple[int, int, int]], write_video: Callable[..., Path]
+) -> None:
     names = [video_folder / f"{number}.mp4" for number in range(8)]
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "a.csv").write_text("".join(f"{name} {i}\n" for i, name in enumerate([*names, tmp_path / "empty.mp4"])))
     write_video(tmp_path / "0.mkv", num_frames=30)
     (tmp_path / "b.csv").write_text(f"{tmp_path}/0.mkv 20\n{names[0]} 21\n")
     cfg = DataConfig(
-        datasets=[str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], datasets_weights=[3.0, 1.0], dataset_fpcs=[4, 2],
-        global_batch_size=GLOBAL_BATCH, fps=8.0, crop_size=32, cache_dir=tmp_path, max_broken=1.0)
+        datasets=[str(tmp_path / "a.csv"), str(tmp_path / "b.csv")],
+        datasets_weights=[3.0, 1.0],
+        dataset_fpcs=[4, 2],
+        global_batch_size=GLOBAL_BATCH,
+        fps=8.0,
+        crop_size=32,
+        cache_dir=tmp_path,
+        max_broken=1.0,
+    )
     assert_goes_on(cfg, parts)

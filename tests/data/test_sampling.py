@@ -49,7 +49,7 @@ def test_every_video_once_an_epoch(sizes: list[int], seed: int, epoch: int, shuf
 def test_epochs_and_seeds_differ() -> None:
     samples = np.arange(300)
     _, video = sampling.choose_videos(samples, [100], None, 0)
-    assert len({tuple(video[start:start + 100]) for start in (0, 100, 200)}) == 3
+    assert len({tuple(video[start : start + 100]) for start in (0, 100, 200)}) == 3
     assert not np.array_equal(video, sampling.choose_videos(samples, [100], None, 1)[1])
 
 
@@ -71,8 +71,9 @@ def test_weights_are_shares_of_the_clips() -> None:
 
 
 @given(st.integers(0, 2**50), st.integers(1, 300), SEEDS, st.data())
-def test_replacements_are_other_videos_without_repetition(sample: int, size: int, seed: int, data: st.DataObject,
-                                                          ) -> None:
+def test_replacements_are_other_videos_without_repetition(
+    sample: int, size: int, seed: int, data: st.DataObject
+) -> None:
     video = data.draw(st.integers(0, size - 1))
     others = list(sampling.replacements(sample, video, size, seed))
     assert len(others) == len(set(others)) == min(size - 1, sampling.MAX_REPLACEMENTS)

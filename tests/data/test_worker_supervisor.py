@@ -31,7 +31,7 @@ BROKEN = "a decoding process died"
 
 
 def test_more_processes_than_cores_are_no_news(
-    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder,
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     """The number is the config's; torch would print a warning of five lines each time the processes start."""
     monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1)
@@ -46,9 +46,19 @@ def config(video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(feed_module, "_POLL_SECONDS", 0.2)
 
     def make(**changes: Any) -> DataConfig:
-        return DataConfig(**{"datasets": [str(video_folder / "list.csv")], "batch_size": 2, "dataset_fpcs": [4],
-                             "crop_size": 32, "fps": 8.0, "cache_dir": tmp_path, "num_workers": 2, "prefetch": 1,
-                             **changes})
+        return DataConfig(
+            **{
+                "datasets": [str(video_folder / "list.csv")],
+                "batch_size": 2,
+                "dataset_fpcs": [4],
+                "crop_size": 32,
+                "fps": 8.0,
+                "cache_dir": tmp_path,
+                "num_workers": 2,
+                "prefetch": 1,
+                **changes,
+            }
+        )
 
     return make
 
@@ -71,8 +81,9 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bool]],
 
 
 @pytest.mark.parametrize("kind", [PlainPrefetcher, ThreadedPrefetcher])
-def test_killed_process_costs_no_clip(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, kind: Any,
-                                      ) -> None:
+def test_killed_process_costs_no_clip(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
     monkeypatch.setattr(loader_module, "PlainPrefetcher", kind)
     with build_loader(config(num_workers=0), num_steps=10) as loader:
         expected = list(loader)
@@ -130,8 +141,9 @@ def test_process_that_dies_while_it_asks_whether_to_end(config: Callable[..., Da
             list(loader)
 
 
-def test_deaths_that_lie_far_apart_are_put_up_with(config: Callable[..., DataConfig],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deaths_that_lie_far_apart_are_put_up_with(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feed_module, "_MAX_RESTARTS", 1)
     monkeypatch.setattr(feed_module, "_FORGET_AFTER", 3)
     never = threading.Event()
@@ -151,8 +163,9 @@ def test_deaths_that_lie_far_apart_are_put_up_with(config: Callable[..., DataCon
         feed.close()
 
 
-def test_error_of_a_living_process_is_passed_on(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                                ) -> None:
+def test_error_of_a_living_process_is_passed_on(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("a mistake in the program")
 
@@ -162,12 +175,21 @@ def test_error_of_a_living_process_is_passed_on(config: Callable[..., DataConfig
             next(iter(loader))
 
 
-@pytest.mark.parametrize(("error", "expected", "said"), [
-    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), UserError, "Cannot allocate memory.*lower data.num_workers"),
-    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), UserError, "Too many open files.*ulimit -n"),
-    (pickle.PicklingError("no way to pickle it"), pickle.PicklingError, "no way to pickle it")])
-def test_processes_that_cannot_be_started(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                          error: Exception, expected: type[Exception], said: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "expected", "said"),
+    [
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), UserError, "Cannot allocate memory.*lower data.num_workers"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), UserError, "Too many open files.*ulimit -n"),
+        (pickle.PicklingError("no way to pickle it"), pickle.PicklingError, "no way to pickle it"),
+    ],
+)
+def test_processes_that_cannot_be_started(
+    config: Callable[..., DataConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: type[Exception],
+    said: str,
+) -> None:
     """What went wrong is told, and those that did start end."""
     started: list[Any] = []
     process = start_context().Process
@@ -195,8 +217,9 @@ def test_processes_that_cannot_be_started(config: Callable[..., DataConfig], mon
         started[0].kill()
 
 
-def test_prefetcher_that_fails_leaves_no_process(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                                 ) -> None:
+def test_prefetcher_that_fails_leaves_no_process(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     feeds: list[Feed] = []
 
     def fail(take: Any, _: Any) -> Any:
@@ -229,8 +252,13 @@ def test_file_that_is_held_is_told_only_where_it_is_sure(config: Callable[..., D
         feed = Feed(loader._reader, 0, None, 0)
     sure, idle, impossible = [0.0, 3.0, 5.0], [0.0, 3.0, 0.0], [0.0, 8.0, 5.0]
     held = (loader._reader.datasets[0].paths[3], 5.0)
-    for entries, expected in [((sure, sure), held), ((sure, [0.0, 3.0, 6.0]), None), (([0.0, 2.0, 5.0], sure), None),
-                              ((idle, idle), None), ((impossible, impossible), None)]:
+    for entries, expected in [
+        ((sure, sure), held),
+        ((sure, [0.0, 3.0, 6.0]), None),
+        (([0.0, 2.0, 5.0], sure), None),
+        ((idle, idle), None),
+        ((impossible, impossible), None),
+    ]:
         feed._watch = Entries(*entries)
         assert feed._held(0) == expected
     feed._watch, feed._num_workers = Entries(impossible, impossible), 1

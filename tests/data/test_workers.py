@@ -70,8 +70,10 @@ def test_anything_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_signals_while_processes_start_are_handled_behind() -> None:
     seen: list[str] = []
-    before = {number: signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    before = {
+        number: signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    }
     own = signal.getsignal(signal.SIGCHLD)
     try:
         with workers.unobserved():

@@ -13,12 +13,23 @@ from vjepa_fast.models.jepa import VJEPA
 
 
 def config(dtype: str) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "pred_embed_dim": 16,
-                  "pred_depth": 1, "pred_num_heads": 2, "num_mask_tokens": 1},
-        "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 4},
-        "mask": {"group_size": 4}, "train": {"dtype": dtype},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 32,
+                "depth": 2,
+                "num_heads": 2,
+                "pred_embed_dim": 16,
+                "pred_depth": 1,
+                "pred_num_heads": 2,
+                "num_mask_tokens": 1,
+            },
+            "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 4},
+            "mask": {"group_size": 4},
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def gradients(dtype: str, clip_range: range, parallel: bool) -> dict[str, torch.Tensor]:

@@ -22,17 +22,27 @@ from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 
 STEPS = 20
-BASE = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20",
-        "train.checkpoint_format=meta")
+BASE = (
+    "optimization.clip_grad=0.05",
+    f"train.max_steps={STEPS}",
+    "train.checkpoint_every=20",
+    "train.checkpoint_format=meta",
+)
 BFLOAT16_STEPS = 6
-BFLOAT16 = (f"train.max_steps={BFLOAT16_STEPS}", "train.dtype=bfloat16", "model.activation_checkpointing=selective",
-            "model.drop_path_rate=0.2")
+BFLOAT16 = (
+    f"train.max_steps={BFLOAT16_STEPS}",
+    "train.dtype=bfloat16",
+    "model.activation_checkpointing=selective",
+    "model.drop_path_rate=0.2",
+)
 
 
 def configs(csv_path: Path, cache: Path) -> dict[str, Config]:
     return {
         f"{parallel}{kind}": tiny_config(csv_path, cache, *BASE, f"train.parallel={parallel}", *changes)
-        for parallel in ("ddp", "fsdp") for kind, changes in (("", ()), ("_bfloat16", BFLOAT16))}
+        for parallel in ("ddp", "fsdp")
+        for kind, changes in (("", ()), ("_bfloat16", BFLOAT16))
+    }
 
 
 class Recording(Trainer):
@@ -55,8 +65,10 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
         trainer = Recording(cfg, folder=folder / name)
         torch.save(trainer.fit_recorded(), folder / name / f"seen_r{rank}.pt")
         state = trainer.train_step.optimizer.state.values()
-        kept = [sum(local_of(p).numel() for p in trainer.model.parameters()),
-                sum(local_of(value).numel() for values in state for value in values.values() if value.ndim)]
+        kept = [
+            sum(local_of(p).numel() for p in trainer.model.parameters()),
+            sum(local_of(value).numel() for values in state for value in values.values() if value.ndim),
+        ]
         torch.save(kept, folder / name / f"kept_r{rank}.pt")
         # What a probe at the end of a run sees.
         if cfg.train.parallel == "fsdp":
@@ -103,8 +115,11 @@ def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def networks(path: Path) -> dict[str, torch.Tensor]:
     contents = torch.load(path, weights_only=True)
-    return {f"{network}.{key}": value for network in ("encoder", "predictor", "target_encoder")
-            for key, value in contents[network].items()}
+    return {
+        f"{network}.{key}": value
+        for network in ("encoder", "predictor", "target_encoder")
+        for key, value in contents[network].items()
+    }
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -163,12 +178,15 @@ def test_no_process_takes_a_step_that_is_bad_in_one(folder: Path) -> None:
         assert changed == [] and skipped == 1.0
 
 
-@pytest.mark.parametrize("changes, words", [
-    (("train.shard_optimizer=true",), "train.shard_optimizer is set"),
-    (("train.dtype=float16",), "train.dtype is float16"),
-    (("model.target_precision=float8",), "model.target_precision is float8"),
-    (("data.datasets=[a, b]", "data.dataset_fpcs=[4, 8]"), "clips of [4, 8] frames"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (("train.shard_optimizer=true",), "train.shard_optimizer is set"),
+        (("train.dtype=float16",), "train.dtype is float16"),
+        (("model.target_precision=float8",), "model.target_precision is float8"),
+        (("data.datasets=[a, b]", "data.dataset_fpcs=[4, 8]"), "clips of [4, 8] frames"),
+    ],
+)
 def test_refused(changes: tuple[str, ...], words: str, tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "list.csv", tmp_path, "train.parallel=fsdp", *changes)
     with pytest.raises(ConfigError, match=f"train.parallel is fsdp and .*{words.replace('[', '.')[:20]}"):

@@ -31,8 +31,12 @@ def variants(csv_path: Path, cache: Path) -> dict[str, Config]:
         "mixed_frames_truncated": (*mixed, "mask.group_size=4"),
         "accumulated": ("optimization.grad_accumulation=2",),
     }
-    return {name: tiny_config(csv_path, cache, f"train.max_steps={STEPS.get(name, SHORT)}", "train.checkpoint_every=50",
-                              *some) for name, some in changes.items()}
+    return {
+        name: tiny_config(
+            csv_path, cache, f"train.max_steps={STEPS.get(name, SHORT)}", "train.checkpoint_every=50", *some
+        )
+        for name, some in changes.items()
+    }
 
 
 def train_all(rank: int, configs: dict[str, Config], folder: Path) -> int:
@@ -74,9 +78,17 @@ def column(path: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-NAMES = {2: ["group_across_processes", "a_group_each", "no_truncation", "mixed_frames", "mixed_frames_truncated",
-             "accumulated"],
-         4: ["no_truncation", "mixed_frames", "mixed_frames_truncated"]}
+NAMES = {
+    2: [
+        "group_across_processes",
+        "a_group_each",
+        "no_truncation",
+        "mixed_frames",
+        "mixed_frames_truncated",
+        "accumulated",
+    ],
+    4: ["no_truncation", "mixed_frames", "mixed_frames_truncated"],
+}
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in NAMES.items() for name in names])
@@ -91,8 +103,14 @@ def test_same_losses(size: int, name: str, folders: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in NAMES.items() for name in names])
 def test_same_samples_and_masks(size: int, name: str, folders: dict[int, Path]) -> None:
-    one, many = (sorted(line for rank in range(count) for line in (
-        folders[count] / name / f"order_r{rank}").read_text().splitlines()) for count in (1, size))
+    one, many = (
+        sorted(
+            line
+            for rank in range(count)
+            for line in (folders[count] / name / f"order_r{rank}").read_text().splitlines()
+        )
+        for count in (1, size)
+    )
     assert len(one) == 4 * STEPS.get(name, SHORT)
     assert one == many
 

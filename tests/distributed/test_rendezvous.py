@@ -54,8 +54,13 @@ def test_host_that_does_not_answer(host: str) -> None:
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path / "list.csv", tmp_path)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="global_batch_size=4 is not a multiple of 3 .*another number of processes"):
         launch_run.run(cfg)

@@ -54,8 +54,18 @@ class Table:
 
     def train(self, out: Path, code: int = 0, patches: list[tuple] | None = None) -> Run:  # type: ignore[type-arg]
         """A run, or the rest of one."""
-        return self.runner.run("--config", self.config, "--out", out, "--resume", "--max-steps", STEPS, *self.settings,
-                               code=code, patches=patches)
+        return self.runner.run(
+            "--config",
+            self.config,
+            "--out",
+            out,
+            "--resume",
+            "--max-steps",
+            STEPS,
+            *self.settings,
+            code=code,
+            patches=patches,
+        )
 
     def row(self, what: str, said: str, run: Run, out: Path) -> None:
         """A line; the run has to have ended as the one that was left alone."""

@@ -114,8 +114,15 @@ class Runner:
         self.folder = folder
         self.count = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vjepa_fast.train.launch_run", "vjepa_fast.cli.main", "matplotlib.pyplot",
-                                             "tests.e2e.harness", "torch.utils.tensorboard"])
+        self.context.set_forkserver_preload(
+            [
+                "vjepa_fast.train.launch_run",
+                "vjepa_fast.cli.main",
+                "matplotlib.pyplot",
+                "tests.e2e.harness",
+                "torch.utils.tensorboard",
+            ]
+        )
 
     def start(self, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None) -> Run:
         """`vjepa-fast train ARGV` with functions run before it in its process."""
@@ -132,8 +139,11 @@ class Runner:
 
 
 def start_tasks(
-    runner: Runner, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None,
-    first_patches: list[tuple[Patch, tuple[Any, ...]]] | None = None, count: int = 2
+    runner: Runner,
+    *argv: object,
+    patches: list[tuple[Patch, tuple[Any, ...]]] | None = None,
+    first_patches: list[tuple[Patch, tuple[Any, ...]]] | None = None,
+    count: int = 2,
 ) -> list[Run]:
     """Processes with what srun sets for so many tasks; `patches` are run in all but the first."""
     with socket.socket() as free:
@@ -143,9 +153,14 @@ def start_tasks(
     for rank in range(count):
         own = (patches if rank else first_patches) or []
         variables = {
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(count),
-            "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": str(count),
-            "SLURM_JOB_ID": "7", "MASTER_PORT": str(port),
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_NUM_TASKS": str(count),
+            "SLURM_NODEID": "0",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_TASKS_PER_NODE": str(count),
+            "SLURM_JOB_ID": "7",
+            "MASTER_PORT": str(port),
         }
         runs.append(runner.start(*argv, patches=[(set_environment, (variables,)), *own]))
     return runs
@@ -287,9 +302,13 @@ def record_clips(folder: Path) -> None:
             for ids, masks in zip(batch.sample_ids, self._masks_of(batch), strict=True):
                 for place, sample in enumerate(ids.tolist()):
                     lists = [
-                        flat.split(lengths)[place + mask * len(ids)].tolist() for mask in range(masks.num_masks)
-                        for flat, lengths in ((masks.context_ids, masks.context_lengths),
-                                              (masks.target_ids, masks.target_lengths))]
+                        flat.split(lengths)[place + mask * len(ids)].tolist()
+                        for mask in range(masks.num_masks)
+                        for flat, lengths in (
+                            (masks.context_ids, masks.context_lengths),
+                            (masks.target_ids, masks.target_lengths),
+                        )
+                    ]
                     file.write(f"{batch.step} {sample} {lists}\n")
         return original(self, batch)
 

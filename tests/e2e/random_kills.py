@@ -113,16 +113,25 @@ class Campaign:
             if line.startswith("continuing "):
                 resumed = int(line.rsplit(" ", 1)[1])
         assert resumed >= done - self.limit, (
-            f"lost more than {self.limit} steps: step {done} was logged, {resumed} went on")
+            f"lost more than {self.limit} steps: step {done} was logged, {resumed} went on"
+        )
 
     def logged(self) -> list[int]:
         """Steps done, by the log."""
         return [int(row["step"]) + 1 for row in read_csv(self.out / "log_r0.csv")]
 
 
-def run_kills(runner: Runner, config: Path, folder: Path, num_kills: int, num_processes: int, seed: int,
-              say: Callable[[str], None] = lambda text: None, changes: tuple[str, ...] = (),
-              sharded: bool = False) -> None:
+def run_kills(
+    runner: Runner,
+    config: Path,
+    folder: Path,
+    num_kills: int,
+    num_processes: int,
+    seed: int,
+    say: Callable[[str], None] = lambda text: None,
+    changes: tuple[str, ...] = (),
+    sharded: bool = False,
+) -> None:
     """Kills, and the comparison at the end.
 
     Raises:
@@ -140,8 +149,10 @@ def run_kills(runner: Runner, config: Path, folder: Path, num_kills: int, num_pr
         if done > last_step - 3 * INTERVAL:
             last_step += 10 * INTERVAL
         kind = campaign.kill(rng, last_step)
-        say(f"{num_processes} processes, kill {number + 1} of {num_kills} ({kind}) at step "
-            f"{(campaign.logged() or [0])[-1]}")
+        say(
+            f"{num_processes} processes, kill {number + 1} of {num_kills} ({kind}) at step "
+            f"{(campaign.logged() or [0])[-1]}"
+        )
     alone = Campaign(runner, config, folder / f"alone-{num_processes}", num_processes, settings)
     for some in (campaign, alone):
         codes = [run.wait() for run in some.start(last_step)]
@@ -172,11 +183,22 @@ def main() -> None:
         half = arguments.kills // 2
         changes = (BACKGROUND,) if arguments.background else ()
         for count, kills in ((1, arguments.kills - half), (2, half)):
-            run_kills(runner, config, folder, kills, count, arguments.seed + count - 1, print, changes,
-                      arguments.format == "sharded")
+            run_kills(
+                runner,
+                config,
+                folder,
+                kills,
+                count,
+                arguments.seed + count - 1,
+                print,
+                changes,
+                arguments.format == "sharded",
+            )
     lost = INTERVAL * (2 if changes else 1)
-    print(f"{arguments.kills} kills, every resume went on, at most {lost} steps lost, the same losses and weights to "
-          f"the bit; {time.monotonic() - begun:.0f} s")
+    print(
+        f"{arguments.kills} kills, every resume went on, at most {lost} steps lost, the same losses and weights to "
+        f"the bit; {time.monotonic() - begun:.0f} s"
+    )
 
 
 if __name__ == "__main__":

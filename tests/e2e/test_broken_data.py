@@ -54,9 +54,14 @@ def test_a_tenth_of_the_files_is_broken(runner: Runner, config: Path, videos: Pa
     flipped = np.frombuffer(whole, np.uint8).copy()
     # Where pictures are coded; the container is left whole.
     begin = whole.index(b"mdat") + 400
-    flipped[begin:begin + 4000:7] ^= 0x55
-    bad = {"cut.mp4": whole[:len(whole) // 2], "flipped.mp4": flipped.tobytes(), "empty.mp4": b"",
-           "text.mp4": b"no video at all\n" * 50, "gone.mp4": None}
+    flipped[begin : begin + 4000 : 7] ^= 0x55
+    bad = {
+        "cut.mp4": whole[: len(whole) // 2],
+        "flipped.mp4": flipped.tobytes(),
+        "empty.mp4": b"",
+        "text.mp4": b"no video at all\n" * 50,
+        "gone.mp4": None,
+    }
     lines = [f"{videos / f'{number % 8}.mp4'} 0\n" for number in range(45)]
     for number, (name, content) in enumerate(bad.items()):
         if content is not None:
@@ -65,8 +70,18 @@ def test_a_tenth_of_the_files_is_broken(runner: Runner, config: Path, videos: Pa
     (tmp_path / "tenth.csv").write_text("".join(lines))
     out = tmp_path / "run"
     # A clip as long as the video, so that no damage lies outside of it.
-    run = runner.run("--config", config, "--out", out, "--max-steps", 26, f"data.datasets=[{tmp_path / 'tenth.csv'}]",
-                     "data.shuffle=true", "data.fps=null", "data.frame_step=5")
+    run = runner.run(
+        "--config",
+        config,
+        "--out",
+        out,
+        "--max-steps",
+        26,
+        f"data.datasets=[{tmp_path / 'tenth.csv'}]",
+        "data.shuffle=true",
+        "data.fps=null",
+        "data.frame_step=5",
+    )
     with (out / "broken_r0.tsv").open() as file:
         listed = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file, delimiter="\t")}
     assert listed.keys() == bad.keys() and all(listed.values())
@@ -75,17 +90,20 @@ def test_a_tenth_of_the_files_is_broken(runner: Runner, config: Path, videos: Pa
     assert len(losses(out)) == 26 and all(math.isfinite(float(loss)) for loss in losses(out))
 
 
-def test_killed_decoding_processes_cost_nothing(runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path,
-                                                ) -> None:
+def test_killed_decoding_processes_cost_nothing(
+    runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    run = runner.run("--config", config, "--out", out, "--max-steps", 40, "data.num_workers=2",
-                     patches=[(die_once_a_step, (3, 20))])
+    run = runner.run(
+        "--config", config, "--out", out, "--max-steps", 40, "data.num_workers=2", patches=[(die_once_a_step, (3, 20))]
+    )
     assert run.stderr.count("a decoding process died") == 2 and "no clip is lost" in run.stderr
     assert losses(out) == losses(uninterrupted) and equal(weights(out), weights(uninterrupted))
 
 
-def test_processes_that_die_again_and_again_lose_no_step(runner: Runner, config: Path, uninterrupted: Path,
-                                                         tmp_path: Path) -> None:
+def test_processes_that_die_again_and_again_lose_no_step(
+    runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     arguments = ("--config", config, "--out", out, "--max-steps", 12, "train.checkpoint_every=100")
     run = runner.run(*arguments, code=1, patches=[(die_in, ("late.png",))])
@@ -98,19 +116,28 @@ def test_processes_that_die_again_and_again_lose_no_step(runner: Runner, config:
     assert losses(out) == losses(uninterrupted)[:12] and no_leftovers(tmp_path)
 
 
-def test_no_clips_for_one_of_two_processes(runner: Runner, config: Path, videos: Path, uninterrupted: Path,
-                                           tmp_path: Path) -> None:
+def test_no_clips_for_one_of_two_processes(
+    runner: Runner, config: Path, videos: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     """A dataset of one file that is not there: nothing can replace it. Both processes stop at the same step."""
     lines = (config.parent / "list.csv").read_text().splitlines(keepends=True)
     names = []
-    for number, part in enumerate((lines[:4 * LATE], lines[4 * LATE:4 * LATE + 1], lines[4 * LATE + 1:])):
+    for number, part in enumerate((lines[: 4 * LATE], lines[4 * LATE : 4 * LATE + 1], lines[4 * LATE + 1 :])):
         names.append(str(tmp_path / f"{number}.csv"))
         Path(names[-1]).write_text("".join(part))
     late = config.parent / "late.png"
     late.unlink()
     out = tmp_path / "run"
-    arguments = ("--config", config, "--out", out, "--max-steps", 12, "train.checkpoint_every=100",
-                 f"data.datasets=[{','.join(names)}]")
+    arguments = (
+        "--config",
+        config,
+        "--out",
+        out,
+        "--max-steps",
+        12,
+        "train.checkpoint_every=100",
+        f"data.datasets=[{','.join(names)}]",
+    )
     run = runner.run(*arguments, "--nproc", 2, code=1)
     assert "no usable video found in dataset" in run.stderr and str(late) in run.stderr
     shutil.copy(videos / "late.png", late)

@@ -19,8 +19,10 @@ from tests.e2e.harness import Runner, full_disk_in_checkpoint, losses, no_leftov
 def test_full_disk_at_a_checkpoint(runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = runner.run("--config", config, "--out", out, code=1, patches=[(full_disk_in_checkpoint, (3,))])
-    assert run.stderr == (f"error: cannot write checkpoint {out}/latest.pt: the disk is full; free some space and "
-                          "continue with --resume. The checkpoint written before it is intact\n")
+    assert run.stderr == (
+        f"error: cannot write checkpoint {out}/latest.pt: the disk is full; free some space and "
+        "continue with --resume. The checkpoint written before it is intact\n"
+    )
     assert no_leftovers(out)
     assert "at step 6\n" in runner.run("--config", config, "--out", out, "--max-steps", 12, "--resume").stdout
     assert losses(out) == losses(uninterrupted)[:12]
@@ -64,8 +66,14 @@ def test_terminal(config: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(command("--config", config, "--out", tmp_path / "run"), stdin=theirs, stdout=theirs,
-                               stderr=theirs, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command("--config", config, "--out", tmp_path / "run"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        start_new_session=True,
+    )
     os.close(theirs)
     seen = b""
 
@@ -86,13 +94,21 @@ def test_terminal(config: Path, tmp_path: Path) -> None:
         assert word in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert text.split("\r\n")[-3:] == [
-        "continue with --resume", f"report {tmp_path}/run/report.html, curve {tmp_path}/run/loss.png", ""]
+        "continue with --resume",
+        f"report {tmp_path}/run/report.html, curve {tmp_path}/run/loss.png",
+        "",
+    ]
 
 
 def test_reader_that_goes_away(config: Path, tmp_path: Path) -> None:
     """`vjepa-fast train | head -2`."""
-    process = subprocess.Popen(command("--config", config, "--out", tmp_path / "run"), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        command("--config", config, "--out", tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     assert process.stdout is not None and process.stderr is not None
     for _ in range(4):
         process.stdout.readline()
@@ -107,8 +123,16 @@ def test_reader_that_goes_away(config: Path, tmp_path: Path) -> None:
 
 def test_log_without_a_terminal(runner: Runner, uninterrupted: Path, config: Path, tmp_path: Path) -> None:
     """One line after the first step, every log_every steps and at every checkpoint, nothing on stderr."""
-    run = runner.run("--config", config, "--out", tmp_path / "run", "--max-steps", 8, "train.log_every=4",
-                     "train.checkpoint_every=100")
+    run = runner.run(
+        "--config",
+        config,
+        "--out",
+        tmp_path / "run",
+        "--max-steps",
+        8,
+        "train.log_every=4",
+        "train.checkpoint_every=100",
+    )
     lines = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("step ")]
     assert lines == ["1/8", "4/8", "8/8"]
     assert run.stderr == ""

@@ -39,5 +39,6 @@ def test_resume_starts_at_the_last_checkpoint(runner: Runner, config: Path, tmp_
 
 def test_random_kills(runner: Runner, config: Path, tmp_path: Path) -> None:
     """A few of what random_kills.py does a hundred times."""
-    run_kills(runner, config, tmp_path / "two", num_kills=3, num_processes=2, seed=4,
-              changes=("train.async_checkpoint=true",))
+    run_kills(
+        runner, config, tmp_path / "two", num_kills=3, num_processes=2, seed=4, changes=("train.async_checkpoint=true",)
+    )

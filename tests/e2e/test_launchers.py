@@ -41,31 +41,56 @@ def test_failure_of_one_task_is_told_once(runner: Runner, config: Path, tmp_path
 
 def test_task_that_is_killed(runner: Runner, config: Path, tmp_path: Path) -> None:
     """The other says what it knows, and ends."""
-    first, second = start_tasks(runner, "--config", config, "--out", tmp_path / "run",
-                                patches=[(signal_in_step, (4, signal.SIGKILL))])
+    first, second = start_tasks(
+        runner, "--config", config, "--out", tmp_path / "run", patches=[(signal_in_step, (4, signal.SIGKILL))]
+    )
     assert (first.wait(), second.wait()) == (1, -signal.SIGKILL)
-    assert first.stderr == ("error: process 0 of 2: the connection to another process is lost; most likely it was "
-                            "killed, and its own output says more. Continue with --resume\n")
+    assert first.stderr == (
+        "error: process 0 of 2: the connection to another process is lost; most likely it was "
+        "killed, and its own output says more. Continue with --resume\n"
+    )
 
 
 def test_process_that_hangs_is_named(runner: Runner, config: Path, tmp_path: Path) -> None:
     """All stacks are shown, the error once."""
-    first, second = start_tasks(runner, "--config", config, "--out", tmp_path / "run", "train.watchdog=4",
-                                patches=[(hang_at, (4,))])
+    first, second = start_tasks(
+        runner, "--config", config, "--out", tmp_path / "run", "train.watchdog=4", patches=[(hang_at, (4,))]
+    )
     assert (first.wait(), second.wait()) == (1, 1)
     said = first.stderr + second.stderr
     assert said.count("error:") == 1
-    assert ("no progress for 4 s (train.watchdog): stuck at step 4, waiting for clips: process 1 of 2, for which the "
-            "others wait. The stacks are above; continue with --resume") in said
+    assert (
+        "no progress for 4 s (train.watchdog): stuck at step 4, waiting for clips: process 1 of 2, for which the "
+        "others wait. The stacks are above; continue with --resume"
+    ) in said
     assert "process 0 of 2 has been at step 4, waiting for the other processes, for" in first.stderr
     assert "largest" in first.stderr and "time.sleep(1)" in second.stderr
     assert "Traceback" not in said
 
 
 def torchrun(config: Path, out: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", "2", "--monitor-interval", "0.1", "-m", "tests.e2e.elastic_worker", "train",
-               "--config", str(config), "--out", str(out), "--max-steps", "9", *argv]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+        "--monitor-interval",
+        "0.1",
+        "-m",
+        "tests.e2e.elastic_worker",
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+        "--max-steps",
+        "9",
+        *argv,
+    ]
     variables = {**os.environ, "PYTHONPATH": os.getcwd(), **environment}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 

@@ -15,8 +15,9 @@ def close(a: list[str], b: list[str]) -> bool:
     return len(a) == len(b) and all(abs(float(x) - float(y)) <= 1e-6 for x, y in zip(a, b, strict=True))
 
 
-def test_signalled_as_from_a_terminal(runner: Runner, config: Path, stuck: Callable[[], None], uninterrupted: Path,
-                                      tmp_path: Path) -> None:
+def test_signalled_as_from_a_terminal(
+    runner: Runner, config: Path, stuck: Callable[[], None], uninterrupted: Path, tmp_path: Path
+) -> None:
     """Ctrl-C reaches parent, ranks and decoders at once while one rank waits for data; one process goes on."""
     out = tmp_path / "run"
     run = runner.start("--config", config, "--out", out, "--nproc", 2)
@@ -31,8 +32,9 @@ def test_signalled_as_from_a_terminal(runner: Runner, config: Path, stuck: Calla
     assert close(losses(out), losses(uninterrupted)[:12])
 
 
-def test_parent_signalled(runner: Runner, config: Path, stuck: Callable[[], None], uninterrupted: Path,
-                          tmp_path: Path) -> None:
+def test_parent_signalled(
+    runner: Runner, config: Path, stuck: Callable[[], None], uninterrupted: Path, tmp_path: Path
+) -> None:
     """A checkpoint of one process goes on as two, which are preempted while one of them waits for data."""
     out = tmp_path / "run"
     runner.run("--config", config, "--out", out, "--max-steps", 2)
@@ -56,8 +58,9 @@ def test_second_ctrl_c_leaves_at_once(runner: Runner, config: Path, stuck: Calla
     assert no_leftovers(tmp_path)
 
 
-def test_a_process_that_dies_ends_the_others(runner: Runner, config: Path, stuck: Callable[[], None],
-                                             tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_others(
+    runner: Runner, config: Path, stuck: Callable[[], None], tmp_path: Path
+) -> None:
     run = runner.start("--config", config, "--out", tmp_path / "run", "--nproc", 2)
     wait_until(lambda: f"step {LATE}/" in run.stdout, "the steps before the missing video")
     os.kill(run.ranks()[1], signal.SIGKILL)

@@ -23,15 +23,31 @@ def test_any_number_of_processes_goes_on(runner: Runner, config: Path, tmp_path:
         record = [(record_clips, (folder,))]
         folder.mkdir(exist_ok=True)
         runs = start_tasks(
-            runner, "--config", config, "--out", folder, "--resume", "--max-steps", steps, *changes, patches=record,
-            first_patches=record, count=count)
+            runner,
+            "--config",
+            config,
+            "--out",
+            folder,
+            "--resume",
+            "--max-steps",
+            steps,
+            *changes,
+            patches=record,
+            first_patches=record,
+            count=count,
+        )
         for run in runs:
             assert run.wait() == 0 and run.stderr == "", run.stderr
         return runs[0].stdout
 
     train(out, 2, 3, FSDP, BACKGROUND)
     assert sorted(path.name for path in (out / "step3.dcp").iterdir()) == [
-        ".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "run.pt"]
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "manifest.json",
+        "run.pt",
+    ]
     assert "step3.dcp at step 3\n" in train(out, 1, 6, SHARDED)
     assert "step6.dcp at step 6\n" in train(out, 2, 9, SHARDED, SPREAD)
     assert "step9.dcp at step 9\n" in train(out, 4, 12, FSDP, BACKGROUND)

@@ -9,16 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import LATE
-from tests.e2e.harness import (
-    Runner,
-    equal,
-    losses,
-    no_leftovers,
-    signal_in_setup,
-    signal_in_step,
-    wait_until,
-    weights,
-)
+from tests.e2e.harness import Runner, equal, losses, no_leftovers, signal_in_setup, signal_in_step, wait_until, weights
 
 STEPS = 12
 
@@ -40,8 +31,9 @@ def test_during_a_step(runner: Runner, config: Path, uninterrupted: Path, tmp_pa
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_while_waiting_for_data(num_workers: int, runner: Runner, config: Path, stuck: Callable[[], None],
-                                uninterrupted: Path, tmp_path: Path) -> None:
+def test_while_waiting_for_data(
+    num_workers: int, runner: Runner, config: Path, stuck: Callable[[], None], uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     run = runner.start("--config", config, "--out", out, f"data.num_workers={num_workers}")
     wait_until(lambda: f"step {LATE}/" in run.stdout, "the steps before the missing video")
@@ -60,8 +52,9 @@ def test_before_the_first_step(runner: Runner, config: Path, uninterrupted: Path
     check_resumed(runner, config, out, uninterrupted, 0)
 
 
-def test_at_the_last_step_the_run_is_complete(runner: Runner, config: Path, uninterrupted: Path,
-                                              tmp_path: Path) -> None:
+def test_at_the_last_step_the_run_is_complete(
+    runner: Runner, config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     arguments = ("--config", config, "--out", tmp_path / "run", "--max-steps", 40)
     runner.run(*arguments, code=143, patches=[(signal_in_step, (39, signal.SIGTERM))])
     assert equal(weights(tmp_path / "run"), weights(uninterrupted))
@@ -71,11 +64,13 @@ def test_at_the_last_step_the_run_is_complete(runner: Runner, config: Path, unin
 
 
 def test_second_ctrl_c_leaves_at_once(runner: Runner, config: Path, tmp_path: Path) -> None:
-    run = runner.run("--config", config, "--out", tmp_path / "run", code=130,
-                     patches=[(signal_in_step, (7, signal.SIGINT, 2))])
+    run = runner.run(
+        "--config", config, "--out", tmp_path / "run", code=130, patches=[(signal_in_step, (7, signal.SIGINT, 2))]
+    )
     assert run.stderr.endswith("error: interrupted\n")
     assert "interrupted at step" not in run.stdout
     assert no_leftovers(tmp_path)
     # Nothing after the checkpoint at step 6.
-    assert "at step 6\n" in runner.run("--config", config, "--out", tmp_path / "run", "--max-steps", 7,
-                                       "--resume").stdout
+    assert (
+        "at step 6\n" in runner.run("--config", config, "--out", tmp_path / "run", "--max-steps", 7, "--resume").stdout
+    )

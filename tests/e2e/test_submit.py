@@ -40,7 +40,9 @@ def test_a_job_whose_time_is_up_goes_on(
     wait_for(job)
     said = job.stdout() or ""
     assert "ended by SIGTERM at step 5" in said and "at step 5\n" in said and "finished at step 12" in said, (
-        said, job.stderr())
+        said,
+        job.stderr(),
+    )
     assert job.result() == 0
     assert losses(out) == losses(uninterrupted)[:12]
     assert no_leftovers(out)
@@ -51,8 +53,24 @@ def test_the_command_line(config: Path, tmp_path: Path) -> None:
     """A job of two processes."""
     out = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-m", "vjepa_fast", "train", "--config", str(config), "--out", str(out), "--max-steps", "6",
-         "--submit", "cluster=local,tasks_per_node=2"], capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "vjepa_fast",
+            "train",
+            "--config",
+            str(config),
+            "--out",
+            str(out),
+            "--max-steps",
+            "6",
+            "--submit",
+            "cluster=local,tasks_per_node=2",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     number = done.stdout.split()[1]
     assert f"job {number} of 2 processes is submitted\nrun folder {out}\n" in done.stdout
@@ -65,15 +83,18 @@ def test_the_command_line(config: Path, tmp_path: Path) -> None:
     assert "2 processes" in job.stdout() and len(losses(out)) == 6
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("partition", "expected key=value, separated by commas"),
-    ("partition=gpu,node=2,timeout_min=5", "--submit has 'node'; did you mean nodes?"),
-    ("nodes=two,timeout_min=5", "--submit has nodes=two; expected a whole number from 1"),
-    ("partition=gpu,nodes=2", "--submit has no timeout_min"),
-    ("cluster=pbs", "--submit has cluster=pbs; expected slurm or local"),
-    ("cluster=local,nodes=2", "this machine alone"),
-    ("partition=gpu,timeout_min=5", "--submit finds no sbatch and no srun"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partition", "expected key=value, separated by commas"),
+        ("partition=gpu,node=2,timeout_min=5", "--submit has 'node'; did you mean nodes?"),
+        ("nodes=two,timeout_min=5", "--submit has nodes=two; expected a whole number from 1"),
+        ("partition=gpu,nodes=2", "--submit has no timeout_min"),
+        ("cluster=pbs", "--submit has cluster=pbs; expected slurm or local"),
+        ("cluster=local,nodes=2", "this machine alone"),
+        ("partition=gpu,timeout_min=5", "--submit finds no sbatch and no srun"),
+    ],
+)
 def test_mistakes(text: str, said: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=said):
@@ -83,7 +104,7 @@ def test_mistakes(text: str, said: str, config: Path, monkeypatch: pytest.Monkey
 def test_what_slurm_is_asked_for(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An sbatch that keeps its script."""
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f"#!/bin/sh\n/bin/cp \"$1\" {tmp_path}/script.sh\necho Submitted batch job 17\n")
+    sbatch.write_text(f'#!/bin/sh\n/bin/cp "$1" {tmp_path}/script.sh\necho Submitted batch job 17\n')
     (tmp_path / "srun").write_text("")
     for name in ("sbatch", "srun"):
         (tmp_path / name).chmod(0o755)
@@ -92,10 +113,24 @@ def test_what_slurm_is_asked_for(config: Path, tmp_path: Path, monkeypatch: pyte
     job, _ = submit.submit(load_config(config, [f"train.out={tmp_path}/run"]), options, resume=False)
     assert job.job_id == "17"
     script = (tmp_path / "script.sh").read_text()
-    for line in ("--partition=gpu", "--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--time=90", "--mem=64GB",
-                 "--exclude='a[1,3]'", "--signal=USR2@300", "--requeue", "--open-mode=append", "--job-name=run"):
+    for line in (
+        "--partition=gpu",
+        "--nodes=2",
+        "--gpus-per-node=2",
+        "--ntasks-per-node=2",
+        "--time=90",
+        "--mem=64GB",
+        "--exclude='a[1,3]'",
+        "--signal=USR2@300",
+        "--requeue",
+        "--open-mode=append",
+        "--job-name=run",
+    ):
         assert f"#SBATCH {line}\n" in script, script
     assert "--kill-on-bad-exit=1" in script
     with pytest.raises(ValueError, match="is not a multiple of 3 processes"):
-        submit.submit(load_config(config, [f"train.out={tmp_path}/other"]),
-                      submit.parse("timeout_min=5,tasks_per_node=3"), resume=False)
+        submit.submit(
+            load_config(config, [f"train.out={tmp_path}/other"]),
+            submit.parse("timeout_min=5,tasks_per_node=3"),
+            resume=False,
+        )

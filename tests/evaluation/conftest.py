@@ -20,8 +20,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight videos of 24 frames a second, of different lengths and sizes."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(8):
-        write_video(folder / f"{number}.mp4", num_frames=26 + 2 * number, preset="ultrafast",
-                    width=96 if number % 2 else 64)
+        write_video(
+            folder / f"{number}.mp4", num_frames=26 + 2 * number, preset="ultrafast", width=96 if number % 2 else 64
+        )
     return folder
 
 

@@ -12,8 +12,11 @@ from vjepa_fast.evaluation.head_grid import HeadGrid
 from vjepa_fast.models.attentive import AttentiveClassifier
 
 DIM, HEADS, CLASSES, SAMPLES, EPOCHS, BATCH = 24, 3, 4, 10, 3, 4
-SETTINGS = [HeadSetting(5e-3, 0.01), HeadSetting(1e-3, 0.8, warmup=1.0, start_lr=0.0),
-            HeadSetting(3e-4, 0.1, final_weight_decay=0.4)]
+SETTINGS = [
+    HeadSetting(5e-3, 0.01),
+    HeadSetting(1e-3, 0.8, warmup=1.0, start_lr=0.0),
+    HeadSetting(3e-4, 0.1, final_weight_decay=0.4),
+]
 
 
 def features(seed: int = 0) -> Tensor:
@@ -39,12 +42,28 @@ def start(depth: int, count: int = 3) -> list[dict[str, Tensor]]:
     return states
 
 
-def trained(states: list[dict[str, Tensor]], settings: list[HeadSetting], kind: str, clip: float | None,
-            decay_all: bool, together: int | None = None) -> HeadGrid:
+def trained(
+    states: list[dict[str, Tensor]],
+    settings: list[HeadSetting],
+    kind: str,
+    clip: float | None,
+    decay_all: bool,
+    together: int | None = None,
+) -> HeadGrid:
     grid = HeadGrid(states, HEADS)
     x = features()
-    train_grid(grid, settings, lambda epoch, numbers: x[numbers] + epoch, labels(kind), EPOCHS, BATCH, 0,
-               GridAdamW(grid, decay_all, clip), lambda epoch, losses: None, together)
+    train_grid(
+        grid,
+        settings,
+        lambda epoch, numbers: x[numbers] + epoch,
+        labels(kind),
+        EPOCHS,
+        BATCH,
+        0,
+        GridAdamW(grid, decay_all, clip),
+        lambda epoch, losses: None,
+        together,
+    )
     return grid
 
 
@@ -98,7 +117,7 @@ def test_a_head_is_the_module_under_torchs_adamw(depth: int, clip: float | None)
         if name.endswith("xattn.kv.bias"):
             value, expected = value[DIM:], expected[DIM:]
         elif name.endswith("qkv.bias"):
-            value, expected = (torch.cat([one[:DIM], one[2 * DIM:]]) for one in (value, expected))
+            value, expected = (torch.cat([one[:DIM], one[2 * DIM :]]) for one in (value, expected))
         assert (value - expected).norm() <= 1e-9 * expected.norm(), name
 
 

@@ -27,9 +27,16 @@ def frames() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 
 
-THEIRS = {"Posterize": "PosterizeIncreasing", "Solarize": "SolarizeIncreasing", "Color": "ColorIncreasing",
-          "Contrast": "ContrastIncreasing", "Brightness": "BrightnessIncreasing", "Sharpness": "SharpnessIncreasing",
-          "TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
+THEIRS = {
+    "Posterize": "PosterizeIncreasing",
+    "Solarize": "SolarizeIncreasing",
+    "Color": "ColorIncreasing",
+    "Contrast": "ContrastIncreasing",
+    "Brightness": "BrightnessIncreasing",
+    "Sharpness": "SharpnessIncreasing",
+    "TranslateX": "TranslateXRel",
+    "TranslateY": "TranslateYRel",
+}
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
@@ -45,8 +52,12 @@ def test_operations_are_the_references(name: str) -> None:
     picture = Image.fromarray(frames()[0])
     for magnitude in (6.3, 7.0, 7.9):
         for sign, coin in ((1.0, 0.1), (-1.0, 0.9)):
-            operation = theirs.AugmentOp(THEIRS.get(name, name), prob=1.0, magnitude=magnitude, hparams={
-                "translate_const": 100, "interpolation": Image.BICUBIC})
+            operation = theirs.AugmentOp(
+                THEIRS.get(name, name),
+                prob=1.0,
+                magnitude=magnitude,
+                hparams={"translate_const": 100, "interpolation": Image.BICUBIC},
+            )
             with mock.patch.object(random, "random", lambda coin=coin: coin):
                 expected = operation([picture])[0]
             found = augment.OPERATIONS[name](magnitude / 10, sign)(picture)
@@ -88,7 +99,8 @@ def test_crop_is_the_references_interpolation() -> None:
 
     found = augment.crop_and_resize(frames(), Box(3, 5, 20, 30), (16, 24))
     expected = torch.nn.functional.interpolate(
-        torch.from_numpy(frames()).permute(0, 3, 1, 2)[:, :, 3:23, 5:35].float(), (16, 24), mode="bilinear")
+        torch.from_numpy(frames()).permute(0, 3, 1, 2)[:, :, 3:23, 5:35].float(), (16, 24), mode="bilinear"
+    )
     assert found.shape == (2, 16, 24, 3)
     assert float((found.permute(0, 3, 1, 2) - expected).abs().max()) <= 0.5
 
@@ -97,8 +109,10 @@ def source(num_frames: int) -> Any:
     return mock.Mock(num_frames=num_frames, avg_fps=24.0, is_image=False, height=48, width=64)
 
 
-@pytest.mark.parametrize(("num_frames", "segments", "starts"), [
-    (100, 1, [38]), (100, 2, [13, 63]), (100, 3, [4, 37, 70]), (60, 3, [0, 18, 36]), (24, 2, [0, 0])])
+@pytest.mark.parametrize(
+    ("num_frames", "segments", "starts"),
+    [(100, 1, [38]), (100, 2, [13, 63]), (100, 3, [4, 37, 70]), (60, 3, [0, 18, 36]), (24, 2, [0, 0])],
+)
 def test_segments(num_frames: int, segments: int, starts: list[int]) -> None:
     rule = ClipRule(8, 8.0, None, (32, 32), segments)
     found = segment_frames(source(num_frames), rule, [0.5] * segments)
@@ -117,7 +131,9 @@ def test_versions_differ_and_are_repeatable(videos: Path) -> None:
     rule = ClipRule(8, 8.0, None, (32, 32), 2, version=0)
     first, again = (read_views(listed.open(0), rule, "a") for _ in range(2))
     assert first.shape == (1, 2, 8, 32, 32, 3) and torch.equal(first, again)
-    others = [read_views(listed.open(0), ClipRule(8, 8.0, None, (32, 32), 2, version=1), "a"),
-              read_views(listed.open(0), ClipRule(8, 8.0, None, (32, 32), 2, version=0, seed=1), "a"),
-              read_views(listed.open(0), rule, "b")]
+    others = [
+        read_views(listed.open(0), ClipRule(8, 8.0, None, (32, 32), 2, version=1), "a"),
+        read_views(listed.open(0), ClipRule(8, 8.0, None, (32, 32), 2, version=0, seed=1), "a"),
+        read_views(listed.open(0), rule, "b"),
+    ]
     assert all(not torch.equal(first, other) for other in others)

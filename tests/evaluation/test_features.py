@@ -57,8 +57,16 @@ def test_nothing_old_is_read_for_new(checkpoint: Path, model: InferenceModel, vi
 
     first = key()
     assert key() == first
-    for change in ({"frames": 6}, {"fps": 4.0}, {"size": (32, 32)}, {"segments": 1}, {"views": 1}, {"version": 0},
-                   {"frame_step": 2}, {"seed": 1}):
+    for change in (
+        {"frames": 6},
+        {"fps": 4.0},
+        {"size": (32, 32)},
+        {"segments": 1},
+        {"views": 1},
+        {"version": 0},
+        {"frame_step": 2},
+        {"seed": 1},
+    ):
         assert key(replace(RULE, **change)) != first, change
     os.utime(path, ns=(1, 1))
     assert key() != first
@@ -125,7 +133,10 @@ def test_killed_and_started_again(checkpoint: Path, model: InferenceModel, video
     """kill -9 while features are computed: what was done is kept, and the end is that of an undisturbed run."""
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", KILLED, str(checkpoint), str(videos), str(tmp_path / "killed")],
-        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == "3":

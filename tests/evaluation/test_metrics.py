@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vjepa_fast.evaluation.metrics import (
-    classification_scores,
-    confusion,
-    mean_class_recall,
-    r2_scores,
-    topk_accuracy,
-)
+from vjepa_fast.evaluation.metrics import classification_scores, confusion, mean_class_recall, r2_scores, topk_accuracy
 from vjepa_fast.evaluation.neighbours import nearest, vote
 
 SCORES = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.4, 0.5, 0.1], [float("nan"), 0.2, 0.8]])

@@ -22,25 +22,38 @@ NUM_FRAMES = 20
 def entry(number: int, **changes: Any) -> dict[str, Any]:
     """Two discs; the main one moves to the right by a hundredth a frame."""
     return {
-        "violation": None, "radius": [0.1, 0.1], "present": [[True, True]] * NUM_FRAMES,
+        "violation": None,
+        "radius": [0.1, 0.1],
+        "present": [[True, True]] * NUM_FRAMES,
         "position": [[[0.01 * frame + 0.1 * number, 0.5 + 0.1 * number], [9.0, 9.0]] for frame in range(NUM_FRAMES)],
         "velocity": [[[0.12 + 0.1 * number, 0.0 + number], [9.0, 9.0]] for _ in range(NUM_FRAMES)],
         "contact_in": [[2.0 - 0.1 * frame, 9.0] for frame in range(NUM_FRAMES)],
         "visible": [[1.0 if frame < 10 else 0.2, 1.0] for frame in range(NUM_FRAMES)],
         "hidden_by": [[None, None] if frame < 10 else ["screen", None] for frame in range(NUM_FRAMES)],
-        "front": [1, 0], "boxes": {}, **changes}
+        "front": [1, 0],
+        "boxes": {},
+        **changes,
+    }
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     (tmp_path / "train").mkdir()
     entries = {
-        "train/0.mp4": entry(0), "train/1.mp4": entry(1), "train/2.mp4": entry(2, violation={"kind": "jump"}),
-        "train/3.mp4": entry(3, contact_in=[[None, None]] * NUM_FRAMES, visible=[[1.0, 1.0]] * NUM_FRAMES,
-                             hidden_by=[[None, None]] * 12 + [[None, 0]] * 8),
-        "train/4.mp4": entry(4, position=[[[0.5, 0.5], [0.5, 0.6] if frame == 8 else [0.9, 0.9]]
-                                          for frame in range(NUM_FRAMES)]),
-        "train/5.mp4": entry(5, position=[[[0.5, 0.5], [0.5, 0.6]]] * NUM_FRAMES, front=[0, 1])}
+        "train/0.mp4": entry(0),
+        "train/1.mp4": entry(1),
+        "train/2.mp4": entry(2, violation={"kind": "jump"}),
+        "train/3.mp4": entry(
+            3,
+            contact_in=[[None, None]] * NUM_FRAMES,
+            visible=[[1.0, 1.0]] * NUM_FRAMES,
+            hidden_by=[[None, None]] * 12 + [[None, 0]] * 8,
+        ),
+        "train/4.mp4": entry(
+            4, position=[[[0.5, 0.5], [0.5, 0.6] if frame == 8 else [0.9, 0.9]] for frame in range(NUM_FRAMES)]
+        ),
+        "train/5.mp4": entry(5, position=[[[0.5, 0.5], [0.5, 0.6]]] * NUM_FRAMES, front=[0, 1]),
+    }
     for name in entries:
         write_video(tmp_path / name, num_frames=NUM_FRAMES, fps=12, preset="ultrafast")
     (tmp_path / "train_labels.json").write_text(json.dumps(entries))
@@ -62,8 +75,7 @@ def test_numbers_of_the_clip(manifest: Path, capsys: pytest.CaptureFixture[str])
         lines = [line.rsplit(" ", 1) for line in Path(own).read_text().splitlines()]
         found[name] = {Path(path).stem: [float(x) for x in text.split(",")] for path, text in lines}
         assert labels is None or len(labels.targets) == len(found[name]["0"])
-    assert found["position"] == {
-        "0": [0.11, 0.5], "1": [0.21, 0.6], "3": [0.41, 0.8], "4": [0.5, 0.5], "5": [0.5, 0.5]}
+    assert found["position"] == {"0": [0.11, 0.5], "1": [0.21, 0.6], "3": [0.41, 0.8], "4": [0.5, 0.5], "5": [0.5, 0.5]}
     assert found["track"]["0"] == [0.06, 0.5, 0.08, 0.5, 0.11, 0.5, 0.13, 0.5]
     assert found["velocity"]["1"] == pytest.approx([0.22, 1.0])
     # 0.7 seconds from frame 13; none of video 3.
@@ -85,11 +97,19 @@ def test_classes_of_the_clip(manifest: Path) -> None:
     assert found["front"] == {"4": 0, "5": 1}
 
 
-@pytest.mark.parametrize(("hidden_by", "name"), [
-    ([None, None], "nothing hidden"), ([1, None], "main behind other"), ([None, 0], "other behind main"),
-    (["screen", None], "main behind screen"), (["wall", None], "main behind screen"),
-    ([None, "screen"], "other behind screen"), (["screen", "screen"], "both hidden"), (["screen", 0], "both hidden"),
-])
+@pytest.mark.parametrize(
+    ("hidden_by", "name"),
+    [
+        ([None, None], "nothing hidden"),
+        ([1, None], "main behind other"),
+        ([None, 0], "other behind main"),
+        (["screen", None], "main behind screen"),
+        (["wall", None], "main behind screen"),
+        ([None, "screen"], "other behind screen"),
+        (["screen", "screen"], "both hidden"),
+        (["screen", 0], "both hidden"),
+    ],
+)
 def test_what_is_hidden_behind_what(hidden_by: list[Any], name: str) -> None:
     assert BEHIND[behind({"hidden_by": [[None, None], hidden_by]}, 1)] == name
 
@@ -99,10 +119,16 @@ def test_what_is_in_front_is_seen_in_the_picture() -> None:
     size, asked, hidden = 96, set(), 0
     for video in range(2, 200, 4):
         scene = simulate(0, 0, video, 36, 12)
-        labels = {"position": scene.position, "radius": scene.radius, "front": scene.front.tolist(),
-                  "present": scene.present, "boxes": scene.boxes}
-        near = np.flatnonzero(np.linalg.norm(scene.position[:, 0] - scene.position[:, 1], axis=1)
-                              < scene.radius.sum() - 0.05)
+        labels = {
+            "position": scene.position,
+            "radius": scene.radius,
+            "front": scene.front.tolist(),
+            "present": scene.present,
+            "boxes": scene.boxes,
+        }
+        near = np.flatnonzero(
+            np.linalg.norm(scene.position[:, 0] - scene.position[:, 1], axis=1) < scene.radius.sum() - 0.05
+        )
         if not len(near):
             continue
         frames = render(scene, 0, 0, video, size)[0].astype(float)
@@ -117,15 +143,21 @@ def test_what_is_in_front_is_seen_in_the_picture() -> None:
                 hidden += 1
                 continue
             if np.linalg.norm([x, y] - second) < scene.radius[1] - 0.02 and not any(
-                    left - 0.02 < x < right + 0.02 for left, _, right, _ in scene.boxes.values()):
+                left - 0.02 < x < right + 0.02 for left, _, right, _ in scene.boxes.values()
+            ):
                 assert FRONT[in_front] == ("main in front" if pixel[0] > pixel[2] else "other in front")
                 asked.add((video, in_front))
     assert hidden > 10 and {number for _, number in asked} == {0, 1} and len(asked) > 5
 
 
 def test_discs_that_do_not_overlap() -> None:
-    labels = {"position": np.array([[[0.3, 0.5], [0.5, 0.5]]]), "radius": np.array([0.12, 0.08]), "front": [0, 1],
-              "present": np.array([[True, True]]), "boxes": {}}
+    labels = {
+        "position": np.array([[[0.3, 0.5], [0.5, 0.5]]]),
+        "radius": np.array([0.12, 0.08]),
+        "front": [0, 1],
+        "present": np.array([[True, True]]),
+        "boxes": {},
+    }
     assert front(labels, [0]) is None
     closer = {**labels, "radius": np.array([0.12, 0.101])}
     assert front({**labels, "radius": np.array([0.12, 0.099])}, [0]) is None

@@ -82,8 +82,10 @@ def test_windows(videos: Path, tmp_path: Path) -> None:
 
 def test_horizon_scores() -> None:
     ones = torch.ones(1, 2, 3)
-    errors = [{"predicted": 0.5 * ones, "copied": ones, "averaged": 2 * ones},
-              {"predicted": 1.5 * ones, "copied": torch.tensor([1.0, 3.0])[None, :, None] * ones, "averaged": ones}]
+    errors = [
+        {"predicted": 0.5 * ones, "copied": ones, "averaged": 2 * ones},
+        {"predicted": 1.5 * ones, "copied": torch.tensor([1.0, 3.0])[None, :, None] * ones, "averaged": ones},
+    ]
     found = horizon.horizon_scores(errors, 0.25)
     first, second = found["by_horizon"]
     assert (first["seconds"], second["seconds"]) == (0.25, 0.5)
@@ -136,8 +138,12 @@ def test_horizon_command(checkpoint: Path, manifests: tuple[Path, Path], tmp_pat
     expected = loaded(checkpoint, 2).errors(prediction.read_windows(source, RULE, None)[0])
     alone = tmp_path / "alone.csv"
     alone.write_text(manifests[0].read_text().splitlines()[0])
-    assert run("--checkpoint", checkpoint, "--val", alone, "--task", "horizon", "--context", 2, "--out",
-               tmp_path / "alone").exit_code == 0
+    assert (
+        run(
+            "--checkpoint", checkpoint, "--val", alone, "--task", "horizon", "--context", 2, "--out", tmp_path / "alone"
+        ).exit_code
+        == 0
+    )
     rows = json.loads((tmp_path / "alone" / "results.json").read_text())["scores"]["by_horizon"]
     assert [row["predicted"] for row in rows] == pytest.approx(expected["predicted"].mean((0, 2)).tolist(), rel=1e-5)
 
@@ -159,15 +165,18 @@ def test_surprise_command(checkpoint: Path, videos: Path, tmp_path: Path) -> Non
     assert (out / "surprise.png").exists()
 
 
-@pytest.mark.parametrize(("args", "message", "code"), [
-    (("--task", "surprise"), "expected 0 (as it should be) or 1", 1),
-    (("--task", "horizon", "--context", "3"), "--frames 8 with --context 3: expected multiples of 2", 2),
-    (("--task", "horizon", "--context", "8"), "more frames than are seen", 2),
-    (("--task", "horizon", "--frames", "64"), "none of the videos could be read", 1),
-    ((), "--train is missing; expected labelled videos to fit probes on", 2),
-])
+@pytest.mark.parametrize(
+    ("args", "message", "code"),
+    [
+        (("--task", "surprise"), "expected 0 (as it should be) or 1", 1),
+        (("--task", "horizon", "--context", "3"), "--frames 8 with --context 3: expected multiples of 2", 2),
+        (("--task", "horizon", "--context", "8"), "more frames than are seen", 2),
+        (("--task", "horizon", "--frames", "64"), "none of the videos could be read", 1),
+        ((), "--train is missing; expected labelled videos to fit probes on", 2),
+    ],
+)
 def test_what_does_not_fit(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, args: tuple[str, ...], message: str, code: int,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, args: tuple[str, ...], message: str, code: int
 ) -> None:
     result = run("--checkpoint", checkpoint, "--val", manifests[1], "--out", tmp_path / "out", *args)
     assert result.exit_code == code, result.output
@@ -180,12 +189,21 @@ def test_a_video_with_two_labels(checkpoint: Path, videos: Path, tmp_path: Path)
     result = run("--checkpoint", checkpoint, "--val", val, "--task", "surprise", "--out", tmp_path / "out")
     assert result.exit_code == 1 and "6.mp4 is there twice, with label 0 and with 1" in result.output
     # Nothing is asked of labels here.
-    assert run("--checkpoint", checkpoint, "--val", val, "--task", "horizon", "--out",
-               tmp_path / "out").exit_code == 0
+    assert run("--checkpoint", checkpoint, "--val", val, "--task", "horizon", "--out", tmp_path / "out").exit_code == 0
 
 
 def test_a_file_without_predictor(manifests: tuple[Path, Path], tmp_path: Path) -> None:
     torch.save({"target_encoder": models.contents(models.model())["target_encoder"]}, tmp_path / "encoder.pt")
-    result = run("--checkpoint", tmp_path / "encoder.pt", "--val", manifests[1], "--task", "horizon", "--set",
-                 "num_heads=3", "--out", tmp_path / "out")
+    result = run(
+        "--checkpoint",
+        tmp_path / "encoder.pt",
+        "--val",
+        manifests[1],
+        "--task",
+        "horizon",
+        "--set",
+        "num_heads=3",
+        "--out",
+        tmp_path / "out",
+    )
     assert result.exit_code == 1 and "has no predictor, which this task asks" in result.output

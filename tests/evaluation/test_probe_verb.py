@@ -25,13 +25,12 @@ def of(checkpoint: Path, manifests: tuple[Path, Path], out: Path, *args: Any) ->
 
 
 def test_classes(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     result = of(checkpoint, manifests, out, *QUICK, "--segments", 2, "--views", 3, "--augmented", 2, "--depth", 2)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in out.iterdir()) == [
-        "confusion.png", "curves.png", "probe.pt", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["confusion.png", "curves.png", "probe.pt", "results.json"]
     found = json.loads((out / "results.json").read_text())
     assert found["classes"] == [3, 7] and found["task"] == "classification"
     assert found["train"]["videos"] == 6 and found["val"]["videos"] == 2
@@ -48,8 +47,9 @@ def test_classes(
 
     # Once more: nothing is encoded again, and the results are the same to the bit.
     monkeypatch.setattr("vjepa_fast.evaluation.features.encode_views", lambda *args: 1 / 0)
-    again = of(checkpoint, manifests, tmp_path / "again", *QUICK, "--segments", 2, "--views", 3, "--augmented", 2,
-               "--depth", 2)
+    again = of(
+        checkpoint, manifests, tmp_path / "again", *QUICK, "--segments", 2, "--views", 3, "--augmented", 2, "--depth", 2
+    )
     assert again.exit_code == 0, again.output
     assert "features of 20 of 20 videos were there already" in again.output
     assert json.loads((tmp_path / "again" / "results.json").read_text())["probes"] == found["probes"]
@@ -68,9 +68,7 @@ def test_numbers(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
     assert (out / "predicted.png").exists()
 
 
-def test_only_means_are_kept_where_they_suffice(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path,
-) -> None:
+def test_only_means_are_kept_where_they_suffice(checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path) -> None:
     assert of(checkpoint, manifests, tmp_path / "out", "--probe", "linear,knn").exit_code == 0
     (part,) = (tmp_path / "cache").glob("vjepa_fast/features/*/*.safetensors")
     assert part.stat().st_size < 8 * 96 * 4 + 2000
@@ -82,34 +80,48 @@ def test_the_student_on_demand(checkpoint: Path, manifests: tuple[Path, Path], t
     assert json.loads((tmp_path / "out" / "results.json").read_text())["weights"] == "encoder"
 
 
-@pytest.mark.parametrize(("train", "val", "message", "code"), [
-    ("0 3\n1 3\n", "2 3\n", "all 2 videos of '{train}' are of class 3; expected at least two classes", 1),
-    ("0\n1\n", "2 3\n", "are of class 0; expected at least two classes (a line is \"path label\"", 1),
-    ("0 3\n1 7\n", "2 3\n3 9\n",
-     "1 of the 2 videos of '{val}' are of class 9, of which '{train}' has no video, so that no probe can know it; "
-     "leave them out of '{val}', or add videos to '{train}'", 1),
-    ("0 3\n1 7\n", "", "dataset '{val}' is empty", 1),
-    ("0 3\n1 -7\n", "2 3\n", "class numbers start at 0", 1),
-    ("0 3\n1 dog\n", "2 3\n", "the label of {videos}/1.mp4 is 'dog'; expected numbers, separated by commas", 1),
-    ("0 0.5\n1 0.25,3\n", "2 0.5\n", "has 2 numbers, the first one 1; expected as many for every video", 1),
-    ("0 0.5\n1 0.5\n", "2 0.5\n3 1\n", "target 0 is 0.5 for every video; there is nothing to predict", 1),
-    ("0 0.5\n", "2 0.5\n3 1\n", "dataset '{train}' has one video; expected at least two", 1),
-    ("0 0.5\n1 nan\n", "2 0.5\n3 1\n", "expected numbers", 1),
-    ("0 3\n1 7\n0 7\n", "2 3\n",
-     "dataset '{train}': {videos}/0.mp4 is there twice, with label 3 and with 7; expected one label a video", 1),
-    ("0 3\n1 7\n", "2 3\n2 3\n2 7\n", "dataset '{val}': {videos}/2.mp4 is there twice, with label 3 and with 7", 1),
-    ("0 0.5,1\n1 2,3\n0 0.5,2\n", "2 0.5,1\n",
-     "{videos}/0.mp4 is there twice, with label '0.5,1' and with '0.5,2'", 1),
-])
+@pytest.mark.parametrize(
+    ("train", "val", "message", "code"),
+    [
+        ("0 3\n1 3\n", "2 3\n", "all 2 videos of '{train}' are of class 3; expected at least two classes", 1),
+        ("0\n1\n", "2 3\n", 'are of class 0; expected at least two classes (a line is "path label"', 1),
+        (
+            "0 3\n1 7\n",
+            "2 3\n3 9\n",
+            "1 of the 2 videos of '{val}' are of class 9, of which '{train}' has no video, so that no probe can know "
+            "it; leave them out of '{val}', or add videos to '{train}'",
+            1,
+        ),
+        ("0 3\n1 7\n", "", "dataset '{val}' is empty", 1),
+        ("0 3\n1 -7\n", "2 3\n", "class numbers start at 0", 1),
+        ("0 3\n1 dog\n", "2 3\n", "the label of {videos}/1.mp4 is 'dog'; expected numbers, separated by commas", 1),
+        ("0 0.5\n1 0.25,3\n", "2 0.5\n", "has 2 numbers, the first one 1; expected as many for every video", 1),
+        ("0 0.5\n1 0.5\n", "2 0.5\n3 1\n", "target 0 is 0.5 for every video; there is nothing to predict", 1),
+        ("0 0.5\n", "2 0.5\n3 1\n", "dataset '{train}' has one video; expected at least two", 1),
+        ("0 0.5\n1 nan\n", "2 0.5\n3 1\n", "expected numbers", 1),
+        (
+            "0 3\n1 7\n0 7\n",
+            "2 3\n",
+            "dataset '{train}': {videos}/0.mp4 is there twice, with label 3 and with 7; expected one label a video",
+            1,
+        ),
+        ("0 3\n1 7\n", "2 3\n2 3\n2 7\n", "dataset '{val}': {videos}/2.mp4 is there twice, with label 3 and with 7", 1),
+        (
+            "0 0.5,1\n1 2,3\n0 0.5,2\n",
+            "2 0.5,1\n",
+            "{videos}/0.mp4 is there twice, with label '0.5,1' and with '0.5,2'",
+            1,
+        ),
+    ],
+)
 def test_labels_that_do_not_fit(
-    checkpoint: Path, videos: Path, tmp_path: Path, train: str, val: str, message: str, code: int,
+    checkpoint: Path, videos: Path, tmp_path: Path, train: str, val: str, message: str, code: int
 ) -> None:
     names = {}
     for name, text in (("train", train), ("val", val)):
         names[name] = tmp_path / f"{name}.csv"
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
-        names[name].write_text("".join(
-            " ".join([str(videos / f"{line[0]}.mp4"), *line[1:]]) + "\n" for line in lines))
+        names[name].write_text("".join(" ".join([str(videos / f"{line[0]}.mp4"), *line[1:]]) + "\n" for line in lines))
     result = of(checkpoint, (names["train"], names["val"]), tmp_path / "out")
     assert result.exit_code == code, result.output
     assert message.format(**names, videos=videos) in result.output
@@ -117,7 +129,7 @@ def test_labels_that_do_not_fit(
 
 
 def test_a_video_that_is_listed_again_counts_once(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path
 ) -> None:
     manifests[0].write_text(2 * manifests[0].read_text())
     assert of(checkpoint, manifests, tmp_path / "out", "--probe", "knn").exit_code == 0
@@ -134,7 +146,7 @@ def test_what_is_odd_is_said(checkpoint: Path, manifests: tuple[Path, Path], tmp
 
 
 def test_videos_that_cannot_be_read_are_left_out(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     manifests[0].write_text(manifests[0].read_text() + f"{tmp_path / 'broken.mp4'} 3\n")
@@ -162,18 +174,20 @@ def test_videos_that_cannot_be_read_are_left_out(
         assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize(("args", "message", "code"), [
-    (("--probe", "nearest"), "--probe is 'nearest'; expected one or several of attentive, linear, knn", 2),
-    (("--lr", "1e-3,fast"), "--lr is '1e-3,fast'; expected numbers of at least 0, separated by commas", 2),
-    (("--fps", "4", "--frame-step", "4"), "--fps and --frame-step are given; expected one of them", 2),
-    (("--probe-heads", "7"), "--probe-heads is 7; expected a divisor of the encoder's width, 96", 2),
-    (("--targets", "x,y"), "--targets x,y names columns of numbers, but the labels", 2),
-    (("--set", "embed_dim=192"), "does not fit the model", 1),
-    (("--weights", "teacher"), "has no teacher", 2),
-])
+@pytest.mark.parametrize(
+    ("args", "message", "code"),
+    [
+        (("--probe", "nearest"), "--probe is 'nearest'; expected one or several of attentive, linear, knn", 2),
+        (("--lr", "1e-3,fast"), "--lr is '1e-3,fast'; expected numbers of at least 0, separated by commas", 2),
+        (("--fps", "4", "--frame-step", "4"), "--fps and --frame-step are given; expected one of them", 2),
+        (("--probe-heads", "7"), "--probe-heads is 7; expected a divisor of the encoder's width, 96", 2),
+        (("--targets", "x,y"), "--targets x,y names columns of numbers, but the labels", 2),
+        (("--set", "embed_dim=192"), "does not fit the model", 1),
+        (("--weights", "teacher"), "has no teacher", 2),
+    ],
+)
 def test_options_that_do_not_fit(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, args: tuple[str, ...], message: str,
-    code: int,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, args: tuple[str, ...], message: str, code: int
 ) -> None:
     result = of(checkpoint, manifests, tmp_path / "out", *args)
     assert result.exit_code == code, result.output
@@ -189,7 +203,7 @@ def test_nothing_is_written_over(checkpoint: Path, manifests: tuple[Path, Path],
 
 
 def test_a_full_disk_is_seen_before_it_is_full(
-    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path, manifests: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from collections import namedtuple
 

@@ -13,11 +13,13 @@ from experiments.physics_probes import QUANTITIES
 def test_a_page_with_a_side_that_ended_early(tmp_path: Path) -> None:
     probe = {"rank": 30.0, "scores": {read_out: dict.fromkeys(QUANTITIES, 0.5) for read_out in ("mean", "last")}}
     about = dict.fromkeys(
-        ("device", "cpu", "cores", "python", "torch", "triton", "vjepa_fast", "commit", "command", "date"), "x")
+        ("device", "cpu", "cores", "python", "torch", "triton", "vjepa_fast", "commit", "command", "date"), "x"
+    )
     sides: dict[str, Any] = {
         "ours": {"losses": [1.0] * 30 + [0.5] * 70, "clips_per_s": 800.0, "data_wait": 0.05, "probe": probe},
         "untrained": {"probe": probe},
-        "reference": {"losses": [1.0] * 60, "clips_per_s": 100.0, "probe": probe}}
+        "reference": {"losses": [1.0] * 60, "clips_per_s": 100.0, "probe": probe},
+    }
     write({"environment": about, "sides": sides}, tmp_path / "a.b")
     page = (tmp_path / "a.b.md").read_text()
     assert "| steps | 100 |  | 60 |" in page and "| waits for clips | 5.0% |  |  |" in page

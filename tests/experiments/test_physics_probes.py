@@ -36,8 +36,15 @@ def test_tables_give_means_and_spreads() -> None:
 
 
 def test_margins_in_deviations_of_a_difference() -> None:
-    rows = gather([one("latent", 0, 0.5), one("latent", 1, 0.7), one("untrained", 0, 0.1), one("untrained", 1, 0.1),
-                   one("untrained", 2, 0.1, pixels={q: 0.0 for q in QUANTITIES})])
+    rows = gather(
+        [
+            one("latent", 0, 0.5),
+            one("latent", 1, 0.7),
+            one("untrained", 0, 0.1),
+            one("untrained", 1, 0.1),
+            one("untrained", 2, 0.1, pixels={q: 0.0 for q in QUANTITIES}),
+        ]
+    )
     lines = margins(rows).splitlines()
     # 0.5 over the deviation of 0.5 and 0.7, which is 0.1 * sqrt(2).
     assert lines[2] == "| latent, mean" + " | +0.50 (3.5 std)" * len(QUANTITIES) + " |"

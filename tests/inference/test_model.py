@@ -63,9 +63,9 @@ def test_layouts_agree(layout: str, model: Any) -> None:
     assert (model.encode(floats) - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("shape", "grid"), [
-    ((1, 5, 40, 70, 3), (3, 2, 4)), ((1, 1, 16, 16, 3), (1, 1, 1)), ((2, 12, 96, 32, 3), (6, 6, 2)),
-])
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((1, 5, 40, 70, 3), (3, 2, 4)), ((1, 1, 16, 16, 3), (1, 1, 1)), ((2, 12, 96, 32, 3), (6, 6, 2))]
+)
 def test_any_number_of_frames_and_any_size(
     shape: tuple[int, ...], grid: tuple[int, ...], made: vf.VJEPA, model: Any
 ) -> None:
@@ -154,8 +154,10 @@ def test_wrong_input_is_named(model: Any) -> None:
         InferenceModel(model.encoder, None).encode(torch.rand(1, 2, 32, 32, 3))
     clips = models.clips()
     for positions, said in (
-        (torch.arange(64), "nothing is left to predict from"), (torch.tensor([64]), "tokens 0 to 63"),
-        (torch.zeros(4, 4, dtype=torch.bool), r"expected \[4, 4, 4\]"), (torch.tensor([0.5]), "expected token ids"),
+        (torch.arange(64), "nothing is left to predict from"),
+        (torch.tensor([64]), "tokens 0 to 63"),
+        (torch.zeros(4, 4, dtype=torch.bool), r"expected \[4, 4, 4\]"),
+        (torch.tensor([0.5]), "expected token ids"),
         (torch.tensor([[1, 1], [1, 2]]), "twice"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -19,7 +19,8 @@ from vjepa_fast.masking import mask_sample as mask_ops
 from vjepa_fast.masking.mask_rules import STRATEGIES, BlockSpec, Grid
 
 needs_extension = pytest.mark.skipif(
-    extension.load().path is None, reason=f"needs the compiled extension: {extension.load().reason}")
+    extension.load().path is None, reason=f"needs the compiled extension: {extension.load().reason}"
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,20 @@ class Case:
         """step, sample_ids and members."""
         return tuple(  # type: ignore[return-value]
             torch.tensor(values, dtype=torch.int64, device=device)
-            for values in ([self.step], self.sample_ids, self.members))
+            for values in ([self.step], self.sample_ids, self.members)
+        )
 
     def reference(self) -> mask_ops.PackedMasks:
         masks = mask_ops.masks_ref(
-            self.specs, self.grid, np.array(self.sample_ids, dtype=np.int64), np.array(self.members, dtype=np.int64),
-            seed=self.seed, step=self.step, group=self.group, group_size=self.group_size)
+            self.specs,
+            self.grid,
+            np.array(self.sample_ids, dtype=np.int64),
+            np.array(self.members, dtype=np.int64),
+            seed=self.seed,
+            step=self.step,
+            group=self.group,
+            group_size=self.group_size,
+        )
         return mask_ops._pack_ref(masks, None)
 
     def operators(self, device: str = "cpu", spare: int = 0) -> tuple[Tensor, ...]:
@@ -93,9 +102,12 @@ def mask_specs(draw: Callable[..., Any]) -> MaskSpec:
     }
     if strategy == "multiblock":
         scales = st.one_of(st.just((1.0, 1.0)), ranges(1e-3, 1.0))
-        keys |= {"spatial_scale": draw(scales), "temporal_scale": draw(scales),
-                 "aspect_ratio": draw(st.one_of(ranges(0.3, 3.0), ranges(1e-3, 255.0))),
-                 "num_blocks": draw(st.integers(1, 9))}
+        keys |= {
+            "spatial_scale": draw(scales),
+            "temporal_scale": draw(scales),
+            "aspect_ratio": draw(st.one_of(ranges(0.3, 3.0), ranges(1e-3, 255.0))),
+            "num_blocks": draw(st.integers(1, 9)),
+        }
     else:
         keys["ratio"] = draw(st.floats(1e-6, 1 - 1e-6))
     if strategy == "mixture":
@@ -105,9 +117,12 @@ def mask_specs(draw: Callable[..., Any]) -> MaskSpec:
 
 @st.composite
 def cases(draw: Callable[..., Any]) -> Case:
-    grid = draw(st.one_of(
-        st.sampled_from([(1, 1, 1), (8, 8, 8), (4, 14, 14), (1, 1, 70), (70, 1, 1)]),
-        st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12))))
+    grid = draw(
+        st.one_of(
+            st.sampled_from([(1, 1, 1), (8, 8, 8), (4, 14, 14), (1, 1, 70), (70, 1, 1)]),
+            st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)),
+        )
+    )
     first = draw(st.sampled_from([0, 5, 2**32 - 3, 2**61]))
     batch_size = draw(st.integers(1, 6))
     group_size = draw(st.sampled_from([-1, 0, 1, 2, 4]))
@@ -115,10 +130,15 @@ def cases(draw: Callable[..., Any]) -> Case:
     size = max(1, group_size)
     members = {size * (sample // size) + i for sample in sample_ids for i in range(size)}
     return Case(
-        masks=tuple(draw(st.lists(mask_specs(), min_size=1, max_size=3))), grid=grid, sample_ids=tuple(sample_ids),
-        members=tuple(draw(st.permutations(sorted(members)))), group_size=group_size,
-        seed=draw(st.integers(0, 2**64 - 1)), step=draw(st.sampled_from([0, 1, 2**31, 2**32 - 1])),
-        group=draw(st.integers(0, 15)))
+        masks=tuple(draw(st.lists(mask_specs(), min_size=1, max_size=3))),
+        grid=grid,
+        sample_ids=tuple(sample_ids),
+        members=tuple(draw(st.permutations(sorted(members)))),
+        group_size=group_size,
+        seed=draw(st.integers(0, 2**64 - 1)),
+        step=draw(st.sampled_from([0, 1, 2**31, 2**32 - 1])),
+        group=draw(st.integers(0, 15)),
+    )
 
 
 PLAIN = Case((MaskSpec(num_blocks=2), MaskSpec(strategy="mixture")), (4, 6, 6), (0, 1, 2), (0, 1, 2), -1)
@@ -139,26 +159,48 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def emulate(
-    library: ctypes.CDLL, case: Case, num_threads: int, stride: int, capacity: tuple[int, int] | None = None,
+    library: ctypes.CDLL,
+    case: Case,
+    num_threads: int,
+    stride: int,
+    capacity: tuple[int, int] | None = None,
     lengths: np.ndarray | None = None,
 ) -> tuple[Tensor, ...]:
     """As Case.operators; ids are poisoned before and guarded behind."""
     ids, members = (np.array(values, dtype=np.int64) for values in (case.sample_ids, case.members))
     specs, grid, seed, group = case.key
-    common = [pointer(np_specs := np.array(specs)), ctypes.c_int64(len(case.masks)),
-              pointer(np_grid := np.array(grid)), ctypes.c_int64(seed), ctypes.c_int64(group)]
+    common = [
+        pointer(np_specs := np.array(specs)),
+        ctypes.c_int64(len(case.masks)),
+        pointer(np_grid := np.array(grid)),
+        ctypes.c_int64(seed),
+        ctypes.c_int64(group),
+    ]
     threads = [ctypes.c_int64(num_threads), ctypes.c_int64(stride)]
     first = [ctypes.c_int64(case.step), pointer(ids), ctypes.c_int64(len(ids))]
     num_sequences = len(ids) * len(case.masks)
     if lengths is None:
         lengths = np.full((2, num_sequences), -77, dtype=np.int32)
-        library.emulated_lengths(*first, pointer(members), ctypes.c_int64(len(members)), *common,
-                                 ctypes.c_int64(case.group_size), *threads, pointer(lengths))
+        library.emulated_lengths(
+            *first,
+            pointer(members),
+            ctypes.c_int64(len(members)),
+            *common,
+            ctypes.c_int64(case.group_size),
+            *threads,
+            pointer(lengths),
+        )
     sizes = capacity or tuple(lengths.sum(1).tolist())
     guard = 8
     out = [np.full(size + guard, -77, dtype=np.int32) for size in (*sizes, 3 * (num_sequences + 1), 2)]
-    library.emulated_sample(*first, pointer(lengths), *common, *(ctypes.c_int64(size) for size in sizes), *threads,
-                            *(pointer(array) for array in out))
+    library.emulated_sample(
+        *first,
+        pointer(lengths),
+        *common,
+        *(ctypes.c_int64(size) for size in sizes),
+        *threads,
+        *(pointer(array) for array in out),
+    )
     assert np_specs.size and np_grid.size
     for array in out:
         assert (array[-guard:] == -77).all() and not (array[:-guard] == -77).any()

@@ -112,7 +112,8 @@ def test_strategies_by_ratio_equal_the_specification_to_the_bit(grid, spec):
     samples = np.array([0, 1, 2, 2**32 + 5])
     for seed, step, group, mask in ((1, 0, 0, 0), (2**63 + 7, 2**31, 15, 63)):
         ours = mask_sample_ref(
-            BlockSpec.from_config(spec, grid), grid, samples, seed=seed, step=step, group=group, mask=mask)
+            BlockSpec.from_config(spec, grid), grid, samples, seed=seed, step=step, group=group, mask=mask
+        )
         expected = [scalar_by_ratio(spec, grid, seed, step, int(s), group, mask) for s in samples]
         assert (ours == np.array(expected)).all()
 
@@ -121,8 +122,10 @@ def test_shares_and_shapes_of_the_strategies():
     grid, samples = (8, 4, 5), np.arange(400)
     target = {
         spec.strategy: ~mask_sample_ref(BlockSpec.from_config(spec, grid), grid, samples, seed=3, step=1).reshape(
-            -1, 8, 20)
-        for spec in (MaskSpec(strategy=name, ratio=0.25) for name in ("tube", "temporal", "patches", "mixture"))}
+            -1, 8, 20
+        )
+        for spec in (MaskSpec(strategy=name, ratio=0.25) for name in ("tube", "temporal", "patches", "mixture"))
+    }
     for name, share in target.items():
         assert (share.sum((1, 2)) == 40).all(), name
     assert (target["tube"] == target["tube"][:, :1]).all()
@@ -137,27 +140,34 @@ def test_shares_and_shapes_of_the_strategies():
     places = target["patches"].sum((0, 1))
     assert ((places - 800) ** 2 / 800).sum() < 43.8
     future = ~mask_sample_ref(
-        BlockSpec.from_config(MaskSpec(strategy="future"), grid), grid, samples, seed=3, step=1).reshape(-1, 8, 20)
+        BlockSpec.from_config(MaskSpec(strategy="future"), grid), grid, samples, seed=3, step=1
+    ).reshape(-1, 8, 20)
     assert not future[:, :5].any() and future[:, 5:].all()
 
 
-@pytest.mark.parametrize("spec, grid, message", [
-    (MaskSpec(), (65, 64, 64), "at most 262144"),
-    (MaskSpec(strategy="tube"), (2, 65, 64), "4096 places"),
-    (MaskSpec(strategy="mixture"), (257, 2, 2), "257 token frames"),
-])
+@pytest.mark.parametrize(
+    "spec, grid, message",
+    [
+        (MaskSpec(), (65, 64, 64), "at most 262144"),
+        (MaskSpec(strategy="tube"), (2, 65, 64), "4096 places"),
+        (MaskSpec(strategy="mixture"), (257, 2, 2), "257 token frames"),
+    ],
+)
 def test_grids_that_are_too_large(spec, grid, message):
     with pytest.raises(ConfigError, match=message):
         BlockSpec.from_config(spec, grid)
 
 
-@pytest.mark.parametrize("keys, message", [
-    ({"ratio": 0.3}, "multiblock does not use ratio"),
-    ({"strategy": "tube", "num_blocks": 3, "spatial_scale": (0.1, 0.2)}, "not use spatial_scale and num_blocks"),
-    ({"strategy": "patches", "temporal_probability": 0.1}, "not use temporal_probability"),
-    ({"strategy": "tube", "ratio": 1.0}, "less than 1"),
-    ({"strategy": "cubes"}, "multiblock"),
-])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"ratio": 0.3}, "multiblock does not use ratio"),
+        ({"strategy": "tube", "num_blocks": 3, "spatial_scale": (0.1, 0.2)}, "not use spatial_scale and num_blocks"),
+        ({"strategy": "patches", "temporal_probability": 0.1}, "not use temporal_probability"),
+        ({"strategy": "tube", "ratio": 1.0}, "less than 1"),
+        ({"strategy": "cubes"}, "multiblock"),
+    ],
+)
 def test_keys_that_a_strategy_does_not_use(keys, message):
     with pytest.raises(ValueError, match=message):
         MaskSpec(**keys)
@@ -177,7 +187,8 @@ def test_equals_the_specification_to_the_bit(grid, spec):
     for step, group, mask in ((0, 0, 0), (7, 3, 1), (2**31, 15, 63)):
         blocks = BlockSpec.from_config(spec, grid)
         assert block_size(blocks, grid, seed=seed, step=step, group=group, mask=mask) == scalar_size(
-            spec, grid, seed, step, group, mask)
+            spec, grid, seed, step, group, mask
+        )
         ours = mask_sample_ref(blocks, grid, samples, seed=seed, step=step, group=group, mask=mask)
         expected = [scalar_context(spec, grid, seed, step, int(s), group, mask) for s in samples]
         assert (ours == np.array(expected)).all()
@@ -191,7 +202,8 @@ def test_published_hash(name):
         for grid in GRIDS:
             for step in (0, 1, 999):
                 context = mask_sample_ref(
-                    BlockSpec.from_config(spec, grid), grid, np.arange(24) + 24 * step, seed=239, step=step)
+                    BlockSpec.from_config(spec, grid), grid, np.arange(24) + 24 * step, seed=239, step=step
+                )
                 digest.update(np.packbits(context).tobytes())
     assert digest.hexdigest() == PUBLISHED[name]
 
@@ -228,7 +240,10 @@ def test_mean_context_is_the_references():
     """Mean kept share of the V-JEPA 2 masks without truncation, close to what the reference's collator keeps."""
     grid = (8, 16, 16)
     for spec, low, high in ((SPECS[0], 0.35, 0.41), (SPECS[1], 0.17, 0.23)):
-        share = np.mean([
-            mask_sample_ref(BlockSpec.from_config(spec, grid), grid, np.arange(8), seed=5, step=step).mean()
-            for step in range(150)])
+        share = np.mean(
+            [
+                mask_sample_ref(BlockSpec.from_config(spec, grid), grid, np.arange(8), seed=5, step=step).mean()
+                for step in range(150)
+            ]
+        )
         assert low < share < high

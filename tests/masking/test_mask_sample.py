@@ -126,7 +126,8 @@ def test_compiles_without_a_break(dynamic: bool) -> None:
     def draw(step: Tensor, ids: Tensor, room: Tensor) -> tuple[Tensor, ...]:
         lengths = ops.mask_lengths(step, ids, ids, *key, group, 0)
         context, target, cu_seqlens, _ = ops.mask_sample(
-            step, ids, lengths, *key, group, room.shape[0], room.shape[0] + 100)
+            step, ids, lengths, *key, group, room.shape[0], room.shape[0] + 100
+        )
         return context * 2, target, cu_seqlens
 
     step, ids, _ = PLAIN.tensors()
@@ -164,16 +165,31 @@ BAD_COMMON = [
     ({"grid": [1, 6, 6]}, "max_context_frames of specs is 4; expected 1 to 1"),
     ({"group": 16}, "group is 16; expected 0 to 15"),
     ({"sample_ids": torch.zeros(2**31 // 144 + 1, dtype=torch.int64)}, "Use a smaller batch"),
-    *(({"specs": spec_with(place, value)}, message) for place, value, message in (
-        (0, 6, "strategy of specs is 6; expected 0 to 5"),
-        (0, -1, "strategy"),
-        (1, 0, "num_blocks"), (1, 1025, "num_blocks of specs is 1025; expected 1 to 1024"),
-        (2, 0, "temporal scale"), (2, 2**24 + 1, "temporal scale"), (3, -1, "temporal scale"),
-        (4, -(2**24), "spatial scale of specs is -16777216"), (5, 2**62, "spatial scale"),
-        (6, 0, "aspect ratio"), (7, 255 * 2**24, "aspect ratio"),
-        (8, 0, "ratio of specs"), (9, -1, "temporal probability"), (9, 2**32 + 1, "temporal probability"),
-        (10, 0, "max_context_frames"), (10, 5, "max_context_frames"), (11, -1, "max_keep"), (11, 145, "max_keep"),
-        (12, 3, "complement"), (13, 2, "inv_block"))),
+    *(
+        ({"specs": spec_with(place, value)}, message)
+        for place, value, message in (
+            (0, 6, "strategy of specs is 6; expected 0 to 5"),
+            (0, -1, "strategy"),
+            (1, 0, "num_blocks"),
+            (1, 1025, "num_blocks of specs is 1025; expected 1 to 1024"),
+            (2, 0, "temporal scale"),
+            (2, 2**24 + 1, "temporal scale"),
+            (3, -1, "temporal scale"),
+            (4, -(2**24), "spatial scale of specs is -16777216"),
+            (5, 2**62, "spatial scale"),
+            (6, 0, "aspect ratio"),
+            (7, 255 * 2**24, "aspect ratio"),
+            (8, 0, "ratio of specs"),
+            (9, -1, "temporal probability"),
+            (9, 2**32 + 1, "temporal probability"),
+            (10, 0, "max_context_frames"),
+            (10, 5, "max_context_frames"),
+            (11, -1, "max_keep"),
+            (11, 145, "max_keep"),
+            (12, 3, "complement"),
+            (13, 2, "inv_block"),
+        )
+    ),
 ]
 
 
@@ -181,8 +197,14 @@ def arguments_of(name: str, changed: dict[str, Any]) -> list[Any]:
     common = {"specs": ROW, "grid": [4, 6, 6], "seed": 1, "group": 0}
     values: dict[str, dict[str, Any]] = {
         "mask_lengths": {"step": STEP, "sample_ids": IDS, "members": IDS, **common, "group_size": -1},
-        "mask_sample": {"step": STEP, "sample_ids": IDS, "lengths": torch.zeros(2, 3, dtype=torch.int32), **common,
-                        "capacity_context": 432, "capacity_target": 432},
+        "mask_sample": {
+            "step": STEP,
+            "sample_ids": IDS,
+            "lengths": torch.zeros(2, 3, dtype=torch.int32),
+            **common,
+            "capacity_context": 432,
+            "capacity_target": 432,
+        },
     }
     return list({**values[name], **changed}.values())
 
@@ -196,22 +218,36 @@ def test_bad_arguments_of_both(name: str, changed: dict[str, Any], message: str)
 
 
 @needs_extension
-@pytest.mark.parametrize(("name", "changed", "message"), [
-    ("mask_lengths", {"group_size": -2}, "group_size is -2"),
-    ("mask_lengths", {"members": IDS[:2].clone()}, "sample 2 is not among the members"),
-    ("mask_lengths", {"members": IDS.float()}, "members has dtype Float"),
-    ("mask_lengths", {"members": IDS - 1}, "members holds -1"),
-    ("mask_sample", {"lengths": torch.zeros(2, 3)}, "lengths has dtype Float; expected Int"),
-    ("mask_sample", {"lengths": torch.zeros(2, 4, dtype=torch.int32)}, r"lengths has shape \[2, 4\]; expected \[2, 3"),
-    ("mask_sample", {"lengths": torch.full((2, 3), -1, dtype=torch.int32)}, "an entry of lengths is -1"),
-    ("mask_sample", {"lengths": torch.full((2, 3), 145, dtype=torch.int32)}, "expected 0 to 144"),
-    ("mask_sample", {"lengths": torch.full((2, 3), 100, dtype=torch.int32)}, "context and target of a sequence"),
-    ("mask_sample", {"lengths": torch.tensor([[144] * 3, [0] * 3], dtype=torch.int32)}, "do not belong to the masks"),
-    ("mask_sample", {"lengths": torch.ones(2, 3, dtype=torch.int32), "capacity_target": 2},
-     "the masks hold 3 target tokens, more than capacity_target 2"),
-    ("mask_sample", {"capacity_context": -1}, "capacity_context is -1"),
-    ("mask_sample", {"capacity_context": 2**31}, "capacity_context is 2147483648"),
-])
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("mask_lengths", {"group_size": -2}, "group_size is -2"),
+        ("mask_lengths", {"members": IDS[:2].clone()}, "sample 2 is not among the members"),
+        ("mask_lengths", {"members": IDS.float()}, "members has dtype Float"),
+        ("mask_lengths", {"members": IDS - 1}, "members holds -1"),
+        ("mask_sample", {"lengths": torch.zeros(2, 3)}, "lengths has dtype Float; expected Int"),
+        (
+            "mask_sample",
+            {"lengths": torch.zeros(2, 4, dtype=torch.int32)},
+            r"lengths has shape \[2, 4\]; expected \[2, 3",
+        ),
+        ("mask_sample", {"lengths": torch.full((2, 3), -1, dtype=torch.int32)}, "an entry of lengths is -1"),
+        ("mask_sample", {"lengths": torch.full((2, 3), 145, dtype=torch.int32)}, "expected 0 to 144"),
+        ("mask_sample", {"lengths": torch.full((2, 3), 100, dtype=torch.int32)}, "context and target of a sequence"),
+        (
+            "mask_sample",
+            {"lengths": torch.tensor([[144] * 3, [0] * 3], dtype=torch.int32)},
+            "do not belong to the masks",
+        ),
+        (
+            "mask_sample",
+            {"lengths": torch.ones(2, 3, dtype=torch.int32), "capacity_target": 2},
+            "the masks hold 3 target tokens, more than capacity_target 2",
+        ),
+        ("mask_sample", {"capacity_context": -1}, "capacity_context is -1"),
+        ("mask_sample", {"capacity_context": 2**31}, "capacity_context is 2147483648"),
+    ],
+)
 def test_bad_arguments_of_one(name: str, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         getattr(mask_ops.operators(), name)(*arguments_of(name, changed))
@@ -286,16 +322,18 @@ def test_sampler_pads_to_a_capacity() -> None:
 def test_captured_form_equals_the_other() -> None:
     step, ids, members = PLAIN.tensors()
     context, target, cu_seqlens, totals = mask_ops.mask_sample_captured(
-        PLAIN.specs, PLAIN.grid, step, ids, members, seed=PLAIN.seed, capacity=(500, 600), group_size=-1)
+        PLAIN.specs, PLAIN.grid, step, ids, members, seed=PLAIN.seed, capacity=(500, 600), group_size=-1
+    )
     expected = PLAIN.reference()
     wanted = [len(expected.context_ids), len(expected.target_ids)]
     assert totals.tolist() == wanted and cu_seqlens.equal(expected.cu_seqlens)
     assert context[: wanted[0]].equal(expected.context_ids) and target[: wanted[1]].equal(expected.target_ids)
 
 
-@pytest.mark.parametrize(("ids", "members", "message"), [
-    ([-1, 2], None, "a global sample number is -1"), ([1, 2], [2, 3], "sample 1 is not among the members"),
-])
+@pytest.mark.parametrize(
+    ("ids", "members", "message"),
+    [([-1, 2], None, "a global sample number is -1"), ([1, 2], [2, 3], "sample 1 is not among the members")],
+)
 @pytest.mark.parametrize("dispatch", ["ref", pytest.param("extension", marks=needs_extension)])
 def test_bad_samples(
     dispatch: str, ids: list[int], members: list[int] | None, message: str, monkeypatch: pytest.MonkeyPatch
@@ -313,9 +351,9 @@ def test_gpu_that_is_not_there() -> None:
         MaskSampler(MaskConfig(masks=MASKS), (4, 6, 6), 0)(0, [1], "cuda")
 
 
-@pytest.mark.parametrize(("environment", "num_warnings"), [
-    ({"VJEPA_FAST_EXT": "0"}, 0), ({"VJEPA_FAST_OPS": "ref"}, 0), ({}, 1),
-])
+@pytest.mark.parametrize(
+    ("environment", "num_warnings"), [({"VJEPA_FAST_EXT": "0"}, 0), ({"VJEPA_FAST_OPS": "ref"}, 0), ({}, 1)]
+)
 def test_without_the_extension_numpy_draws_the_same_masks(
     environment: dict[str, str], num_warnings: int, tmp_path: Path
 ) -> None:
@@ -335,8 +373,14 @@ def test_without_the_extension_numpy_draws_the_same_masks(
         "print(hashlib.sha256(batch.context_ids.numpy().tobytes() + batch.target_ids.numpy().tobytes()).hexdigest())\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VJEPA_FAST_")}
-    done = subprocess.run([sys.executable, "-c", script], env={**clean, **environment}, cwd=ROOT, text=True,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**clean, **environment},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     counts, digest = done.stdout.split("\n")[:2]
     assert counts == f"{num_warnings} {num_warnings}"
     batch = MaskSampler(MaskConfig(), (4, 8, 8), 7)(3, range(4))
@@ -390,7 +434,8 @@ def test_replay_of_a_cuda_graph_draws_the_masks_of_its_step() -> None:
 
     def draw() -> tuple[Tensor, ...]:
         return mask_ops.mask_sample_captured(
-            sampler.specs, grid, step, ids, ids, seed=3, capacity=capacity, group_size=-1)
+            sampler.specs, grid, step, ids, ids, seed=3, capacity=capacity, group_size=-1
+        )
 
     draw()
     graph = torch.cuda.CUDAGraph()

@@ -104,20 +104,26 @@ def test_width_of_the_picture(grid: tuple[int, int, int], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("grid", "num_masks"), [(GRID, 1), ((9, 4, 64), 2), ((1, 1, 1), 1)])
-def test_no_text_lies_on_another(grid: tuple[int, int, int], num_masks: int, tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_text_lies_on_another(
+    grid: tuple[int, int, int], num_masks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    spec = MaskSpec(strategy="mixture", ratio=0.123, max_keep=1000, max_temporal_keep=0.55, full_complement=True,
-                    inv_block=True)
+    spec = MaskSpec(
+        strategy="mixture", ratio=0.123, max_keep=1000, max_temporal_keep=0.55, full_complement=True, inv_block=True
+    )
     masks = MaskBatch.from_dense(torch.zeros(num_masks, 2, *grid, dtype=torch.bool))
-    panel = make_panel(masks, names=[picture.describe(spec)] * num_masks, heading="clips of 16 frames",
-                       sample_ids=[123456789, 123456790])
+    panel = make_panel(
+        masks,
+        names=[picture.describe(spec)] * num_masks,
+        heading="clips of 16 frames",
+        sample_ids=[123456789, 123456790],
+    )
     picture.draw([panel, panel], "A long title $with$ " + "x" * 200, ["a long fact " * 30, "short"], tmp_path / "a.png")
-    figure, = figures
+    (figure,) = figures
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in figure.texts]
     tops = [figure.bbox.height - 16 - panel.height * count for count in (2, 1)]
@@ -140,14 +146,17 @@ def test_formats(ending: str, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(starts[ending.lower()])
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"spatial_scale": (0.15, 0.15), "num_blocks": 8}, "8 blocks of 0.15"),
-    ({"spatial_scale": (0.2, 0.8), "temporal_scale": (0.5, 0.5)}, "1 block of 0.2 to 0.8, time 0.5"),
-    ({"strategy": "future", "ratio": 0.5}, "future 0.5"),
-    ({"strategy": "mixture", "ratio": 0.4}, "mixture 0.4, 0.5 temporal"),
-    ({"strategy": "tube", "ratio": 0.9, "full_complement": True}, "tube 0.9, full_complement"),
-    ({"strategy": "patches", "max_keep": 7, "inv_block": True}, "patches 0.4, max_keep 7, inv_block"),
-    ({"strategy": "temporal", "max_temporal_keep": 0.5}, "temporal 0.4, max_temporal_keep 0.5"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"spatial_scale": (0.15, 0.15), "num_blocks": 8}, "8 blocks of 0.15"),
+        ({"spatial_scale": (0.2, 0.8), "temporal_scale": (0.5, 0.5)}, "1 block of 0.2 to 0.8, time 0.5"),
+        ({"strategy": "future", "ratio": 0.5}, "future 0.5"),
+        ({"strategy": "mixture", "ratio": 0.4}, "mixture 0.4, 0.5 temporal"),
+        ({"strategy": "tube", "ratio": 0.9, "full_complement": True}, "tube 0.9, full_complement"),
+        ({"strategy": "patches", "max_keep": 7, "inv_block": True}, "patches 0.4, max_keep 7, inv_block"),
+        ({"strategy": "temporal", "max_temporal_keep": 0.5}, "temporal 0.4, max_temporal_keep 0.5"),
+    ],
+)
 def test_descriptions(options: dict[str, Any], words: str) -> None:
     assert picture.describe(MaskSpec(**options)) == words

@@ -26,8 +26,17 @@ def step_masks(
     cfg: MaskConfig, world_size: int = 1, global_batch: int = 8, fpcs=(8,), group_of=None, **keys
 ) -> StepMasks:
     return StepMasks(
-        cfg, fpcs=list(fpcs), crop_size=(64, 64), patch_size=8, tubelet_size=2, seed=3, global_batch=global_batch,
-        group_of=group_of or (lambda ids: np.zeros(len(ids), dtype=np.int64)), world_size=world_size, **keys)
+        cfg,
+        fpcs=list(fpcs),
+        crop_size=(64, 64),
+        patch_size=8,
+        tubelet_size=2,
+        seed=3,
+        global_batch=global_batch,
+        group_of=group_of or (lambda ids: np.zeros(len(ids), dtype=np.int64)),
+        world_size=world_size,
+        **keys,
+    )
 
 
 def rows(batch: MaskBatch):
@@ -62,12 +71,16 @@ def test_without_truncation_every_token_is_context_or_target():
         assert sorted(context + target) == list(range(256))
 
 
-@pytest.mark.parametrize("keys, check", [
-    ({"max_keep": 7}, lambda c, t: len(c) == 7),
-    ({"max_temporal_keep": 0.5}, lambda c, t: max(c) < 128),
-    ({"full_complement": True}, lambda c, t: sorted(c + t) == list(range(256))),
-    ({"pred_full_complement": True}, lambda c, t: sorted(c + t) == list(range(256))),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "keys, check",
+    [
+        ({"max_keep": 7}, lambda c, t: len(c) == 7),
+        ({"max_temporal_keep": 0.5}, lambda c, t: max(c) < 128),
+        ({"full_complement": True}, lambda c, t: sorted(c + t) == list(range(256))),
+        ({"pred_full_complement": True}, lambda c, t: sorted(c + t) == list(range(256))),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_options(keys, check):
     cfg = MaskConfig(masks=[MASKS[0].model_copy(update=keys)], group_size=4)
     assert all(check(c, t) for c, t in rows(MaskSampler(cfg, GRID, seed=2)(1, range(4))).values())
@@ -75,9 +88,13 @@ def test_options(keys, check):
 
 def test_inverted_blocks_swap_the_roles():
     plain, swapped = (
-        rows(MaskSampler(
-            MaskConfig(masks=[MASKS[1].model_copy(update={"inv_block": inv})], group_size=4), GRID, 2)(0, range(4)))
-        for inv in (False, True))
+        rows(
+            MaskSampler(MaskConfig(masks=[MASKS[1].model_copy(update={"inv_block": inv})], group_size=4), GRID, 2)(
+                0, range(4)
+            )
+        )
+        for inv in (False, True)
+    )
     assert {key: (t, c) for key, (c, t) in plain.items()} == swapped
 
 
@@ -108,7 +125,9 @@ def test_from_dense():
     flat = MaskBatch.from_dense(target.flatten(-2)[None].expand(3, -1, -1, -1), grid=GRID)
     assert flat.num_masks == 3 and rows(flat)[2, 0] == rows(batch)[0, 0]
     for bad, message in (
-        (target.float(), "bool"), (torch.ones_like(target), "no context"), (target.flatten(-2), "grid"),
+        (target.float(), "bool"),
+        (torch.ones_like(target), "no context"),
+        (target.flatten(-2), "grid"),
     ):
         with pytest.raises(ValueError, match=message):
             MaskBatch.from_dense(bad)
@@ -116,11 +135,14 @@ def test_from_dense():
         MaskBatch.from_dense(target, context=target)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda ids: MaskBatch.from_meta([ids], [], GRID), "same number"),
-    (lambda ids: MaskBatch.from_meta([ids], [ids + 256], GRID), "tokens 0 to 255"),
-    (lambda ids: MaskBatch.from_meta([ids], [ids[:1]], GRID), "shape"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda ids: MaskBatch.from_meta([ids], [], GRID), "same number"),
+        (lambda ids: MaskBatch.from_meta([ids], [ids + 256], GRID), "tokens 0 to 255"),
+        (lambda ids: MaskBatch.from_meta([ids], [ids[:1]], GRID), "shape"),
+    ],
+)
 def test_bad_index_lists(make, message):
     with pytest.raises(ValueError, match=message):
         make(torch.arange(8).view(2, 4))

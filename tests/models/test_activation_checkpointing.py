@@ -44,7 +44,11 @@ class Record(TorchDispatchMode):
 
 
 def run(
-    kind: str, swiglu: bool = False, dtype: torch.dtype = torch.float32, rope: bool = True, width: int = 96,
+    kind: str,
+    swiglu: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rope: bool = True,
+    width: int = 96,
     lengths: tuple[int, ...] = (24, 40),
 ) -> tuple[list[Tensor], float, Counter[str]]:
     """Gradients of two blocks and their input; what a block keeps, in multiples of its input; how often what ran."""

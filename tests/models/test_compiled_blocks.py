@@ -23,19 +23,30 @@ from vjepa_fast.train.step import TrainStep
 
 
 def settings(dtype: str = "float32", **model) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 24,
-                  "pred_depth": 2, "pred_num_heads": 2, "zero_init_mask_tokens": False, "compile_model": True, **model},
-        "mask": {"masks": MASKS},
-        "data": {"crop_size": 64, "patch_size": 8, "batch_size": 2, "dataset_fpcs": [8]},
-        "optimization": {"warmup": 0},
-        "train": {"dtype": dtype},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 48,
+                "depth": 2,
+                "num_heads": 2,
+                "pred_embed_dim": 24,
+                "pred_depth": 2,
+                "pred_num_heads": 2,
+                "zero_init_mask_tokens": False,
+                "compile_model": True,
+                **model,
+            },
+            "mask": {"masks": MASKS},
+            "data": {"crop_size": 64, "patch_size": 8, "batch_size": 2, "dataset_fpcs": [8]},
+            "optimization": {"warmup": 0},
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def make_batch(step: int, cfg: Config) -> tuple[Tensor, MaskBatch]:
-    clips = torch.randint(
-        0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
+    clips = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
     return clips, MaskSampler(cfg.mask, (4, 8, 8), seed=0)(step, range(2 * step, 2 * step + 2))
 
 

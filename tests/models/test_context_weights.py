@@ -19,8 +19,7 @@ def test_against_all_pairs(grid):
     marked[0] = False
     places = token_positions(torch.arange(marked[0].numel()), *grid[1:])
     apart = (places[:, None] - places).square().sum(-1).float()
-    expected = torch.stack([
-        torch.where(m.flatten(), apart, torch.inf).amin(-1).view(grid) for m in marked])
+    expected = torch.stack([torch.where(m.flatten(), apart, torch.inf).amin(-1).view(grid) for m in marked])
     assert torch.equal(squared_distances(marked), expected)
     assert squared_distances(marked)[0].isinf().all()
 
@@ -38,8 +37,13 @@ def test_packed_sequences(padding):
         expected.append((pairs.amin(-1) / 2).sqrt().reciprocal() if len(others) else torch.zeros(len(some)))
     pad = torch.zeros(padding, dtype=torch.int32)
     found = context_weights(
-        torch.cat([*context, pad]).int(), Packing(lengths, torch.tensor([0, 5, 6, 18], dtype=torch.int32)).cu_seqlens,
-        torch.cat([*target, pad]).int(), torch.tensor([0, 3, 11, 11], dtype=torch.int32), grid, 2.0)
+        torch.cat([*context, pad]).int(),
+        Packing(lengths, torch.tensor([0, 5, 6, 18], dtype=torch.int32)).cu_seqlens,
+        torch.cat([*target, pad]).int(),
+        torch.tensor([0, 3, 11, 11], dtype=torch.int32),
+        grid,
+        2.0,
+    )
     torch.testing.assert_close(found[:18], torch.cat(expected))
     assert not found[:18].isnan().any()
 

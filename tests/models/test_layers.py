@@ -57,7 +57,8 @@ def test_last_block_for_some_tokens_only(drop_path, look, checkpointing):
         blocks, x = some_blocks(drop_path), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
         leaves = [x.requires_grad_(), *blocks.parameters()]
         blocks[-1].mlp.fc1.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))) if (
-            look == "within") else None
+            look == "within"
+        ) else None
         if look == "at the block":
             blocks[-1].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
         torch.manual_seed(2)
@@ -98,8 +99,12 @@ def test_hooks_see_whole_tensors(kind):
     assert all(torch.equal(ours, other) for ours, other in zip(outputs, plain[1:], strict=True))
     outputs[-1].sum().backward()
     (args,) = seen
-    found = {"forward": lambda: args[1], "forward_pre": lambda: args[0][0], "full_backward": lambda: args[0][0],
-             "full_backward_pre": lambda: args[0][0]}[kind]()
+    found = {
+        "forward": lambda: args[1],
+        "forward_pre": lambda: args[0][0],
+        "full_backward": lambda: args[0][0],
+        "full_backward_pre": lambda: args[0][0],
+    }[kind]()
     if "backward" not in kind:
         assert torch.equal(found, plain[2 if kind == "forward" else 1])
     elif kind == "full_backward":
@@ -116,7 +121,8 @@ def test_wrapped_blocks_and_global_hooks_see_whole_tensors():
     assert torch.equal(handed_over(blocks, x)[-1], plain[-1]) and torch.equal(seen[0], plain[0])
     del blocks[1].forward, seen[:]
     handle = nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: seen.append(out) if isinstance(module, Block) else None)
+        lambda module, args, out: seen.append(out) if isinstance(module, Block) else None
+    )
     try:
         handed_over(blocks, x)
     finally:

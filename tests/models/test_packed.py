@@ -19,13 +19,29 @@ MASKS = [
 
 
 def config(truncate: str = "batch_min", fpcs: tuple[int, ...] = (8,), **model) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 3, "num_heads": 2, "pred_embed_dim": 24,
-                  "pred_depth": 2, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
-        "mask": {"masks": MASKS, "truncate": truncate},
-        "data": {"datasets": ["a"] * len(fpcs), "dataset_fpcs": list(fpcs), "crop_size": 32, "patch_size": 8,
-                 "batch_size": 3},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 48,
+                "depth": 3,
+                "num_heads": 2,
+                "pred_embed_dim": 24,
+                "pred_depth": 2,
+                "pred_num_heads": 2,
+                "zero_init_mask_tokens": False,
+                **model,
+            },
+            "mask": {"masks": MASKS, "truncate": truncate},
+            "data": {
+                "datasets": ["a"] * len(fpcs),
+                "dataset_fpcs": list(fpcs),
+                "crop_size": 32,
+                "patch_size": 8,
+                "batch_size": 3,
+            },
+        }
+    )
 
 
 def make_batch(cfg: Config, seed: int = 0) -> tuple[list[Tensor], list[MaskBatch]]:
@@ -100,11 +116,20 @@ def test_packed_step_equals_a_loop_over_masks_and_clips(case):
         assert difference <= 1e-5 * oracle[name].norm() or difference <= 1e-7 * whole, name
 
 
-@pytest.mark.parametrize("case", [
-    {}, {"truncate": "none"}, {"use_rope": False}, {"use_silu": True, "use_pred_silu": True},
-    {"use_activation_checkpointing": True}, {"drop_path_rate": 0.5}, {"mask_token_by": "mask"},
-    {"use_rope": False, "positions": "learned"},
-], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"truncate": "none"},
+        {"use_rope": False},
+        {"use_silu": True, "use_pred_silu": True},
+        {"use_activation_checkpointing": True},
+        {"drop_path_rate": 0.5},
+        {"mask_token_by": "mask"},
+        {"use_rope": False, "positions": "learned"},
+    ],
+    ids=str,
+)
 def test_room_behind_the_tokens_changes_nothing(case):
     cfg = config(**case)
     torch.manual_seed(0)
@@ -153,16 +178,20 @@ def test_no_gradient_reaches_the_target_encoder():
     names = gradients(model, model(clips, masks).loss).keys()
     assert not any(name.startswith("target_encoder") for name in names)
     assert {n for n, p in model.named_parameters() if p.requires_grad} - set(names) == {
-        f"predictor.mask_tokens.{i}" for i in range(1, 2)}
+        f"predictor.mask_tokens.{i}" for i in range(1, 2)
+    }
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda clips, masks: (clips * 2, masks), "groups"),
-    (lambda clips, masks: ([clips[0][:2]], masks), "masks for 3 clips"),
-    (lambda clips, masks: ([clips[0][:, :4]], masks), "tokens"),
-    (lambda clips, masks: ([clips[0][:, :, :30]], masks), "multiple of 8"),
-    (lambda clips, masks: ([clips[0][..., :2]], masks), "expected"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda clips, masks: (clips * 2, masks), "groups"),
+        (lambda clips, masks: ([clips[0][:2]], masks), "masks for 3 clips"),
+        (lambda clips, masks: ([clips[0][:, :4]], masks), "tokens"),
+        (lambda clips, masks: ([clips[0][:, :, :30]], masks), "multiple of 8"),
+        (lambda clips, masks: ([clips[0][..., :2]], masks), "expected"),
+    ],
+)
 def test_clips_and_masks_that_do_not_belong_together(change, message):
     cfg = config()
     model = VJEPA(cfg.model)

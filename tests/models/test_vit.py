@@ -13,10 +13,18 @@ from vjepa_fast.ops.packing import Packing
 
 
 def model_config(crop=32, frames=8, **keys):
-    keys = {"model_name": "vit_tiny", "embed_dim": 48, "depth": 3, "num_heads": 2, "pred_embed_dim": 24,
-            "pred_depth": 2, "pred_num_heads": 2} | keys
-    return Config.model_validate({
-        "model": keys, "data": {"crop_size": crop, "patch_size": 8, "dataset_fpcs": [frames]}}).model
+    keys = {
+        "model_name": "vit_tiny",
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 2,
+        "pred_embed_dim": 24,
+        "pred_depth": 2,
+        "pred_num_heads": 2,
+    } | keys
+    return Config.model_validate(
+        {"model": keys, "data": {"crop_size": crop, "patch_size": 8, "dataset_fpcs": [frames]}}
+    ).model
 
 
 def test_layouts_of_the_same_clip_give_the_same_features():
@@ -118,28 +126,36 @@ def test_non_square_predictor_tells_rows_from_columns():
     assert not torch.allclose(predict(0, 1, 7), predict(4, 5, 7))
 
 
-@pytest.mark.parametrize("keys, message", [
-    ({"embed_dim": 50, "num_heads": 4}, "num_heads"),
-    ({"pred_embed_dim": 25}, "pred_num_heads"),
-])
+@pytest.mark.parametrize(
+    "keys, message", [({"embed_dim": 50, "num_heads": 4}, "num_heads"), ({"pred_embed_dim": 25}, "pred_num_heads")]
+)
 def test_sizes_that_do_not_fit(keys, message):
     with pytest.raises(ConfigError, match=message):
         VJEPA(model_config(**keys))
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((1, 8, 32, 32, 4), "expected"), ((1, 7, 32, 32, 3), "frames 7"), ((1, 8, 33, 32, 3), "height 33"),
-    ((1, 0, 32, 32, 3), "frames 0"), ((8, 32), "expected"),
-])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 8, 32, 32, 4), "expected"),
+        ((1, 7, 32, 32, 3), "frames 7"),
+        ((1, 8, 33, 32, 3), "height 33"),
+        ((1, 0, 32, 32, 3), "frames 0"),
+        ((8, 32), "expected"),
+    ],
+)
 def test_clips_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         VisionTransformer(model_config())(torch.zeros(shape, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("keys, message", [
-    ({"embed_dim": 8, "num_heads": 2}, "at least 6"),
-    ({"use_rope": False, "embed_dim": 36, "num_heads": 2}, "multiple of 8"),
-])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"embed_dim": 8, "num_heads": 2}, "at least 6"),
+        ({"use_rope": False, "embed_dim": 36, "num_heads": 2}, "multiple of 8"),
+    ],
+)
 def test_widths_that_positions_cannot_fill(keys, message):
     with pytest.raises(ConfigError, match=message):
         VJEPA(model_config(**keys))

@@ -48,16 +48,29 @@ class Case:
             both = make(num_frames, rows, columns, 2)
             return make(num_frames, height, width), both[..., 0], both[..., 1]
         if self.layout == "strided":
-            return (make(num_frames, height + 3, width + 5)[:, 2:-1, 3:-2], make(columns, num_frames, rows).permute(
-                1, 2, 0), make(num_frames, 2 * rows, columns)[:, ::2])
+            return (
+                make(num_frames, height + 3, width + 5)[:, 2:-1, 3:-2],
+                make(columns, num_frames, rows).permute(1, 2, 0),
+                make(num_frames, 2 * rows, columns)[:, ::2],
+            )
         if self.layout == "expanded":
-            return (make(1, height, width).expand(num_frames, -1, -1), make(num_frames, 1, columns).expand(
-                -1, rows, -1), make(num_frames, rows, columns))
+            return (
+                make(1, height, width).expand(num_frames, -1, -1),
+                make(num_frames, 1, columns).expand(-1, rows, -1),
+                make(num_frames, rows, columns),
+            )
         return make(num_frames, height, width), make(num_frames, rows, columns), make(num_frames, rows, columns)
 
     def arguments(self) -> list[Any]:
-        return [*self.planes(), list(self.box), list(self.size), self.flip, self.depth, list(self.chroma),
-                list(colour_ints(self.matrix, self.full_range, self.depth))]
+        return [
+            *self.planes(),
+            list(self.box),
+            list(self.size),
+            self.flip,
+            self.depth,
+            list(self.chroma),
+            list(colour_ints(self.matrix, self.full_range, self.depth)),
+        ]
 
     def reference(self) -> Tensor:
         return clip_pixels_ref(*self.arguments())
@@ -72,11 +85,18 @@ def cases(draw: Any) -> Case:
     box_height, box_width = integer(1, height), integer(1, width)
     box = (integer(0, height - box_height), integer(0, width - box_width), box_height, box_width)
     return Case(
-        (integer(0, 9), height, width), box, (integer(1, 60), integer(1, 60)), draw(st.booleans()),
+        (integer(0, 9), height, width),
+        box,
+        (integer(1, 60), integer(1, 60)),
+        draw(st.booleans()),
         draw(st.sampled_from([8, 8, 8, 9, 10, 12, 14])),
         (draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4])), integer(0, 3), integer(0, 3)),
-        draw(st.sampled_from(MATRICES)), draw(st.booleans()), draw(st.sampled_from(LAYOUTS)), integer(0, 99),
-        draw(st.booleans()))
+        draw(st.sampled_from(MATRICES)),
+        draw(st.booleans()),
+        draw(st.sampled_from(LAYOUTS)),
+        integer(0, 99),
+        draw(st.booleans()),
+    )
 
 
 # As in training; one pixel; a size that is no multiple of four; larger than the box; more frames than a thread takes.
@@ -100,9 +120,19 @@ def emulate(library: ctypes.CDLL, arguments: list[Any], block: int = 128) -> Ten
     num_bytes = len(y) * size[0] * size[1] * 3
     out = np.full(num_bytes + 64, 0xA5, dtype=np.uint8)
     library.emulated_pixels(
-        planes, ints([stride for plane in (y, u, v) for stride in plane.stride()]), ints([*y.shape[1:], *u.shape[1:]]),
-        ctypes.c_int64(len(y)), ints(box), ints(size), ctypes.c_int64(flip), ctypes.c_int64(depth),
-        ctypes.c_int64(y.dtype == torch.uint16), ints(chroma), ints(colour), ctypes.c_int64(block),
-        ctypes.c_void_p(out.ctypes.data))
+        planes,
+        ints([stride for plane in (y, u, v) for stride in plane.stride()]),
+        ints([*y.shape[1:], *u.shape[1:]]),
+        ctypes.c_int64(len(y)),
+        ints(box),
+        ints(size),
+        ctypes.c_int64(flip),
+        ctypes.c_int64(depth),
+        ctypes.c_int64(y.dtype == torch.uint16),
+        ints(chroma),
+        ints(colour),
+        ctypes.c_int64(block),
+        ctypes.c_void_p(out.ctypes.data),
+    )
     assert (out[num_bytes:] == 0xA5).all()
     return torch.from_numpy(out[:num_bytes]).view(len(y), *size, 3)

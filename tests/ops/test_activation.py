@@ -71,8 +71,9 @@ def test_extreme_values(kernels):
         y, wanted = function(*leaves), plain(*others)
         torch.testing.assert_close(y, wanted, equal_nan=True, rtol=1e-6, atol=1e-30)
         # At infinity the gradient of PyTorch's own expression is NaN.
-        for ours, theirs in zip(torch.autograd.grad(y, leaves, ones), torch.autograd.grad(wanted, others, ones),
-                                strict=True):
+        for ours, theirs in zip(
+            torch.autograd.grad(y, leaves, ones), torch.autograd.grad(wanted, others, ones), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
@@ -153,8 +154,7 @@ def test_compiles_whole(kernels, make):
     leaves = [x, *mlp.parameters()]
     eager = torch.autograd.grad(mlp(x).square().sum(), leaves)
     launched = dict(dispatch.launches)
-    compiled = torch.autograd.grad(
-        torch.compile(mlp, fullgraph=True, backend="aot_eager")(x).square().sum(), leaves)
+    compiled = torch.autograd.grad(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x).square().sum(), leaves)
     for ours, oracle in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, oracle)
     # The compiler gets the PyTorch lines, which it can fuse with what surrounds them.

@@ -38,9 +38,13 @@ def operands(device: torch.device, half: torch.dtype | None = torch.bfloat16, st
 
 def cast(o: Operands, dtype: torch.dtype) -> Operands:
     """A copy in another precision, without half-precision copies."""
+
     def column(name: str) -> list[Tensor | None]:
-        return [None if x is None or "shadows" in name else x.clone() if name == "steps" else x.to(dtype, copy=True)
-                for x in getattr(o, name)]
+        return [
+            None if x is None or "shadows" in name else x.clone() if name == "steps" else x.to(dtype, copy=True)
+            for x in getattr(o, name)
+        ]
+
     return Operands(**{name: column(name) for name in LISTS}, groups=o.groups)  # type: ignore[arg-type]
 
 
@@ -119,11 +123,20 @@ def test_tables_follow_their_tensors(kernels):
 
 def test_more_tensors_than_a_program_of_factors_takes(kernels):
     params = [torch.full((16,), float(i), device=kernels) for i in range(70)]
-    o = Operands(params, [torch.ones_like(p) for p in params], [torch.zeros_like(p) for p in params],
-                 [torch.zeros_like(p) for p in params], [torch.zeros((), device=kernels) for _ in params],
-                 [None] * 70, [None] * 70, [None] * 70, [0] * 70)
-    adamw_ema_(o, torch.tensor([[0.5, 0.9, 0.999, 1e-12, 0.0, 0.0]], dtype=torch.float64, device=kernels),
-               scalar(1.0, kernels))
+    o = Operands(
+        params,
+        [torch.ones_like(p) for p in params],
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros((), device=kernels) for _ in params],
+        [None] * 70,
+        [None] * 70,
+        [None] * 70,
+        [0] * 70,
+    )
+    adamw_ema_(
+        o, torch.tensor([[0.5, 0.9, 0.999, 1e-12, 0.0, 0.0]], dtype=torch.float64, device=kernels), scalar(1.0, kernels)
+    )
     # The first step of Adam is the learning rate times the sign.
     for number, param in enumerate(o.params):
         torch.testing.assert_close(param, torch.full_like(param, number - 0.5))
@@ -153,17 +166,45 @@ def test_elements_beyond_two_to_the_31(kernels):
     step = torch.zeros(())
     row = torch.tensor([[*(address for address, _, _ in made), 0, 0, step.data_ptr()]])
     factors = torch.full((1, 8), torch.nan)
-    dispatch.launch(module._adamw_ema_factors_kernel, (1,), row, torch.tensor([0]), on_device(kernels)[1:2],
-                     torch.tensor(1.0), factors, 1, BLOCK=16)
     dispatch.launch(
-        module._adamw_ema_kernel, (1,), row, torch.tensor([start + 20]),
-        torch.tensor([[0, start // CHUNK]], dtype=torch.int32), factors, torch.tensor(1.0), SHADOW_FP16=False,
-        ALIGNED=False, CHUNK=CHUNK, BLOCK=32)
-    plain = Operands([values.clone()], [values], [torch.zeros(20)], [torch.zeros(20)], [torch.zeros(())],
-                     [torch.zeros(20)], [None], [None], [0])
+        module._adamw_ema_factors_kernel,
+        (1,),
+        row,
+        torch.tensor([0]),
+        on_device(kernels)[1:2],
+        torch.tensor(1.0),
+        factors,
+        1,
+        BLOCK=16,
+    )
+    dispatch.launch(
+        module._adamw_ema_kernel,
+        (1,),
+        row,
+        torch.tensor([start + 20]),
+        torch.tensor([[0, start // CHUNK]], dtype=torch.int32),
+        factors,
+        torch.tensor(1.0),
+        SHADOW_FP16=False,
+        ALIGNED=False,
+        CHUNK=CHUNK,
+        BLOCK=32,
+    )
+    plain = Operands(
+        [values.clone()],
+        [values],
+        [torch.zeros(20)],
+        [torch.zeros(20)],
+        [torch.zeros(())],
+        [torch.zeros(20)],
+        [None],
+        [None],
+        [0],
+    )
     adamw_ema_ref(plain, GROUPS[1:2], torch.tensor(1.0))
-    for (_, found, _), expected in zip(made, [plain.params, plain.grads, plain.exp_avgs, plain.exp_avg_sqs,
-                                             plain.targets], strict=True):
+    for (_, found, _), expected in zip(
+        made, [plain.params, plain.grads, plain.exp_avgs, plain.exp_avg_sqs, plain.targets], strict=True
+    ):
         torch.testing.assert_close(torch.from_numpy(found.copy()), expected[0])
 
 
@@ -172,8 +213,13 @@ def test_registration(kernels):
 
     def arguments() -> list[object]:
         # Absent tensors must not be one and the same here, as the check writes to all of them.
-        lists = [[torch.zeros(0, device=kernels) if x is None else x.clone(memory_format=torch.preserve_format)
-                  for x in getattr(o, name)] for name in LISTS]
+        lists = [
+            [
+                torch.zeros(0, device=kernels) if x is None else x.clone(memory_format=torch.preserve_format)
+                for x in getattr(o, name)
+            ]
+            for name in LISTS
+        ]
         return [*lists, o.groups, on_device(kernels), scalar(1.0, kernels)]
 
     operator = torch.ops.vjepa_fast.adamw_ema_.default

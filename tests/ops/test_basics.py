@@ -56,8 +56,10 @@ def test_patch_embed_is_a_strided_convolution_of_the_kept_tokens(tubelet, patch)
         out = patch_embed(clips, weight, bias, rows, torch.float64)
         expected = dense if rows is None else dense[rows]
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-6)
-        for ours, oracle in zip(*(torch.autograd.grad(x.square().sum(), (weight, bias), retain_graph=True)
-                                  for x in (out, expected)), strict=True):
+        for ours, oracle in zip(
+            *(torch.autograd.grad(x.square().sum(), (weight, bias), retain_graph=True) for x in (out, expected)),
+            strict=True,
+        ):
             torch.testing.assert_close(ours, oracle, atol=1e-2, rtol=1e-6)
     floats = patch_embed(pixels, weight, bias, None, torch.float64)
     torch.testing.assert_close(floats, dense, atol=1e-9, rtol=1e-9)

@@ -21,20 +21,17 @@ from torch.nn import functional as F
 from tests.csrc.building import load_emulator
 from tests.masking.mask_cases import needs_extension
 from tests.ops.pixel_cases import EXAMPLES, Case, cases, emulate
-from vjepa_fast.ops.clip_pixels import (
-    CHROMA_444,
-    MATRICES,
-    Chroma,
-    clip_pixels,
-    clip_pixels_ref,
-    colour_ints,
-    operator,
-)
+from vjepa_fast.ops.clip_pixels import CHROMA_444, MATRICES, Chroma, clip_pixels, clip_pixels_ref, colour_ints, operator
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593),
-           "smpte240m": (0.212, 0.087), "fcc": (0.30, 0.11)}
+WEIGHTS = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+    "smpte240m": (0.212, 0.087),
+    "fcc": (0.30, 0.11),
+}
 
 
 def run(case: Case, device: torch.device = CPU) -> Tensor:
@@ -97,6 +94,7 @@ def test_cuda_operator_equals_the_definition_to_the_bit(case: Case) -> None:
 
 def in_real_numbers(case: Case) -> np.ndarray:
     """The clip by the formulas of F.interpolate and of H.273, in float64, without rounding."""
+
     def bilinear(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         y, x = np.clip(y, 0, plane.shape[1] - 1), np.clip(x, 0, plane.shape[2] - 1)
         top, left = np.floor(y).astype(int), np.floor(x).astype(int)
@@ -133,15 +131,20 @@ def test_colours_are_those_of_the_formula(matrix: str, full_range: bool, depth: 
 
 def test_colours_that_everybody_knows() -> None:
     """BT.601 bars of 75 % (ITU-R BT.801): black, white, red, green, blue in limited range; and JPEG's red."""
+
     def colour(y: int, u: int, v: int, **how: Any) -> list[int]:
         planes = (torch.tensor([[[value]]], dtype=torch.uint8) for value in (y, u, v))
         ints = colour_ints(**how)
         return clip_pixels(*planes, (0, 0, 1, 1), (1, 1), chroma=CHROMA_444, colour=ints).flatten().tolist()
 
     assert [colour(16, 128, 128), colour(235, 128, 128), colour(126, 128, 128)] == [[0] * 3, [255] * 3, [128] * 3]
-    for found, wanted in ((colour(65, 100, 212), [191, 0, 0]), (colour(112, 72, 58), [0, 191, 0]),
-                          (colour(35, 212, 114), [0, 0, 191]), (colour(76, 85, 255, full_range=True), [254, 0, 0]),
-                          (colour(63, 102, 240, matrix="bt709"), [255, 0, 0])):
+    for found, wanted in (
+        (colour(65, 100, 212), [191, 0, 0]),
+        (colour(112, 72, 58), [0, 191, 0]),
+        (colour(35, 212, 114), [0, 0, 191]),
+        (colour(76, 85, 255, full_range=True), [254, 0, 0]),
+        (colour(63, 102, 240, matrix="bt709"), [255, 0, 0]),
+    ):
         assert np.abs(np.array(found) - wanted).max() <= 1
     for matrix in MATRICES:
         for depth in (8, 10, 14):
@@ -174,15 +177,23 @@ def test_what_is_not_resized_is_untouched() -> None:
 PLANES = tuple(torch.zeros(2, *shape, dtype=torch.uint8) for shape in ((8, 10), (4, 5), (4, 5)))
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"box": (0, 0, 9, 10)}, r"box is \(0, 0, 9, 10\); expected .* within a frame of 8 x 10"),
-    ({"box": (-1, 0, 4, 4)}, "box is"), ({"box": (0, 7, 4, 4)}, "box is"), ({"box": (0, 0, 0, 4)}, "box is"),
-    ({"size": (0, 4)}, r"size is \(0, 4\)"), ({"size": (4, 2**15 + 1)}, r"size is \(4, 32769\)"),
-    ({"y": PLANES[0].new_zeros(2, 8, 2**15 + 1)}, "a side of 32769; expected 32768 at most"),
-    ({"depth": 16}, "depth is 16; expected 8 to 14"),
-    ({"depth": 10}, "expected torch.uint16 of 10 bits"), ({"y": PLANES[0].float()}, "dtypes torch.float32"),
-    ({"u": PLANES[1][:, :3]}, "have shapes"), ({"y": PLANES[0][0]}, "have shapes"),
-])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"box": (0, 0, 9, 10)}, r"box is \(0, 0, 9, 10\); expected .* within a frame of 8 x 10"),
+        ({"box": (-1, 0, 4, 4)}, "box is"),
+        ({"box": (0, 7, 4, 4)}, "box is"),
+        ({"box": (0, 0, 0, 4)}, "box is"),
+        ({"size": (0, 4)}, r"size is \(0, 4\)"),
+        ({"size": (4, 2**15 + 1)}, r"size is \(4, 32769\)"),
+        ({"y": PLANES[0].new_zeros(2, 8, 2**15 + 1)}, "a side of 32769; expected 32768 at most"),
+        ({"depth": 16}, "depth is 16; expected 8 to 14"),
+        ({"depth": 10}, "expected torch.uint16 of 10 bits"),
+        ({"y": PLANES[0].float()}, "dtypes torch.float32"),
+        ({"u": PLANES[1][:, :3]}, "have shapes"),
+        ({"y": PLANES[0][0]}, "have shapes"),
+    ],
+)
 def test_what_users_get_wrong(changed: dict[str, Any], message: str) -> None:
     arguments = dict(zip("yuv", PLANES, strict=True), box=(0, 0, 8, 10), size=(4, 4))
     with pytest.raises(ValueError, match=message):
@@ -190,18 +201,31 @@ def test_what_users_get_wrong(changed: dict[str, Any], message: str) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize(("place", "value", "message"), [
-    (0, PLANES[0].float(), "y has dtype Float; expected Byte or UInt16"),
-    (1, PLANES[1].to(torch.uint16), "u has dtype UInt16, y has Byte"),
-    (2, PLANES[2][:1], "v has 1 frames, y has 2"), (1, PLANES[1][:, :3], "u and v differ"),
-    (0, PLANES[0][0], "y has 2 dimensions"), (0, PLANES[0][:, :, :0], "columns of a component is 0"),
-    (3, [0, 0, 8], "box has 3 integers"), (3, [0, 0, 9, 10], "height of box is 9; expected 1 to 8"),
-    (3, [8, 0, 1, 1], "top of box is 8"), (3, [0, -1, 1, 1], "left of box is -1"),
-    (3, [0, 0, 2**62, 2**62], "height of box"), (4, [4, 2**15 + 1], "a side of size"), (4, [0, 4], "a side of size"),
-    (6, 10, "depth is 10; expected 8 to 8"), (7, [0, 2, 1, 0], "a subsampling of chroma is 0"),
-    (7, [2, 2, 1, -1], "a site of chroma"), (7, [2, 2], "chroma has 2 integers"),
-    (8, [2**31] * 12, "an entry of colour"), (8, [2**20] * 12, "add up to"), (8, [1] * 11, "colour has 11 integers"),
-])
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, PLANES[0].float(), "y has dtype Float; expected Byte or UInt16"),
+        (1, PLANES[1].to(torch.uint16), "u has dtype UInt16, y has Byte"),
+        (2, PLANES[2][:1], "v has 1 frames, y has 2"),
+        (1, PLANES[1][:, :3], "u and v differ"),
+        (0, PLANES[0][0], "y has 2 dimensions"),
+        (0, PLANES[0][:, :, :0], "columns of a component is 0"),
+        (3, [0, 0, 8], "box has 3 integers"),
+        (3, [0, 0, 9, 10], "height of box is 9; expected 1 to 8"),
+        (3, [8, 0, 1, 1], "top of box is 8"),
+        (3, [0, -1, 1, 1], "left of box is -1"),
+        (3, [0, 0, 2**62, 2**62], "height of box"),
+        (4, [4, 2**15 + 1], "a side of size"),
+        (4, [0, 4], "a side of size"),
+        (6, 10, "depth is 10; expected 8 to 8"),
+        (7, [0, 2, 1, 0], "a subsampling of chroma is 0"),
+        (7, [2, 2, 1, -1], "a site of chroma"),
+        (7, [2, 2], "chroma has 2 integers"),
+        (8, [2**31] * 12, "an entry of colour"),
+        (8, [2**20] * 12, "add up to"),
+        (8, [1] * 11, "colour has 11 integers"),
+    ],
+)
 def test_what_the_operator_refuses(place: int, value: Any, message: str) -> None:
     arguments: list[Any] = [*PLANES, [0, 0, 8, 10], [4, 4], False, 8, [2, 2, 1, 0], list(colour_ints())]
     arguments[place] = value
@@ -222,9 +246,9 @@ def test_operator_is_registered_as_torch_wants_it() -> None:
     assert torch.equal(make(*planes), EXAMPLES[2].reference().float() * 2)
 
 
-@pytest.mark.parametrize(("environment", "num_warnings"), [
-    ({"VJEPA_FAST_EXT": "0"}, 0), ({"VJEPA_FAST_OPS": "ref"}, 0), ({}, 1),
-])
+@pytest.mark.parametrize(
+    ("environment", "num_warnings"), [({"VJEPA_FAST_EXT": "0"}, 0), ({"VJEPA_FAST_OPS": "ref"}, 0), ({}, 1)]
+)
 def test_without_the_extension_pytorch_makes_the_same_clips(
     environment: dict[str, str], num_warnings: int, tmp_path: Path
 ) -> None:
@@ -244,8 +268,14 @@ def test_without_the_extension_pytorch_makes_the_same_clips(
         "print(sum('cropped and resized by PyTorch' in str(w.message) for w in caught), len(caught))\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VJEPA_FAST_")}
-    done = subprocess.run([sys.executable, "-c", script], env={**clean, **environment}, cwd=ROOT, text=True,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**clean, **environment},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     assert done.stdout == f"{num_warnings} {num_warnings}\n"
 
 
@@ -262,10 +292,15 @@ def test_kernel_needs_no_stack(tmp_path: Path) -> None:
         "kernel(const __grid_constant__ Job job) {\n"
         "  clip_pixels_thread<Sample>(job, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int32_t(blockIdx.y));\n}\n"
         "template __global__ void kernel<uint8_t>(const __grid_constant__ Job);\n"
-        "template __global__ void kernel<uint16_t>(const __grid_constant__ Job);\n")
+        "template __global__ void kernel<uint16_t>(const __grid_constant__ Job);\n"
+    )
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ("80", "90", "100")]
-    done = subprocess.run([nvcc, "-c", "-std=c++20", "-O3", "-Xptxas", "-v", *codes, "-o", str(tmp_path / "kernel.o"),
-                           str(source)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [nvcc, "-c", "-std=c++20", "-O3", "-Xptxas", "-v", *codes, "-o", str(tmp_path / "kernel.o"), str(source)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert frames == [("0", "0", "0")] * 6
     registers = [int(found) for found in re.findall(r"Used (\d+) registers", done.stderr)]
@@ -276,5 +311,6 @@ def test_default_chroma_is_that_of_most_codecs() -> None:
     case = EXAMPLES[0]
     found = clip_pixels(*case.planes(), case.box, case.size, flip=case.flip)
     assert torch.equal(found, clip_pixels_ref(*case.arguments()))
-    assert not torch.equal(found, clip_pixels(*case.planes(), case.box, case.size, flip=case.flip,
-                                              chroma=Chroma(2, 2, 1, 1)))
+    assert not torch.equal(
+        found, clip_pixels(*case.planes(), case.box, case.size, flip=case.flip, chroma=Chroma(2, 2, 1, 1))
+    )

@@ -85,9 +85,17 @@ def test_elements_beyond_two_to_the_31(kernels):
     target_address, target, _one = far_tensor(torch.ones(20), start)
     source_address, _, _two = far_tensor(torch.zeros(20), start)
     dispatch.launch(
-        ema._ema_kernel, (1,), torch.tensor([[target_address, source_address, 0]]), torch.tensor([start + 20]),
-        torch.tensor([[0, start // CHUNK]], dtype=torch.int32), torch.tensor(0.75).double(), SHADOW_FP16=False,
-        ALIGNED=False, CHUNK=CHUNK, BLOCK=32)
+        ema._ema_kernel,
+        (1,),
+        torch.tensor([[target_address, source_address, 0]]),
+        torch.tensor([start + 20]),
+        torch.tensor([[0, start // CHUNK]], dtype=torch.int32),
+        torch.tensor(0.75).double(),
+        SHADOW_FP16=False,
+        ALIGNED=False,
+        CHUNK=CHUNK,
+        BLOCK=32,
+    )
     assert (target == 0.75).all()
 
 

@@ -20,7 +20,8 @@ def rows(count: int, width: int, dtype: torch.dtype, device: torch.device) -> to
     g = torch.Generator().manual_seed(count * 10007 + width)
     # Rows of very different sizes.
     return (torch.randn(count, width, generator=g) * 10.0 ** torch.randint(-4, 4, (count, 1), generator=g)).to(
-        device, dtype)
+        device, dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

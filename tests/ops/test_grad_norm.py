@@ -60,8 +60,16 @@ def test_elements_beyond_two_to_the_31(kernels):
     address, _, _memory = far_tensor(torch.arange(20, dtype=torch.float32), start)
     sums = torch.full((1,), torch.nan)
     dispatch.launch(
-        grad_norm._sum_of_squares_kernel, (1,), torch.tensor([[address]]), torch.tensor([start + 20]),
-        torch.tensor([[0, start // CHUNK]], dtype=torch.int32), sums, ALIGNED=False, CHUNK=CHUNK, BLOCK=32)
+        grad_norm._sum_of_squares_kernel,
+        (1,),
+        torch.tensor([[address]]),
+        torch.tensor([start + 20]),
+        torch.tensor([[0, start // CHUNK]], dtype=torch.int32),
+        sums,
+        ALIGNED=False,
+        CHUNK=CHUNK,
+        BLOCK=32,
+    )
     assert sums.item() == sum(i * i for i in range(20))
 
 

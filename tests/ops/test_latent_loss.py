@@ -29,7 +29,13 @@ def operands(count: int, width: int, dtype: torch.dtype, device: torch.device, n
 
 
 def check(
-    predictions: Tensor, features: Tensor, weights: Tensor, exponent: float, rows, norm, scale: float = 1.0,
+    predictions: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    exponent: float,
+    rows,
+    norm,
+    scale: float = 1.0,
     levels: int = 1,
 ):
     """Value and gradient of the kernels; the truth is the definition in fp64 on the same operands."""
@@ -70,8 +76,15 @@ def test_levels(kernels, count, width, levels, dtype, exponent):
 def test_levels_are_losses_of_their_own(kernels):
     z, features, weights, rows, (weight, bias, eps) = operands(6, 4 * 24, torch.float32, kernels)
     parts = [
-        latent_loss(*(x[:, 24 * i : 24 * i + 24] for x in (z, features)), weights, 1.0, rows,
-                    (weight[24 * i : 24 * i + 24], bias[24 * i : 24 * i + 24], eps)) for i in range(4)]
+        latent_loss(
+            *(x[:, 24 * i : 24 * i + 24] for x in (z, features)),
+            weights,
+            1.0,
+            rows,
+            (weight[24 * i : 24 * i + 24], bias[24 * i : 24 * i + 24], eps),
+        )
+        for i in range(4)
+    ]
     together = latent_loss(z, features, weights, 1.0, rows, (weight, bias, eps), 4)
     torch.testing.assert_close(together, torch.stack(parts).mean())
 
@@ -94,8 +107,14 @@ def test_non_contiguous(kernels):
     z, features, weights, rows, norm = operands(9, 70, torch.float32, kernels)
     spread = torch.full((9, 140), torch.nan, device=kernels)
     spread[:, :70] = z
-    check(spread[:, :70], features.t().contiguous().t(), weights.repeat_interleave(2)[::2], 1.0,
-          rows.repeat_interleave(2)[::2], (norm[0].repeat_interleave(2)[::2], norm[1], norm[2]))
+    check(
+        spread[:, :70],
+        features.t().contiguous().t(),
+        weights.repeat_interleave(2)[::2],
+        1.0,
+        rows.repeat_interleave(2)[::2],
+        (norm[0].repeat_interleave(2)[::2], norm[1], norm[2]),
+    )
 
 
 def test_fp16_gradient_keeps_its_smallest_values(kernels):
@@ -127,8 +146,26 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     losses, slopes = torch.zeros(3), torch.zeros(3, width, dtype=torch.int8)
     rows = torch.tensor([0, 1, 2])
     dispatch.launch(
-        module._latent_loss_fwd_kernel, (3,), z, far, rows, weights.float(), None, None, losses, slopes, width, FAR,
-        width, 0.0, 1e-5, 1.0, IS_L1=True, LEVELS=1, BLOCK=16)
+        module._latent_loss_fwd_kernel,
+        (3,),
+        z,
+        far,
+        rows,
+        weights.float(),
+        None,
+        None,
+        losses,
+        slopes,
+        width,
+        FAR,
+        width,
+        0.0,
+        1e-5,
+        1.0,
+        IS_L1=True,
+        LEVELS=1,
+        BLOCK=16,
+    )
     torch.testing.assert_close(losses.sum(), latent_loss_ref(z, features, weights, 1.0, rows, None))
 
 
@@ -139,11 +176,13 @@ def test_opcheck(kernels, exponent):
     args = (z, features, rows, weights.float(), norm[0], norm[1], 1e-6, exponent, 4)
     torch.library.opcheck(forward, args)
     torch.library.opcheck(
-        forward, (z.t().contiguous().t(), features, None, weights.float(), None, None, 0.0, exponent, 1))
+        forward, (z.t().contiguous().t(), features, None, weights.float(), None, None, 0.0, exponent, 1)
+    )
     slopes = forward(*args)[1]
     grad = torch.tensor(2.0, device=kernels)
     torch.library.opcheck(
-        torch.ops.vjepa_fast.latent_loss_bwd.default, (slopes, weights.float(), grad, torch.bfloat16, 4))
+        torch.ops.vjepa_fast.latent_loss_bwd.default, (slopes, weights.float(), grad, torch.bfloat16, 4)
+    )
 
 
 def test_compiles_whole(kernels):
@@ -181,13 +220,16 @@ def test_no_gradient_reaches_the_features(kernels):
     assert not latent_loss(z, features, weights, 1.0, rows, (weight, bias, eps)).requires_grad
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"weights": torch.ones(4)}, "weights \\[4\\]"),
-    ({"features": torch.ones(4, 8)}, "features \\[4, 8\\]"),
-    ({"rows": torch.zeros(2, dtype=torch.int64)}, "rows \\[2\\]"),
-    ({"exponent": 0.0}, "exponent is 0.0; expected a positive number"),
-    ({"levels": 3}, "a width of 8 does not hold 3 levels"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weights": torch.ones(4)}, "weights \\[4\\]"),
+        ({"features": torch.ones(4, 8)}, "features \\[4, 8\\]"),
+        ({"rows": torch.zeros(2, dtype=torch.int64)}, "rows \\[2\\]"),
+        ({"exponent": 0.0}, "exponent is 0.0; expected a positive number"),
+        ({"levels": 3}, "a width of 8 does not hold 3 levels"),
+    ],
+)
 def test_bad_operands(change, message):
     good = {"predictions": torch.ones(3, 8), "features": torch.ones(3, 8), "weights": torch.ones(3)}
     with pytest.raises(ValueError, match=message):

@@ -31,8 +31,10 @@ def check(function, names: list[str], inputs: list[Tensor], grads: list[Tensor])
     def run(choice: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         # Strides are part of the case.
-        leaves = [x if dtype or x.is_contiguous() else like.detach().requires_grad_()
-                  for x, like in zip(leaves, inputs, strict=True)]
+        leaves = [
+            x if dtype or x.is_contiguous() else like.detach().requires_grad_()
+            for x, like in zip(leaves, inputs, strict=True)
+        ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VJEPA_FAST_OPS", choice)
             outputs = function(*leaves)
@@ -56,8 +58,12 @@ def test_layer_norm(kernels, count, width, dtype):
 @pytest.mark.parametrize("count, width", SIZES)
 def test_add_layer_norm(kernels, count, width, dtype):
     weight, bias, x, branch, grad, grad_sum = operands(count, width, dtype, kernels)
-    check(lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), ["sum", "y", "dx", "dbranch", "dweight", "dbias"],
-          [x, branch, weight, bias], [grad_sum, grad])
+    check(
+        lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS),
+        ["sum", "y", "dx", "dbranch", "dweight", "dbias"],
+        [x, branch, weight, bias],
+        [grad_sum, grad],
+    )
     assert dispatch.launches == {"_layer_norm_fwd_kernel": 1, "_layer_norm_bwd_kernel": 1}
 
 
@@ -97,9 +103,12 @@ def test_non_contiguous(kernels):
     weight, bias, x, branch, grad, grad_sum = operands(11, 30, torch.float32, kernels)
     spread = torch.full((11, 90), torch.nan, device=kernels)
     spread[:, 30:60] = x
-    check(lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), ["sum", "y", "dx", "dbranch", "dweight", "dbias"],
-          [spread[:, 30:60], branch.t().contiguous().t(), weight.repeat_interleave(2)[::2], bias],
-          [grad_sum.t().contiguous().t(), grad.mean().expand(11, 30)])
+    check(
+        lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS),
+        ["sum", "y", "dx", "dbranch", "dweight", "dbias"],
+        [spread[:, 30:60], branch.t().contiguous().t(), weight.repeat_interleave(2)[::2], bias],
+        [grad_sum.t().contiguous().t(), grad.mean().expand(11, 30)],
+    )
 
 
 def test_leading_dimensions(kernels):
@@ -115,13 +124,30 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     weight, bias, x, grad = operands(3, width, torch.float32, kernels, 2)
     far = far_rows(x)
     y, mean, rstd, grad_x = torch.zeros(3, width), torch.zeros(3), torch.zeros(3), torch.zeros(3, width)
-    dispatch.launch(module._layer_norm_fwd_kernel, (3,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width,
-                     EPS, BLOCK=16)
+    dispatch.launch(
+        module._layer_norm_fwd_kernel, (3,), far, None, weight, bias, None, y, mean, rstd, FAR, 0, width, EPS, BLOCK=16
+    )
     leaf = x.clone().requires_grad_()
     expected = layer_norm_ref(leaf, None, weight, bias, EPS, torch.float32)[1]
     torch.testing.assert_close(y, expected)
-    dispatch.launch(module._layer_norm_bwd_kernel, (1,), grad, None, far, weight, mean, rstd, grad_x,
-                     torch.zeros(1, width), torch.zeros(1, width), FAR, 3, width, 3, BLOCK=16)
+    dispatch.launch(
+        module._layer_norm_bwd_kernel,
+        (1,),
+        grad,
+        None,
+        far,
+        weight,
+        mean,
+        rstd,
+        grad_x,
+        torch.zeros(1, width),
+        torch.zeros(1, width),
+        FAR,
+        3,
+        width,
+        3,
+        BLOCK=16,
+    )
     torch.testing.assert_close(grad_x, torch.autograd.grad(expected, leaf, grad)[0])
 
 
@@ -157,8 +183,10 @@ def test_module_keeps_the_dtype_of_its_input(kernels):
         assert norm(torch.randn(3, 32, device=kernels).to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("x, branch, message", [
-    (torch.ones(3, 8), None, "weight \\[7\\]"), (torch.ones(3, 7), torch.ones(7), "branch \\[7\\]")])
+@pytest.mark.parametrize(
+    "x, branch, message",
+    [(torch.ones(3, 8), None, "weight \\[7\\]"), (torch.ones(3, 7), torch.ones(7), "branch \\[7\\]")],
+)
 def test_bad_operands(x, branch, message):
     with pytest.raises(ValueError, match=message):
         if branch is None:

@@ -16,18 +16,33 @@ from vjepa_fast.optim.adamw_ema import ema_update
 from vjepa_fast.train.step import TrainStep
 
 KERNELS = [
-    "_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_gelu_bwd_kernel", "_gelu_fwd_kernel",
-    "_latent_loss_bwd_kernel", "_latent_loss_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_fwd_kernel",
-    "_patch_embed_bwd_kernel", "_patch_embed_fold_kernel", "_patch_embed_fwd_kernel", "_patch_embed_unfold_kernel",
-    "_rope3d_kernel", "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
-    "_variance_loss_bwd_kernel", "_variance_loss_fwd_kernel", "_variance_loss_stats_kernel",
+    "_adamw_ema_factors_kernel",
+    "_adamw_ema_kernel",
+    "_gelu_bwd_kernel",
+    "_gelu_fwd_kernel",
+    "_latent_loss_bwd_kernel",
+    "_latent_loss_fwd_kernel",
+    "_layer_norm_bwd_kernel",
+    "_layer_norm_fwd_kernel",
+    "_patch_embed_bwd_kernel",
+    "_patch_embed_fold_kernel",
+    "_patch_embed_fwd_kernel",
+    "_patch_embed_unfold_kernel",
+    "_rope3d_kernel",
+    "_sum_of_squares_kernel",
+    "_swiglu_bwd_kernel",
+    "_swiglu_fwd_kernel",
+    "_variance_loss_bwd_kernel",
+    "_variance_loss_fwd_kernel",
+    "_variance_loss_stats_kernel",
 ]
 
 
 def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm, and every gradient."""
-    cfg = config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1,
-                 use_pred_silu=True)
+    cfg = config(
+        fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1, use_pred_silu=True
+    )
     cfg.loss.reg_coeff = 0.1
     cfg.model.dtype = cfg.train.dtype = dtype
     torch.manual_seed(0)
@@ -38,7 +53,8 @@ def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float, dict[str
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(
-                lambda p, name=name: grads.__setitem__(name, p.grad.detach().clone()))
+                lambda p, name=name: grads.__setitem__(name, p.grad.detach().clone())
+            )
     result = step(0, [c.to(device) for c in clips], [m.to(device) for m in masks])
     return result.loss.item(), result.grad_norm.item(), grads
 
@@ -67,9 +83,20 @@ def test_step_runs_every_kernel(kernels: torch.device, dtype: Dtype, rtol: float
 
 def test_dense_step(kernels: torch.device, monkeypatch) -> None:
     """V-JEPA 2.1 in fp32: four levels in one launch for the target and one for the context tokens."""
-    cfg = config(fpcs=(2,), embed_dim=12, num_heads=1, depth=4, pred_embed_dim=12, pred_num_heads=1, pred_depth=1,
-                 rope_style="interleaved", n_output_distillation=4, img_temporal_dim_size=1, modality_embedding=True,
-                 interpolate_rope=True)
+    cfg = config(
+        fpcs=(2,),
+        embed_dim=12,
+        num_heads=1,
+        depth=4,
+        pred_embed_dim=12,
+        pred_num_heads=1,
+        pred_depth=1,
+        rope_style="interleaved",
+        n_output_distillation=4,
+        img_temporal_dim_size=1,
+        modality_embedding=True,
+        interpolate_rope=True,
+    )
     cfg.model.return_all_tokens = True
     clips, masks = make_batch(cfg)
     # One clip: the interpreter takes a while.

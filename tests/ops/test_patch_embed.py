@@ -16,8 +16,11 @@ from vjepa_fast.ops.triton_support import dispatch
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Clips [B, T, H, W], tubelet and patch, width.
 SIZES = [
-    ((2, 4, 32, 48), (2, 16), 24), ((3, 1, 28, 42), (1, 14), 31), ((1, 8, 24, 16), (4, 8), 70),
-    ((1, 1, 64, 32), (1, 32), 7), ((1, 1, 5, 5), (1, 5), 1),
+    ((2, 4, 32, 48), (2, 16), 24),
+    ((3, 1, 28, 42), (1, 14), 31),
+    ((1, 8, 24, 16), (4, 8), 70),
+    ((1, 1, 64, 32), (1, 32), 7),
+    ((1, 1, 5, 5), (1, 5), 1),
 ]
 LAUNCHED = {f"_patch_embed_{name}_kernel": 1 for name in ("fold", "fwd", "bwd", "unfold")}
 
@@ -42,7 +45,12 @@ def rows_of(count: int, total: int, device: torch.device) -> Tensor:
 
 
 def check(
-    clips: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, dtype: torch.dtype, table: Tensor | None = None,
+    clips: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    table: Tensor | None = None,
     spread_grad: bool = False,
 ) -> None:
     """Tokens and gradients by kernel, by PyTorch, and in fp64."""
@@ -52,8 +60,13 @@ def check(
         leaves = [(x.detach().double() if wide else x.detach()).requires_grad_() for x in (weight, bias)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VJEPA_FAST_OPS", choice)
-            out = patch_embed(clips.double() if wide and clips.is_floating_point() else clips, *leaves, rows, dtype,
-                              table.double() if wide and table is not None else table)
+            out = patch_embed(
+                clips.double() if wide and clips.is_floating_point() else clips,
+                *leaves,
+                rows,
+                dtype,
+                table.double() if wide and table is not None else table,
+            )
             g = torch.Generator().manual_seed(3)
             grad = torch.randn(out.shape, generator=g).to(upstream).to(dtype).to(clips.device)
             if spread_grad:
@@ -61,8 +74,9 @@ def check(
             return [out, *torch.autograd.grad(out, leaves, grad)]
 
     upstream = dtype
-    for name, *triple in zip(["tokens", "dweight", "dbias"], run("triton", dtype), run("ref", dtype),
-                             run("ref", torch.float64), strict=True):
+    for name, *triple in zip(
+        ["tokens", "dweight", "dbias"], run("triton", dtype), run("ref", dtype), run("ref", torch.float64), strict=True
+    ):
         assert_as_good(name, *triple)
 
 
@@ -71,8 +85,13 @@ def check(
 def test_kept_tokens_with_positions(kernels, shape, kernel, width, dtype):
     num_tokens = grid_size(shape, kernel)
     table = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(4)).to(kernels)
-    check(pixels(shape, kernels), *parameters(kernel, width, kernels), rows_of(29, shape[0] * num_tokens, kernels),
-          dtype, table)
+    check(
+        pixels(shape, kernels),
+        *parameters(kernel, width, kernels),
+        rows_of(29, shape[0] * num_tokens, kernels),
+        dtype,
+        table,
+    )
     assert dispatch.launches == LAUNCHED
 
 
@@ -82,9 +101,15 @@ def test_all_tokens(kernels, shape, kernel, width):
     assert dispatch.launches == LAUNCHED
 
 
-@pytest.mark.parametrize("pixel_dtype, dtype", [
-    (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16)])
+@pytest.mark.parametrize(
+    "pixel_dtype, dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
 def test_float_clips_are_taken_as_they_are(kernels, pixel_dtype, dtype):
     shape, kernel = (2, 4, 16, 24), (2, 8)
     clips = torch.randn(*shape, 3, generator=torch.Generator().manual_seed(1)).to(kernels, pixel_dtype)
@@ -112,8 +137,9 @@ def test_strided_parameters_rows_and_gradient(kernels):
     weight, bias = parameters((2, 8), 20, kernels)
     clips, rows = pixels((2, 4, 16, 24), kernels), rows_of(26, 24, kernels)
     table = torch.randn(20, 12, device=kernels).t()
-    check(clips, weight.transpose(3, 4), bias.repeat_interleave(2)[::2], rows[::2], torch.float32, table,
-          spread_grad=True)
+    check(
+        clips, weight.transpose(3, 4), bias.repeat_interleave(2)[::2], rows[::2], torch.float32, table, spread_grad=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +149,8 @@ def test_several_ranges_of_tokens_and_the_same_bits_again(kernels, dtype):
     check(clips, weight, bias, rows, dtype)
     leaves = [weight.requires_grad_(), bias.requires_grad_()]
     first, second = (
-        torch.autograd.grad(patch_embed(clips, *leaves, rows, dtype).float().square().sum(), leaves) for _ in range(2))
+        torch.autograd.grad(patch_embed(clips, *leaves, rows, dtype).float().square().sum(), leaves) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -148,8 +175,10 @@ def test_pixels_beyond_two_to_the_31_elements(kernels, far, tubelet):
 def test_empty(kernels):
     weight, bias = (x.requires_grad_() for x in parameters((2, 8), 20, kernels))
     clips = pixels((2, 4, 16, 24), kernels)
-    for out in (patch_embed(clips, weight, bias, torch.empty(0, dtype=torch.int64, device=kernels), torch.bfloat16),
-                patch_embed(clips[:0], weight, bias, None, torch.bfloat16)):
+    for out in (
+        patch_embed(clips, weight, bias, torch.empty(0, dtype=torch.int64, device=kernels), torch.bfloat16),
+        patch_embed(clips[:0], weight, bias, None, torch.bfloat16),
+    ):
         assert out.shape == (0, 20)
         for grad in torch.autograd.grad(out.sum(), (weight, bias)):
             assert torch.equal(grad, torch.zeros_like(grad))
@@ -202,7 +231,8 @@ def test_compiles_whole(kernels):
 
     eager = torch.autograd.grad(used(weight, bias), (weight, bias))
     compiled = torch.autograd.grad(
-        torch.compile(used, fullgraph=True, backend="aot_eager")(weight, bias), (weight, bias))
+        torch.compile(used, fullgraph=True, backend="aot_eager")(weight, bias), (weight, bias)
+    )
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
     assert dispatch.launches == {name: 2 for name in LAUNCHED}
 
@@ -217,7 +247,8 @@ def test_bits_of_pytorch_with_positions():
         rows = torch.tensor([23, 0, 7, 7, 12])
         assert torch.equal(
             patch_embed_ref(clips, weight, bias, rows, dtype, table),
-            patch_embed_ref(clips, weight, bias, rows, dtype, None) + table.to(dtype)[rows % 12])
+            patch_embed_ref(clips, weight, bias, rows, dtype, None) + table.to(dtype)[rows % 12],
+        )
 
 
 def test_statistics_of_a_trace_are_not_kept():
@@ -228,9 +259,14 @@ def test_statistics_of_a_trace_are_not_kept():
     assert type(normalise(torch.zeros(2, 3, dtype=torch.uint8), torch.float16)) is Tensor
 
 
-@pytest.mark.parametrize("clips, table, message", [
-    (torch.zeros(1, 2, 8, 8, 4), None, "clips have shape .*4\\]"), (torch.zeros(1, 2, 8, 9, 3), None, "8, 9"),
-    (torch.zeros(1, 2, 8, 8, 3), torch.zeros(2, 5), "table has shape \\[2, 5\\]; expected \\[1, 5\\]")])
+@pytest.mark.parametrize(
+    "clips, table, message",
+    [
+        (torch.zeros(1, 2, 8, 8, 4), None, "clips have shape .*4\\]"),
+        (torch.zeros(1, 2, 8, 9, 3), None, "8, 9"),
+        (torch.zeros(1, 2, 8, 8, 3), torch.zeros(2, 5), "table has shape \\[2, 5\\]; expected \\[1, 5\\]"),
+    ],
+)
 def test_bad_operands(clips, table, message):
     with pytest.raises(ValueError, match=message):
         patch_embed(clips, torch.zeros(5, 3, 2, 8, 8), torch.zeros(5), None, torch.float32, table)

@@ -130,8 +130,8 @@ def test_precision_of_the_reference(dtype, head_dim):
     out = rope3d(qkv * 1, ids, grid, 1, "tiled", "reference")
     exact = {"atol": 0, "rtol": 0} if dtype in HALVES else {"atol": 1e-6, "rtol": 1e-5}
     torch.testing.assert_close(out[:, :head_dim], expected, **exact)
-    ours, = torch.autograd.grad(out[:, :head_dim], qkv, grad[:, :head_dim], retain_graph=True)
-    theirs, = torch.autograd.grad(expected, qkv, grad[:, :head_dim])
+    (ours,) = torch.autograd.grad(out[:, :head_dim], qkv, grad[:, :head_dim], retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, qkv, grad[:, :head_dim])
     torch.testing.assert_close(ours[:, :head_dim], theirs[:, :head_dim], **exact)
     if dtype in HALVES:
         assert not torch.equal(out, rope3d(qkv * 1, ids, grid, 1, "tiled", "fp32"))
@@ -190,8 +190,10 @@ def check(qkv: Tensor, grad: Tensor, ids: Tensor, num_heads: int, **options) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("count, num_heads, head_dim", [
-    (7, 12, 32), (5, 16, 64), (3, 3, 80), (2, 22, 88), (1, 2, 96), (3, 1, 104), (13, 1, 6), (5, 3, 17)])
+@pytest.mark.parametrize(
+    "count, num_heads, head_dim",
+    [(7, 12, 32), (5, 16, 64), (3, 3, 80), (2, 22, 88), (1, 2, 96), (3, 1, 104), (13, 1, 6), (5, 3, 17)],
+)
 def test_kernels(kernels, count, num_heads, head_dim, style, dtype):
     qkv, grad, ids = operands(count, num_heads, head_dim, dtype, kernels)
     for precision in ("fp32", "reference"):
@@ -245,8 +247,12 @@ def test_strided_rows_and_gradients_of_any_layout(kernels):
     assert torch.equal(rope3d(wide[:, 100:292], ids, GRID, 2), expected)
     assert torch.equal(wide[:, 100:292], expected)
     assert (wide[:, :100] == 7).all() and (wide[:, 292:] == 7).all()
-    layouts = [torch.cat([grad, grad], 1)[:, :192], grad.t().contiguous().t(), grad[:1].expand(5, 192),
-               grad.mean().expand(5, 192)]
+    layouts = [
+        torch.cat([grad, grad], 1)[:, :192],
+        grad.t().contiguous().t(),
+        grad[:1].expand(5, 192),
+        grad.mean().expand(5, 192),
+    ]
     for incoming in layouts:
         check(qkv, incoming, ids, 2)
 
@@ -259,8 +265,27 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     tables = rope_tables(GRID, 32, torch.float32, "tiled", "fp32", (1.0, 1.0, 1.0), kernels)
 
     def run(x: Tensor, y: Tensor, x_stride: int, y_stride: int, num_turned: int) -> None:
-        dispatch.launch(module._rope3d_kernel, (2,), x, y, ids, tables[0], tables[1], x_stride, y_stride, 3, *GRID, 6,
-                         num_turned, HEAD_DIM=32, AXIS=10, ROUND=False, TOKENS=2, ROWS=8, COLS=32)
+        dispatch.launch(
+            module._rope3d_kernel,
+            (2,),
+            x,
+            y,
+            ids,
+            tables[0],
+            tables[1],
+            x_stride,
+            y_stride,
+            3,
+            *GRID,
+            6,
+            num_turned,
+            HEAD_DIM=32,
+            AXIS=10,
+            ROUND=False,
+            TOKENS=2,
+            ROWS=8,
+            COLS=32,
+        )
 
     far, near = far_rows(qkv), torch.zeros(3, 192)
     run(far, near, FAR, 192, 4)
@@ -277,11 +302,13 @@ def test_opcheck(kernels, precision):
     rope = Rope(ids, GRID, 32, torch.bfloat16, "tiled", precision)
     wide = torch.zeros(5, 400, dtype=torch.bfloat16, device=kernels)
     for x in (qkv, wide[:, :192]):
-        torch.library.opcheck(torch.ops.vjepa_fast.rope3d_fwd.default,
-                              (x, ids, rope.tables[0], rope.tables[1], GRID, 2, rope.rounds))
+        torch.library.opcheck(
+            torch.ops.vjepa_fast.rope3d_fwd.default, (x, ids, rope.tables[0], rope.tables[1], GRID, 2, rope.rounds)
+        )
     for x in (grad, grad.t().contiguous().t(), wide[:, 8:200]):
-        torch.library.opcheck(torch.ops.vjepa_fast.rope3d_bwd.default,
-                              (x, ids, rope.tables[0], rope.tables[2], GRID, 2, rope.rounds))
+        torch.library.opcheck(
+            torch.ops.vjepa_fast.rope3d_bwd.default, (x, ids, rope.tables[0], rope.tables[2], GRID, 2, rope.rounds)
+        )
 
 
 def test_compiles_whole(kernels):
@@ -303,9 +330,15 @@ def test_compiles_whole(kernels):
     assert dispatch.launches == {"_rope3d_kernel": 8}
 
 
-@pytest.mark.parametrize("qkv, message", [
-    (torch.ones(3, 96), "expected \\[4, 96\\]"), (torch.ones(4, 95), "shape \\[4, 95\\]"),
-    (torch.ones(4, 96).half(), "torch.float16; expected"), (torch.ones(96, 4).t(), "strides \\(1, 4\\)")])
+@pytest.mark.parametrize(
+    "qkv, message",
+    [
+        (torch.ones(3, 96), "expected \\[4, 96\\]"),
+        (torch.ones(4, 95), "shape \\[4, 95\\]"),
+        (torch.ones(4, 96).half(), "torch.float16; expected"),
+        (torch.ones(96, 4).t(), "strides \\(1, 4\\)"),
+    ],
+)
 def test_bad_operands(qkv, message):
     with pytest.raises(ValueError, match=message):
         Rope(torch.arange(4), GRID, 32, torch.float32)(qkv, 1)
@@ -321,8 +354,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("count, num_heads, head_dim", [
-    (7, 12, 32), (700, 2, 64), (3, 3, 80), (2, 1, 88), (13, 1, 6), (5, 3, 17), (0, 2, 32)])
+@pytest.mark.parametrize(
+    "count, num_heads, head_dim",
+    [(7, 12, 32), (700, 2, 64), (3, 3, 80), (2, 1, 88), (13, 1, 6), (5, 3, 17), (0, 2, 32)],
+)
 def test_compiled_operator(compiled, monkeypatch, count, num_heads, head_dim, style, dtype):
     qkv, grad, ids = operands(count, num_heads, head_dim, dtype, torch.device("cpu"))
 
@@ -366,14 +401,21 @@ def test_compiled_operator_refuses_bad_operands(compiled):
     rotate = torch.ops.vjepa_fast.rope3d_rotate
     rotate(x, x, ids, cos, sin, GRID, 1)
     cases = [
-        ((x.half(), x, ids, cos, sin, GRID, 1), "Half"), ((x, x.double(), ids, cos, sin, GRID, 1), "y has dtype"),
-        ((x, x[:3], ids, cos, sin, GRID, 1), "y is not"), ((x, x, ids.long(), cos, sin, GRID, 1), "ids"),
-        ((x, x, ids[:3], cos, sin, GRID, 1), "ids"), ((x, x, ids, cos[:5], sin, GRID, 1), "cos is not"),
-        ((x, x, ids, cos, sin[:, :8], GRID, 1), "sin is not"), ((x, x, ids, cos, sin, (6, 3), 1), "grid has 2"),
-        ((x, x, ids, cos, sin, GRID, 5), "H = 5"), ((x, x, ids, cos, sin, GRID, 0), "H = 0"),
-        ((x, x, ids, cos, sin, (6, 0, 4), 1), "side of grid"), ((x, x, ids, cos, sin, GRID, 32), "cos has 10 columns"),
+        ((x.half(), x, ids, cos, sin, GRID, 1), "Half"),
+        ((x, x.double(), ids, cos, sin, GRID, 1), "y has dtype"),
+        ((x, x[:3], ids, cos, sin, GRID, 1), "y is not"),
+        ((x, x, ids.long(), cos, sin, GRID, 1), "ids"),
+        ((x, x, ids[:3], cos, sin, GRID, 1), "ids"),
+        ((x, x, ids, cos[:5], sin, GRID, 1), "cos is not"),
+        ((x, x, ids, cos, sin[:, :8], GRID, 1), "sin is not"),
+        ((x, x, ids, cos, sin, (6, 3), 1), "grid has 2"),
+        ((x, x, ids, cos, sin, GRID, 5), "H = 5"),
+        ((x, x, ids, cos, sin, GRID, 0), "H = 0"),
+        ((x, x, ids, cos, sin, (6, 0, 4), 1), "side of grid"),
+        ((x, x, ids, cos, sin, GRID, 32), "cos has 10 columns"),
         ((x.t().contiguous().t(), x, ids, cos, sin, GRID, 1), "x has rows"),
-        ((x, x, ids, cos.t().contiguous().t(), sin, GRID, 1), "cos has rows")]
+        ((x, x, ids, cos.t().contiguous().t(), sin, GRID, 1), "cos has rows"),
+    ]
     for arguments, message in cases:
         with pytest.raises(RuntimeError, match=message):
             rotate(*arguments)

@@ -45,16 +45,25 @@ def check(z: Tensor, packing: Packing, weights: Tensor, scale: float = 1.0) -> t
         return loss, torch.autograd.grad(loss * scale, leaf)[0]
 
     ours = run(variance_loss)
-    for name, *triple in zip(("loss", "grad"), ours, run(variance_loss_ref), run(variance_loss_ref, torch.float64),
-                             strict=True):
+    for name, *triple in zip(
+        ("loss", "grad"), ours, run(variance_loss_ref), run(variance_loss_ref, torch.float64), strict=True
+    ):
         assert_as_good(name, *triple)
     return ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths, num_clips, width", [
-    ([2], 1, 1), ([7, 7], 2, 31), ([5, 3, 1, 40, 33, 31], 3, 16), ([0, 9, 130, 2], 2, 70),
-    ([300, 128, 127, 129], 4, 64), ([31, 32, 33, 96, 97, 95], 2, 129)])
+@pytest.mark.parametrize(
+    "lengths, num_clips, width",
+    [
+        ([2], 1, 1),
+        ([7, 7], 2, 31),
+        ([5, 3, 1, 40, 33, 31], 3, 16),
+        ([0, 9, 130, 2], 2, 70),
+        ([300, 128, 127, 129], 4, 64),
+        ([31, 32, 33, 96, 97, 95], 2, 129),
+    ],
+)
 def test_value_and_gradient(kernels, lengths, num_clips, width, dtype):
     z, packing, weights = operands(lengths, num_clips, width, dtype, kernels)
     loss, grad = check(z, packing, weights)
@@ -153,12 +162,46 @@ def test_rows_beyond_two_to_the_31_elements(kernels):
     partial, losses, grad = torch.zeros(1, 1, 2, width), torch.zeros(1, 1), torch.zeros(3, width)
     means, scales, slopes = torch.zeros(3, 1, width)
     offsets, cols = packing.cu_seqlens, {"COLS": 16}
-    dispatch.launch(module._variance_loss_stats_kernel, (1,), far, offsets, partial, FAR, 1, width, ROWS=2, TILES=2,
-                     **cols)
-    dispatch.launch(module._variance_loss_fwd_kernel, (1, 1), offsets, partial, weights.float(), losses, means, scales,
-                     slopes, 1, 1, width, module.EPS, CHUNK=4, **cols)
-    dispatch.launch(module._variance_loss_bwd_kernel, (1,), far, offsets, means, scales, slopes, torch.ones(()), grad,
-                     FAR, 3, 1, 1, 1, width, CHUNK=4, ROWS=2, **cols)
+    dispatch.launch(
+        module._variance_loss_stats_kernel, (1,), far, offsets, partial, FAR, 1, width, ROWS=2, TILES=2, **cols
+    )
+    dispatch.launch(
+        module._variance_loss_fwd_kernel,
+        (1, 1),
+        offsets,
+        partial,
+        weights.float(),
+        losses,
+        means,
+        scales,
+        slopes,
+        1,
+        1,
+        width,
+        module.EPS,
+        CHUNK=4,
+        **cols,
+    )
+    dispatch.launch(
+        module._variance_loss_bwd_kernel,
+        (1,),
+        far,
+        offsets,
+        means,
+        scales,
+        slopes,
+        torch.ones(()),
+        grad,
+        FAR,
+        3,
+        1,
+        1,
+        1,
+        width,
+        CHUNK=4,
+        ROWS=2,
+        **cols,
+    )
     torch.testing.assert_close(losses.sum(), wanted)
     torch.testing.assert_close(grad, torch.autograd.grad(wanted, leaf)[0])
 
@@ -233,12 +276,18 @@ def test_same_however_the_batch_is_divided(truncate, fpcs):
     torch.testing.assert_close(norms[0], norms[1])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"weights": torch.ones(2)}, "3 sequences and weights of shape \\[2\\]"),
-    ({"predictions": torch.ones(5, 4)}, "predictions have shape \\[5, 4\\], the sequences 6 tokens"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weights": torch.ones(2)}, "3 sequences and weights of shape \\[2\\]"),
+        ({"predictions": torch.ones(5, 4)}, "predictions have shape \\[5, 4\\], the sequences 6 tokens"),
+    ],
+)
 def test_bad_operands(change, message):
-    good = {"predictions": torch.ones(6, 4), "weights": torch.ones(3),
-            "packing": packed([1, 2, 3], torch.device("cpu"))}
+    good = {
+        "predictions": torch.ones(6, 4),
+        "weights": torch.ones(3),
+        "packing": packed([1, 2, 3], torch.device("cpu")),
+    }
     with pytest.raises(ValueError, match=message):
         variance_loss(**{**good, **change})

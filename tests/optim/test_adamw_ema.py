@@ -27,11 +27,21 @@ BAD = (float("nan"), float("inf"))
 
 
 def make_model(dtype: str = "float32") -> VJEPA:
-    cfg = Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 24, "depth": 1, "num_heads": 2, "pred_embed_dim": 12,
-                  "pred_depth": 1, "pred_num_heads": 2},
-        "data": {"crop_size": 16, "patch_size": 8, "dataset_fpcs": [4]}, "train": {"dtype": dtype},
-    })
+    cfg = Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 24,
+                "depth": 1,
+                "num_heads": 2,
+                "pred_embed_dim": 12,
+                "pred_depth": 1,
+                "pred_num_heads": 2,
+            },
+            "data": {"crop_size": 16, "patch_size": 8, "dataset_fpcs": [4]},
+            "train": {"dtype": dtype},
+        }
+    )
     torch.manual_seed(0)
     return VJEPA(cfg.model)
 
@@ -40,8 +50,11 @@ def gradients_of_step(model: VJEPA, step: int) -> dict[str, Tensor]:
     """Of very different sizes; one parameter has none."""
     generator = torch.Generator().manual_seed(step)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return {name: torch.randn(p.shape, generator=generator) * 10.0 ** (number % 7 - 5)
-            for number, (name, p) in enumerate(named) if name != "predictor.mask_tokens.1"}
+    return {
+        name: torch.randn(p.shape, generator=generator) * 10.0 ** (number % 7 - 5)
+        for number, (name, p) in enumerate(named)
+        if name != "predictor.mask_tokens.1"
+    }
 
 
 def give_gradients(model: nn.Module, grads: dict[str, Tensor]) -> None:
@@ -116,7 +129,10 @@ def test_a_hundred_steps_equal_torch(path):
     assert optimizer.skipped == 0
     if path == "triton":
         assert dispatch.launches == {
-            "_sum_of_squares_kernel": 400, "_adamw_ema_factors_kernel": 100, "_adamw_ema_kernel": 200}
+            "_sum_of_squares_kernel": 400,
+            "_adamw_ema_factors_kernel": 100,
+            "_adamw_ema_kernel": 200,
+        }
     for (name, moved), before in zip(ours.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(moved, before) == (name == "predictor.mask_tokens.1"), name
     for a, b in zip(optimizer.state_dict()["state"].values(), oracle.state_dict()["state"].values(), strict=True):
@@ -134,8 +150,10 @@ def test_each_network_is_clipped_by_its_own_norm(path):
         grads = {name: g * (50.0 if name.startswith("predictor") else 1.0) for name, g in grads.items()}
         give_gradients(ours, grads)
         give_gradients(plain, grads)
-        norms = [float(torch.nn.utils.get_total_norm(g for name, g in grads.items() if name.startswith(network)))
-                 for network in ("encoder", "predictor")]
+        norms = [
+            float(torch.nn.utils.get_total_norm(g for name, g in grads.items() if name.startswith(network)))
+            for network in ("encoder", "predictor")
+        ]
         assert norms[0] < norms[1]
         clip_norm = (float("inf"), sum(norms) / 2, norms[0] / 3, 2 * norms[1])[step]
         for network in (plain.encoder, plain.predictor):
@@ -182,8 +200,9 @@ def test_a_gradient_that_is_not_finite_leaves_all_but_the_target(path, dtype, va
     for part in ("encoder", "predictor"):
         for a, b in zip(getattr(model, part).parameters(), getattr(before, part).parameters(), strict=True):
             assert torch.equal(a, b)
-    for k, old, q in zip(model.target_encoder.parameters(), before.target_encoder.parameters(),
-                         before.encoder.parameters(), strict=True):
+    for k, old, q in zip(
+        model.target_encoder.parameters(), before.target_encoder.parameters(), before.encoder.parameters(), strict=True
+    ):
         expected = old.detach().clone().mul_(0.9).add_(q.detach(), alpha=1 - 0.9)
         assert (k - expected).norm() <= 1e-6 * expected.norm()
     for index, values in optimizer.state_dict()["state"].items():
@@ -409,8 +428,9 @@ def sharded(model: VJEPA, mesh: dist.DeviceMesh) -> VJEPA:
     """Every parameter split over the first dimension; that of the mask tokens is 1, so one process has nothing."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            parts = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]),
-                                 requires_grad=parameter.requires_grad)
+            parts = nn.Parameter(
+                distribute_tensor(parameter.detach(), mesh, [Shard(0)]), requires_grad=parameter.requires_grad
+            )
             setattr(module, name, parts)
     return model
 
@@ -445,8 +465,10 @@ def sharded_process(rank: int, folder: str, path: str) -> None:
         assert optimizer.state[token]["step"] == 3
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     moments = {i: s["exp_avg"].full_tensor() for i, s in optimizer.state_dict()["state"].items()}
-    torch.save({"weights": weights, "moments": moments, "norms": norms, "launched": sorted(dispatch.launches)},
-               f"{folder}/{rank}.pt")
+    torch.save(
+        {"weights": weights, "moments": moments, "norms": norms, "launched": sorted(dispatch.launches)},
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -469,8 +491,9 @@ def test_shards_step_as_one(tmp_path: Path, path: str, monkeypatch: pytest.Monke
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in ranks:
         assert found["norms"] == [pytest.approx(pair, rel=1e-5, nan_ok=True) for pair in norms]
-        assert found["launched"] == (["_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_sum_of_squares_kernel"]
-                                     if path == "triton" else [])
+        assert found["launched"] == (
+            ["_adamw_ema_factors_kernel", "_adamw_ema_kernel", "_sum_of_squares_kernel"] if path == "triton" else []
+        )
         for name, parameter in whole.named_parameters():
             assert (found["weights"][name] - parameter).norm() <= 1e-6 * parameter.norm(), name
         for index, state in optimizer.state_dict()["state"].items():

@@ -10,8 +10,7 @@ from vjepa_fast.optim.outliers import LossOutliers
 
 
 def make(factor: float = 2.0, size: int = 6) -> LossOutliers:
-    cfg = OptimizationConfig(
-        ipe=2, loss_reg_std_mult=factor, loss_reg_num_tracking_steps=size, loss_reg_min_epoch=3)
+    cfg = OptimizationConfig(ipe=2, loss_reg_std_mult=factor, loss_reg_num_tracking_steps=size, loss_reg_min_epoch=3)
     return LossOutliers(cfg, torch.device("cpu"))
 
 

@@ -22,7 +22,8 @@ STEPS = 20
 def configs(csv_path: Path, cache: Path) -> dict[str, Config]:
     base = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20")
     changes = {
-        "ddp": (), "zero": ("train.shard_optimizer=true",),
+        "ddp": (),
+        "zero": ("train.shard_optimizer=true",),
         "ddp_bfloat16": ("train.dtype=bfloat16",),
         "zero_bfloat16": ("train.shard_optimizer=true", "train.dtype=bfloat16"),
     }
@@ -119,7 +120,9 @@ def test_same_checkpoints(folder: Path) -> None:
 
 
 def test_goes_on_with_and_without(folder: Path) -> None:
-    first, *others = (torch.load(folder / name / "latest.pt", weights_only=True)["encoder"]
-                      for name in ("zero_then_ddp", "ddp_then_zero", "zero_then_one"))
+    first, *others = (
+        torch.load(folder / name / "latest.pt", weights_only=True)["encoder"]
+        for name in ("zero_then_ddp", "ddp_then_zero", "zero_then_one")
+    )
     for other in others:
         assert far(first, other) <= 1e-6

@@ -41,11 +41,25 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 def config(case: str, sharded: bool) -> Config:
     raw: dict[str, dict[str, Any]] = {
-        "model": {"model_name": "vit_tiny", "embed_dim": 24, "depth": 3, "num_heads": 2, "pred_embed_dim": 24,
-                  "pred_depth": 2, "pred_num_heads": 2},
+        "model": {
+            "model_name": "vit_tiny",
+            "embed_dim": 24,
+            "depth": 3,
+            "num_heads": 2,
+            "pred_embed_dim": 24,
+            "pred_depth": 2,
+            "pred_num_heads": 2,
+        },
         "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [4], "batch_size": CLIPS},
-        "optimization": {"ipe": 10, "epochs": 5, "warmup": 0, "lr": 1e-3, "start_lr": 1e-3, "ema": [0.9, 1.0],
-                         "clip_grad": 0.05},
+        "optimization": {
+            "ipe": 10,
+            "epochs": 5,
+            "warmup": 0,
+            "lr": 1e-3,
+            "start_lr": 1e-3,
+            "ema": [0.9, 1.0],
+            "clip_grad": 0.05,
+        },
         "train": {"shard_optimizer": sharded},
     }
     for section, values in CASES[case].items():
@@ -60,10 +74,13 @@ def batch(cfg: Config, step: int, ids: range) -> tuple[list[torch.Tensor], list[
     clips = torch.randint(0, 256, (CLIPS, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)[ids.start : ids.stop]
     if cfg.optimization.loss_reg_std_mult is not None and ids.start == 0:
         halves = range(len(ids) // 2), range(len(ids) // 2, len(ids))
-        masks = [MaskSampler(cfg.mask, (frames, 4, 4), seed=0)(step, half)
-                 for frames, half in zip((2, 1), halves, strict=True)]
+        masks = [
+            MaskSampler(cfg.mask, (frames, 4, 4), seed=0)(step, half)
+            for frames, half in zip((2, 1), halves, strict=True)
+        ]
         return [clips[: len(halves[0])], clips[len(halves[0]) :, :2]], [
-            dataclasses.replace(own, mask_token=number).with_weights(2) for number, own in enumerate(masks)]
+            dataclasses.replace(own, mask_token=number).with_weights(2) for number, own in enumerate(masks)
+        ]
     if len(cfg.data.dataset_fpcs) == 1 or step % 2 or ids.start < CLIPS // 2:
         whole = MaskSampler(cfg.mask, (2, 4, 4), seed=0)(step, range(CLIPS)).with_weights(1)
         return [clips], [whole.narrow(ids.start, ids.stop)]
@@ -80,8 +97,13 @@ def train_step(case: str, kind: str) -> TrainStep:
     if kind == "fsdp":
         parallel.shard(model, torch.device("cpu"), cfg.train.grad_dtype)
         return TrainStep(model, cfg, None, dist.get_world_size())
-    return TrainStep(model, cfg, parallel.data_parallel(model, cfg, groups), dist.get_world_size(),
-                     parallel.optimizer_of(model, cfg, groups))
+    return TrainStep(
+        model,
+        cfg,
+        parallel.data_parallel(model, cfg, groups),
+        dist.get_world_size(),
+        parallel.optimizer_of(model, cfg, groups),
+    )
 
 
 def train(case: str, kind: str, ids: range) -> dict[str, Any]:
@@ -89,8 +111,10 @@ def train(case: str, kind: str, ids: range) -> dict[str, Any]:
     cfg = config(case, kind == "zero")
     losses = [float(step(number, *batch(cfg, number, ids)).loss) for number in range(STEPS[case])]
     step.optimizer.collect()
-    weights = {name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
-               for name, value in step.model.state_dict().items()}
+    weights = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for name, value in step.model.state_dict().items()
+    }
     return {"losses": losses, "weights": weights}
 
 
@@ -167,10 +191,15 @@ def order(ids: range) -> dict[str, Any]:
         twice = "nothing"
     except RuntimeError as error:
         twice = str(error)
-    return {"waited": waited, "gathers": len(gathers), "sent": sent, "buckets": len(optimizer._buckets),
-            # After what lies outside of blocks come those of the target encoder.
-            "trained": [gather.flat.tensors[0].requires_grad for gather in gathers[3:]],
-            "twice": twice}
+    return {
+        "waited": waited,
+        "gathers": len(gathers),
+        "sent": sent,
+        "buckets": len(optimizer._buckets),
+        # After what lies outside of blocks come those of the target encoder.
+        "trained": [gather.flat.tensors[0].requires_grad for gather in gathers[3:]],
+        "twice": twice,
+    }
 
 
 def raised(ids: range) -> dict[str, Any]:
@@ -180,9 +209,11 @@ def raised(ids: range) -> dict[str, Any]:
     encoder = step.model.encoder
     weight = encoder.blocks[0].mlp.fc1.weight  # type: ignore[union-attr]
     readers = {
-        "state_dict": step.model.state_dict, "copy": lambda: copy.deepcopy(encoder),
+        "state_dict": step.model.state_dict,
+        "copy": lambda: copy.deepcopy(encoder),
         "another dtype": lambda: shadow_of(weight, torch.float16),  # type: ignore[arg-type]
-        "shadows": step.optimizer.write_shadows, "optimizer": step.optimizer.state_dict,
+        "shadows": step.optimizer.write_shadows,
+        "optimizer": step.optimizer.state_dict,
     }
 
     def look() -> dict[str, str]:
@@ -198,8 +229,11 @@ def raised(ids: range) -> dict[str, Any]:
     before, health = look(), _weight_figures(step.model)
     step.optimizer.refresh()
     after = _weight_figures(step.model)
-    return before | {f"{name}, refreshed": text for name, text in look().items()} | {
-        "health": health, "health, refreshed": after}
+    return (
+        before
+        | {f"{name}, refreshed": text for name, text in look().items()}
+        | {"health": health, "health, refreshed": after}
+    )
 
 
 def tried(ids: range) -> dict[str, bool]:
@@ -212,9 +246,14 @@ def tried(ids: range) -> dict[str, bool]:
     losses = []
     with undone(step):
         losses += [step(number, *batch(cfg, number, ids)).loss for number in (1, 2)]
-    same = {"weights": all(map(torch.equal, weights, step.model.parameters())), "moments": all(
-        torch.equal(x, state[name]) for before, state in zip(moments, step.optimizer.state.values(), strict=True)
-        for name, x in before.items())}
+    same = {
+        "weights": all(map(torch.equal, weights, step.model.parameters())),
+        "moments": all(
+            torch.equal(x, state[name])
+            for before, state in zip(moments, step.optimizer.state.values(), strict=True)
+            for name, x in before.items()
+        ),
+    }
     losses += [step(number, *batch(cfg, number, ids)).loss for number in (1, 2)]
     return same | {"losses": torch.equal(torch.stack(losses[:2]), torch.stack(losses[2:]))}
 

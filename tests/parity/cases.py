@@ -180,7 +180,7 @@ def make_batch(case: Case, step: int) -> Batch:
             num_targets = num_tokens // 4 + int(words[1] % np.uint64(num_tokens // 4))
             order = torch.from_numpy(np.argsort(words[2:].reshape(case.batch_size, num_tokens), axis=1))
             enc.append(order[:, :num_context].sort(dim=1).values)
-            pred.append(order[:, num_context:num_context + num_targets].sort(dim=1).values)
+            pred.append(order[:, num_context : num_context + num_targets].sort(dim=1).values)
         batch.masks_enc.append(enc)
         batch.masks_pred.append(pred)
     return batch

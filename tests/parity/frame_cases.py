@@ -44,14 +44,29 @@ def frame_cases() -> list[FrameCase]:
     cases = []
     for _ in range(NUM_FRAME_CASES):
         rate, fpc = rng.choice(_RATES), rng.choice((2, 4, 8, 16, 32, 64))
-        rule, value = rng.choice([
-            ("fps", 4), ("fps", rng.choice((1, 2, 4, 8))), ("frame_step", rng.randint(1, 9)),
-            ("duration", rng.choice((0.5, 1.0, 2.0, 4.0)))])
+        rule, value = rng.choice(
+            [
+                ("fps", 4),
+                ("fps", rng.choice((1, 2, 4, 8))),
+                ("frame_step", rng.randint(1, 9)),
+                ("duration", rng.choice((0.5, 1.0, 2.0, 4.0))),
+            ]
+        )
         length = {"fps": fpc * rate / value, "frame_step": fpc * value, "duration": rate * value}[rule]
         # Around the length of the clip, where the rules meet, and far from it.
         around = rng.choice((length, length * 3, 400))
-        cases.append(FrameCase(max(1, round(around * rng.uniform(0.3, 1.7)) if rng.random() < 0.8 else
-                                   round(length) + rng.randint(-1, 2)), rate, fpc, rule, value))
+        cases.append(
+            FrameCase(
+                max(
+                    1,
+                    round(around * rng.uniform(0.3, 1.7)) if rng.random() < 0.8 else round(length) + rng.randint(-1, 2),
+                ),
+                rate,
+                fpc,
+                rule,
+                value,
+            )
+        )
     return cases
 
 

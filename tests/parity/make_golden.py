@@ -73,8 +73,10 @@ def masks(case: MaskCase) -> list[str]:
     """Hashes of the first batches under torch.manual_seed(case.seed)."""
     collate_masks = meta_reference.collator(case)
     torch.manual_seed(case.seed)
-    return [golden_format.mask_hash(meta_reference.collate(collate_masks, case.batch_sizes(i)))
-            for i in range(golden_format.NUM_MASK_BATCHES)]
+    return [
+        golden_format.mask_hash(meta_reference.collate(collate_masks, case.batch_sizes(i)))
+        for i in range(golden_format.NUM_MASK_BATCHES)
+    ]
 
 
 def frames() -> dict[str, list[int]]:

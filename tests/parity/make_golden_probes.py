@@ -23,19 +23,37 @@ def main() -> None:
     for case in PROBE_CASES.values():
         run = probe_reference.run(case, probe_ours.weights(case), torch.float64)
         folder = probe_reference.root(case.version)
-        print(golden_format.write(case.name, {
-            "provenance": {
-                "reference": {1: "facebookresearch/jepa", 2: "facebookresearch/vjepa2"}[case.version],
-                "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                           for name in probe_reference.SOURCES},
-                "torch": torch.__version__},
-            "steps": [{
-                "loss": loss, "lr": lr, "weight_decay": decay, "outputs": golden_format.summary("outputs", outputs),
-                "gradients": {name: golden_format.summary(name, known(name, value))
-                              for name, value in gradients.items()},
-            } for loss, outputs, gradients, lr, decay in run.steps],
-            "weights": {name: golden_format.summary(name, known(name, value)) for name, value in run.weights.items()},
-        }))
+        print(
+            golden_format.write(
+                case.name,
+                {
+                    "provenance": {
+                        "reference": {1: "facebookresearch/jepa", 2: "facebookresearch/vjepa2"}[case.version],
+                        "sha256": {
+                            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                            for name in probe_reference.SOURCES
+                        },
+                        "torch": torch.__version__,
+                    },
+                    "steps": [
+                        {
+                            "loss": loss,
+                            "lr": lr,
+                            "weight_decay": decay,
+                            "outputs": golden_format.summary("outputs", outputs),
+                            "gradients": {
+                                name: golden_format.summary(name, known(name, value))
+                                for name, value in gradients.items()
+                            },
+                        }
+                        for loss, outputs, gradients, lr, decay in run.steps
+                    ],
+                    "weights": {
+                        name: golden_format.summary(name, known(name, value)) for name, value in run.weights.items()
+                    },
+                },
+            )
+        )
 
 
 if __name__ == "__main__":

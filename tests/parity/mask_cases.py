@@ -41,8 +41,9 @@ MASK_CASES = {
         MaskCase("vjepa2", [SHORT, LONG], [16], largest_batch=24, crop_size=256),
         MaskCase("varied", [VARIED], [16]),
         MaskCase("max_keep", [{**VARIED, "max_keep": 30}], [16]),
-        MaskCase("max_temporal_keep", [{**VARIED, "max_temporal_keep": 0.5}, {**SHORT, "max_temporal_keep": 0.1}],
-                 [16]),
+        MaskCase(
+            "max_temporal_keep", [{**VARIED, "max_temporal_keep": 0.5}, {**SHORT, "max_temporal_keep": 0.1}], [16]
+        ),
         MaskCase("full_complement", [{**VARIED, "full_complement": True}], [16]),
         MaskCase("pred_full_complement", [{**VARIED, "pred_full_complement": True}, SHORT], [16]),
         MaskCase("inv_block", [{**VARIED, "inv_block": True}, {**VARIED, "inv_block": True, "max_keep": 20}], [16]),

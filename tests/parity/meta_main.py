@@ -48,15 +48,35 @@ def arguments(folder: Path) -> dict[str, Any]:
     """The run of CASE.config() as one of the reference's YAML files would say it."""
     return {
         "folder": str(folder),
-        "meta": {"load_checkpoint": True, "read_checkpoint": None, "seed": 5, "save_every_freq": 1, "use_sdpa": True,
-                 "dtype": "float32"},
-        "mask": [{"spatial_scale": (0.15, 0.15), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5),
-                  "num_blocks": 1} for _ in range(CASE.num_masks)],
-        "model": {"model_name": "vit_parity", "pred_depth": CASE.pred_depth, "pred_embed_dim": CASE.pred_embed_dim,
-                  "pred_num_heads": CASE.pred_num_heads, "use_rope": True, "use_mask_tokens": True},
-        "data": {"datasets": [], "dataset_fpcs": list(CASE.frames), "batch_size": CASE.batch_size,
-                 "crop_size": CASE.crop_size, "patch_size": CASE.patch_size, "tubelet_size": CASE.tubelet_size,
-                 "fps": 4},
+        "meta": {
+            "load_checkpoint": True,
+            "read_checkpoint": None,
+            "seed": 5,
+            "save_every_freq": 1,
+            "use_sdpa": True,
+            "dtype": "float32",
+        },
+        "mask": [
+            {"spatial_scale": (0.15, 0.15), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5), "num_blocks": 1}
+            for _ in range(CASE.num_masks)
+        ],
+        "model": {
+            "model_name": "vit_parity",
+            "pred_depth": CASE.pred_depth,
+            "pred_embed_dim": CASE.pred_embed_dim,
+            "pred_num_heads": CASE.pred_num_heads,
+            "use_rope": True,
+            "use_mask_tokens": True,
+        },
+        "data": {
+            "datasets": [],
+            "dataset_fpcs": list(CASE.frames),
+            "batch_size": CASE.batch_size,
+            "crop_size": CASE.crop_size,
+            "patch_size": CASE.patch_size,
+            "tubelet_size": CASE.tubelet_size,
+            "fps": 4,
+        },
         "data_aug": {},
         "loss": {"loss_exp": 1.0},
         "optimization": dict(OPTIMIZATION),
@@ -78,8 +98,12 @@ def main(folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     # The script looks sizes up by name in this module.
     meta_reference.modules().vit.vit_parity = functools.partial(
-        meta_reference.modules().vit.VisionTransformer, embed_dim=CASE.embed_dim, depth=CASE.depth,
-        num_heads=CASE.num_heads, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
+        meta_reference.modules().vit.VisionTransformer,
+        embed_dim=CASE.embed_dim,
+        depth=CASE.depth,
+        num_heads=CASE.num_heads,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    )
     meta_reference.training_script().main(arguments(folder))
     torch.distributed.destroy_process_group()
 

@@ -87,19 +87,35 @@ class Triple:
 
 def build_encoder(case: Case, **overrides: Any) -> nn.Module:
     """The reference's VisionTransformer at the sizes of `case`; `overrides` are its own arguments."""
-    return modules().vit.VisionTransformer(**{
-        **_shared(case), "embed_dim": case.embed_dim, "depth": case.depth, "num_heads": case.num_heads,
-        "use_silu": case.use_silu, **overrides})
+    return modules().vit.VisionTransformer(
+        **{
+            **_shared(case),
+            "embed_dim": case.embed_dim,
+            "depth": case.depth,
+            "num_heads": case.num_heads,
+            "use_silu": case.use_silu,
+            **overrides,
+        }
+    )
 
 
 def build(case: Case, dtype: torch.dtype = torch.float32, zero_init_mask_tokens: bool = True) -> Triple:
     """The three modules of `case` with the reference's own initialisation (torch's global seed)."""
     wrappers = modules().wrappers
     encoder = wrappers.MultiSeqWrapper(build_encoder(case))
-    predictor = wrappers.PredictorMultiSeqWrapper(modules().predictor.VisionTransformerPredictor(
-        embed_dim=case.embed_dim, predictor_embed_dim=case.pred_embed_dim, depth=case.pred_depth,
-        num_heads=case.pred_num_heads, use_silu=case.use_pred_silu, use_mask_tokens=True,
-        num_mask_tokens=case.num_mask_tokens, zero_init_mask_tokens=zero_init_mask_tokens, **_shared(case)))
+    predictor = wrappers.PredictorMultiSeqWrapper(
+        modules().predictor.VisionTransformerPredictor(
+            embed_dim=case.embed_dim,
+            predictor_embed_dim=case.pred_embed_dim,
+            depth=case.pred_depth,
+            num_heads=case.pred_num_heads,
+            use_silu=case.use_pred_silu,
+            use_mask_tokens=True,
+            num_mask_tokens=case.num_mask_tokens,
+            zero_init_mask_tokens=zero_init_mask_tokens,
+            **_shared(case),
+        )
+    )
     triple = Triple(encoder.to(dtype), predictor.to(dtype), copy.deepcopy(encoder))
     triple.target_encoder.requires_grad_(False)
     return triple
@@ -149,11 +165,20 @@ class Training:
         self.triple, self.case = triple, case
         options = OPTIMIZATION
         self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            is_anneal=False, encoder=triple.encoder, predictor=triple.predictor,
-            iterations_per_epoch=options["ipe"], start_lr=options["start_lr"], ref_lr=options["lr"],
-            warmup=options["warmup"], num_epochs=options["epochs"], wd=options["weight_decay"],
-            final_wd=options["final_weight_decay"], final_lr=options["final_lr"], mixed_precision=False,
-            ipe_scale=options["ipe_scale"])
+            is_anneal=False,
+            encoder=triple.encoder,
+            predictor=triple.predictor,
+            iterations_per_epoch=options["ipe"],
+            start_lr=options["start_lr"],
+            ref_lr=options["lr"],
+            warmup=options["warmup"],
+            num_epochs=options["epochs"],
+            wd=options["weight_decay"],
+            final_wd=options["final_weight_decay"],
+            final_lr=options["final_lr"],
+            mixed_precision=False,
+            ipe_scale=options["ipe_scale"],
+        )
         first, last = options["ema"]
         count = options["ipe"] * options["epochs"] * options["ipe_scale"]
         self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
@@ -178,7 +203,7 @@ class Training:
             for prediction, wanted in zip(predictions[group], chosen, strict=True):
                 distance = (prediction - wanted).abs()
                 margin = min(margin, distance.min().item())
-                terms.append((distance ** exponent).mean() / exponent)
+                terms.append((distance**exponent).mean() / exponent)
         return torch.stack(terms).mean(), margin
 
     def step(self, batch: Batch) -> Step:
@@ -223,8 +248,12 @@ def on_meta_device() -> Iterator[None]:
 def collator(case: MaskCase) -> Any:
     """The reference's MaskCollator of `case`."""
     return modules().masks.MaskCollator(
-        cfgs_mask=case.masks, dataset_fpcs=case.fpcs, crop_size=case.crop_size, patch_size=case.patch_size,
-        tubelet_size=case.tubelet_size)
+        cfgs_mask=case.masks,
+        dataset_fpcs=case.fpcs,
+        crop_size=case.crop_size,
+        patch_size=case.patch_size,
+        tubelet_size=case.tubelet_size,
+    )
 
 
 def collate(collate_masks: Any, batch_sizes: dict[int, int]) -> Masks:
@@ -268,8 +297,11 @@ def segment_frame_numbers(case: FrameCase, segments: int, places: list[float]) -
     def draw(low: int, high: int) -> int:
         return low + round(left.pop(0) * (high - low))
 
-    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
-            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+    with (
+        mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)),
+        mock.patch.object(module, "cpu", lambda _: None),
+        mock.patch.object(np.random, "randint", draw),
+    ):
         dataset = module.VideoDataset([], dataset_fpcs=[], num_clips=segments, allow_clip_overlap=True, **case.settings)
         numbers: list[np.ndarray] = dataset.loadvideo_decord(__file__, case.fpc)[1]
     return numbers
@@ -286,8 +318,11 @@ def frame_numbers(case: FrameCase, seed: int) -> FrameResult:
         return end
 
     np.random.seed(seed)
-    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
-            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+    with (
+        mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)),
+        mock.patch.object(module, "cpu", lambda _: None),
+        mock.patch.object(np.random, "randint", draw),
+    ):
         dataset = module.VideoDataset([], dataset_fpcs=[], **case.settings)
         try:
             _, (numbers,) = dataset.loadvideo_decord(__file__, case.fpc)

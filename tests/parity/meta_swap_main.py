@@ -61,27 +61,66 @@ class Version:
 
 VERSIONS = {
     "v1": Version(
-        "VJEPA1_REFERENCE", "app.vjepa", "src.models.vision_transformer", "vit_parity",
+        "VJEPA1_REFERENCE",
+        "app.vjepa",
+        "src.models.vision_transformer",
+        "vit_parity",
         Case("swap_v1", use_rope=False, uniform_power=True, pred_embed_dim=48, pred_num_heads=3),
-        "run-latest.pth.tar", "run-e{}.pth.tar",
-        {"logging": {"write_tag": "run"}, "data": {"num_clips": 1, "num_frames": 8}, "loss": {"reg_coeff": 0.3},
-         "optimization": {"clip_grad": 0.1}}),
+        "run-latest.pth.tar",
+        "run-e{}.pth.tar",
+        {
+            "logging": {"write_tag": "run"},
+            "data": {"num_clips": 1, "num_frames": 8},
+            "loss": {"reg_coeff": 0.3},
+            "optimization": {"clip_grad": 0.1},
+        },
+    ),
     "v1 noised": Version(
-        "VJEPA1_REFERENCE", "app.vjepa", "src.models.vision_transformer", "vit_parity",
+        "VJEPA1_REFERENCE",
+        "app.vjepa",
+        "src.models.vision_transformer",
+        "vit_parity",
         Case("swap_v1", use_rope=False, uniform_power=True, pred_embed_dim=48, pred_num_heads=3),
-        "run-latest.pth.tar", "run-e{}.pth.tar",
-        {"logging": {"write_tag": "run"}, "data": {"num_clips": 1, "num_frames": 8}, "loss": {"reg_coeff": 0.0},
-         "model": {"use_mask_tokens": False}}),
+        "run-latest.pth.tar",
+        "run-e{}.pth.tar",
+        {
+            "logging": {"write_tag": "run"},
+            "data": {"num_clips": 1, "num_frames": 8},
+            "loss": {"reg_coeff": 0.0},
+            "model": {"use_mask_tokens": False},
+        },
+    ),
     "v2": Version(
-        "VJEPA2_REFERENCE", "app.vjepa", "src.models.vision_transformer", "vit_parity",
-        Case("swap_v2", frames=(8, 4)), "latest.pt", "e{}.pt", {}),
+        "VJEPA2_REFERENCE",
+        "app.vjepa",
+        "src.models.vision_transformer",
+        "vit_parity",
+        Case("swap_v2", frames=(8, 4)),
+        "latest.pt",
+        "e{}.pt",
+        {},
+    ),
     # The script knows widths by name and normalises targets in pieces of them, unless there is one level.
     "v2.1": Version(
-        "VJEPA21_REFERENCE", "app.vjepa_2_1", "app.vjepa_2_1.models.vision_transformer", "vit_large",
-        Case("swap_v21", crop_size=64, patch_size=16, depth=12, pred_depth=4), "latest.pth.tar", "e{}.pth.tar",
-        {"model": {"levels_predictor": 1, "interpolate_rope": True, "img_temporal_dim_size": 1,
-                   "modality_embedding": True, "lambda_value_vid": 0.5, "lambda_progressive": False},
-         "loss": {"predict_all": True, "weight_distance_loss": True, "shift_by_n": 0}}),
+        "VJEPA21_REFERENCE",
+        "app.vjepa_2_1",
+        "app.vjepa_2_1.models.vision_transformer",
+        "vit_large",
+        Case("swap_v21", crop_size=64, patch_size=16, depth=12, pred_depth=4),
+        "latest.pth.tar",
+        "e{}.pth.tar",
+        {
+            "model": {
+                "levels_predictor": 1,
+                "interpolate_rope": True,
+                "img_temporal_dim_size": 1,
+                "modality_embedding": True,
+                "lambda_value_vid": 0.5,
+                "lambda_progressive": False,
+            },
+            "loss": {"predict_all": True, "weight_distance_loss": True, "shift_by_n": 0},
+        },
+    ),
 }
 
 
@@ -114,15 +153,35 @@ def arguments(version: Version, folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {
         "folder": str(folder),
         "logging": {"folder": str(folder)},
-        "meta": {"load_checkpoint": True, "read_checkpoint": None, "seed": 5, "save_every_freq": 1, "use_sdpa": True,
-                 "dtype": "float32"},
-        "mask": [{"spatial_scale": (0.15, 0.15), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5),
-                  "num_blocks": 1} for _ in range(case.num_masks)],
-        "model": {"model_name": version.name, "pred_depth": case.pred_depth, "pred_embed_dim": case.pred_embed_dim,
-                  "pred_num_heads": case.pred_num_heads, "use_rope": case.use_rope, "use_mask_tokens": True},
-        "data": {"datasets": [], "dataset_fpcs": list(case.frames), "batch_size": case.batch_size,
-                 "crop_size": case.crop_size, "patch_size": case.patch_size, "tubelet_size": case.tubelet_size,
-                 "fps": 4},
+        "meta": {
+            "load_checkpoint": True,
+            "read_checkpoint": None,
+            "seed": 5,
+            "save_every_freq": 1,
+            "use_sdpa": True,
+            "dtype": "float32",
+        },
+        "mask": [
+            {"spatial_scale": (0.15, 0.15), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5), "num_blocks": 1}
+            for _ in range(case.num_masks)
+        ],
+        "model": {
+            "model_name": version.name,
+            "pred_depth": case.pred_depth,
+            "pred_embed_dim": case.pred_embed_dim,
+            "pred_num_heads": case.pred_num_heads,
+            "use_rope": case.use_rope,
+            "use_mask_tokens": True,
+        },
+        "data": {
+            "datasets": [],
+            "dataset_fpcs": list(case.frames),
+            "batch_size": case.batch_size,
+            "crop_size": case.crop_size,
+            "patch_size": case.patch_size,
+            "tubelet_size": case.tubelet_size,
+            "fps": 4,
+        },
         "data_aug": {},
         "loss": {"loss_exp": 1.0},
         "optimization": dict(OPTIMIZATION),
@@ -175,15 +234,26 @@ def main(version: Version, folder: Path, swap: bool) -> None:
                 losses.append(values[2])
                 super().log(*values)
 
-        changes.enter_context(mock.patch.multiple(
-            train, CSVLogger=Logger, init_data=lambda **_: (loader, sampler), make_transforms=lambda **_: None))
+        changes.enter_context(
+            mock.patch.multiple(
+                train, CSVLogger=Logger, init_data=lambda **_: (loader, sampler), make_transforms=lambda **_: None
+            )
+        )
         if swap:
             swapping = _swapping(train.init_video_model)
             changes.enter_context(mock.patch.object(train, "init_video_model", swapping))
         # The script looks sizes up by name in this module.
-        setattr(vit, version.name, functools.partial(
-            vit.VisionTransformer, embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads,
-            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)))
+        setattr(
+            vit,
+            version.name,
+            functools.partial(
+                vit.VisionTransformer,
+                embed_dim=case.embed_dim,
+                depth=case.depth,
+                num_heads=case.num_heads,
+                norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+            ),
+        )
         train.main(arguments(version, folder))
     torch.distributed.destroy_process_group()
     (folder / "losses.json").write_text(json.dumps({"losses": losses, "calls": calls}))

@@ -33,8 +33,7 @@ from .v1_cases import V1_OPTIMIZATION, V1Case, v1_batch, v1_noise
 Masks = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 needs_v1_reference = pytest.mark.skipif(
-    not os.environ.get("VJEPA1_REFERENCE"),
-    reason="VJEPA1_REFERENCE does not name a checkout of facebookresearch/jepa",
+    not os.environ.get("VJEPA1_REFERENCE"), reason="VJEPA1_REFERENCE does not name a checkout of facebookresearch/jepa"
 )
 
 _MODULES = {
@@ -63,15 +62,29 @@ def modules() -> types.SimpleNamespace:
 def build(case: V1Case, dtype: torch.dtype = torch.float32) -> Triple:
     """The three modules of `case` with the initialisation of the reference's classes (torch's global seed)."""
     shared = {
-        "img_size": case.crop_size, "patch_size": case.patch_size, "num_frames": max(case.frames),
-        "tubelet_size": case.tubelet_size, "uniform_power": case.uniform_power, "mlp_ratio": 4.0, "qkv_bias": True,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6), "num_heads": case.num_heads,
+        "img_size": case.crop_size,
+        "patch_size": case.patch_size,
+        "num_frames": max(case.frames),
+        "tubelet_size": case.tubelet_size,
+        "uniform_power": case.uniform_power,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "num_heads": case.num_heads,
     }
-    encoder = modules().wrappers.MultiMaskWrapper(modules().vit.VisionTransformer(
-        embed_dim=case.embed_dim, depth=case.depth, **shared))
-    predictor = modules().wrappers.PredictorMultiMaskWrapper(modules().predictor.VisionTransformerPredictor(
-        embed_dim=case.embed_dim, predictor_embed_dim=case.pred_embed_dim, depth=case.pred_depth,
-        use_mask_tokens=case.use_mask_tokens, num_mask_tokens=case.num_masks, **shared))
+    encoder = modules().wrappers.MultiMaskWrapper(
+        modules().vit.VisionTransformer(embed_dim=case.embed_dim, depth=case.depth, **shared)
+    )
+    predictor = modules().wrappers.PredictorMultiMaskWrapper(
+        modules().predictor.VisionTransformerPredictor(
+            embed_dim=case.embed_dim,
+            predictor_embed_dim=case.pred_embed_dim,
+            depth=case.pred_depth,
+            use_mask_tokens=case.use_mask_tokens,
+            num_mask_tokens=case.num_masks,
+            **shared,
+        )
+    )
     triple = Triple(encoder.to(dtype), predictor.to(dtype), copy.deepcopy(encoder))
     triple.target_encoder.requires_grad_(False)
     return triple
@@ -82,13 +95,26 @@ def build_by_script(case: V1Case) -> Triple:
     vit = modules().vit
     # The script looks sizes up by name in this module.
     vit.vit_parity = functools.partial(
-        vit.VisionTransformer, embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads, qkv_bias=True,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+        vit.VisionTransformer,
+        embed_dim=case.embed_dim,
+        depth=case.depth,
+        num_heads=case.num_heads,
+        qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+    )
     encoder, predictor = modules().utils.init_video_model(
-        device="cpu", patch_size=case.patch_size, num_frames=max(case.frames), tubelet_size=case.tubelet_size,
-        model_name="vit_parity", crop_size=case.crop_size, pred_depth=case.pred_depth,
-        pred_embed_dim=case.pred_embed_dim, uniform_power=case.uniform_power, use_mask_tokens=case.use_mask_tokens,
-        num_mask_tokens=case.num_masks)
+        device="cpu",
+        patch_size=case.patch_size,
+        num_frames=max(case.frames),
+        tubelet_size=case.tubelet_size,
+        model_name="vit_parity",
+        crop_size=case.crop_size,
+        pred_depth=case.pred_depth,
+        pred_embed_dim=case.pred_embed_dim,
+        uniform_power=case.uniform_power,
+        use_mask_tokens=case.use_mask_tokens,
+        num_mask_tokens=case.num_masks,
+    )
     return Triple(encoder, predictor, copy.deepcopy(encoder))
 
 
@@ -96,9 +122,12 @@ def build_by_script(case: V1Case) -> Triple:
 def _drawn(case: V1Case, step: int, counts: list[int]) -> Iterator[None]:
     """The predictor's noise is that of v1_noise: a level, then normal numbers for each mask."""
     drawn: Iterator[torch.Tensor] = iter(
-        x for mask, count in enumerate(counts) for x in v1_noise(case, step, mask, count))
-    with mock.patch.object(torch, "randint", lambda *_, **__: next(drawn)), \
-            mock.patch.object(torch, "randn", lambda *_, **__: next(drawn)):
+        x for mask, count in enumerate(counts) for x in v1_noise(case, step, mask, count)
+    )
+    with (
+        mock.patch.object(torch, "randint", lambda *_, **__: next(drawn)),
+        mock.patch.object(torch, "randn", lambda *_, **__: next(drawn)),
+    ):
         yield
 
 
@@ -108,10 +137,19 @@ class Training:
     def __init__(self, triple: Triple, case: V1Case) -> None:
         self.triple, self.case, options = triple, case, V1_OPTIMIZATION
         self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            encoder=triple.encoder, predictor=triple.predictor, iterations_per_epoch=options["ipe"],
-            start_lr=options["start_lr"], ref_lr=options["lr"], warmup=options["warmup"],
-            num_epochs=options["epochs"], wd=options["weight_decay"], final_wd=options["final_weight_decay"],
-            final_lr=options["final_lr"], mixed_precision=False, ipe_scale=options["ipe_scale"])
+            encoder=triple.encoder,
+            predictor=triple.predictor,
+            iterations_per_epoch=options["ipe"],
+            start_lr=options["start_lr"],
+            ref_lr=options["lr"],
+            warmup=options["warmup"],
+            num_epochs=options["epochs"],
+            wd=options["weight_decay"],
+            final_wd=options["final_weight_decay"],
+            final_lr=options["final_lr"],
+            mixed_precision=False,
+            ipe_scale=options["ipe_scale"],
+        )
         first, last = options["ema"]
         count = options["ipe"] * options["epochs"] * options["ipe_scale"]
         self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
@@ -119,15 +157,17 @@ class Training:
     def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, float]:
         triple, case = self.triple, self.case
         clips = normalise(batch.clips[0], next(triple.encoder.parameters()).dtype)
-        enc, pred = ([modules().tensors.repeat_interleave_batch(ids, case.batch_size, repeat=case.num_clips)
-                      for ids in masks[0]] for masks in (batch.masks_enc, batch.masks_pred))
+        enc, pred = (
+            [modules().tensors.repeat_interleave_batch(ids, case.batch_size, repeat=case.num_clips) for ids in masks[0]]
+            for masks in (batch.masks_enc, batch.masks_pred)
+        )
         with torch.no_grad():
             target = triple.target_encoder(clips)
             targets = modules().mask_utils.apply_masks(F.layer_norm(target, target.shape[-1:]), pred, concat=False)
         with _drawn(case, step, [ids.shape[1] for ids in pred]):
             predictions = triple.predictor(triple.encoder(clips, enc), targets, enc, pred)
         distances = [(z - h).abs() for z, h in zip(predictions, targets, strict=True)]
-        loss = torch.stack([(d ** case.loss_exp).mean() / case.loss_exp for d in distances]).mean()
+        loss = torch.stack([(d**case.loss_exp).mean() / case.loss_exp for d in distances]).mean()
         spread = torch.stack([(z.var(dim=1) + 0.0001).sqrt() for z in predictions]).mean(0)
         return loss + case.reg_coeff * F.relu(1 - spread).mean(), min(d.min().item() for d in distances)
 
@@ -163,11 +203,11 @@ def run(case: V1Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> R
     return Run(steps, triple.weights())
 
 
-
 def collate(masks: list[dict[str, object]], kind: str, crop_size: int, num_frames: int) -> Callable[[int], Masks]:
     """The reference's collator, asked by the number of clips; `kind` is multiblock or tube."""
     collator = getattr(modules(), kind).MaskCollator(
-        cfgs_mask=masks, crop_size=crop_size, num_frames=num_frames, patch_size=8, tubelet_size=2)
+        cfgs_mask=masks, crop_size=crop_size, num_frames=num_frames, patch_size=8, tubelet_size=2
+    )
     return lambda count: collator([torch.zeros(1)] * count)[1:]
 
 
@@ -190,8 +230,11 @@ def frame_numbers(case: FrameCase, num_clips: int, seed: int) -> tuple[list[int]
         return starts[-1] + low
 
     np.random.seed(seed)
-    with mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)), \
-            mock.patch.object(module, "cpu", lambda _: None), mock.patch.object(np.random, "randint", draw):
+    with (
+        mock.patch.object(module, "VideoReader", lambda *_, **__: FakeVideo(case)),
+        mock.patch.object(module, "cpu", lambda _: None),
+        mock.patch.object(np.random, "randint", draw),
+    ):
         settings = {"duration": case.value} if case.rule == "duration" else {"frame_step": case.value}
         dataset = module.VideoDataset([], frames_per_clip=case.fpc, num_clips=num_clips, **settings)
         _, numbers = dataset.loadvideo_decord(__file__)

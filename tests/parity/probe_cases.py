@@ -50,20 +50,50 @@ class ProbeCase:
         return ((uniform(f"{self.seed}/labels/{step}", (self.batch,)) / 12**0.5 + 0.5) * self.num_classes).long()
 
 
-PROBE_CASES = {case.name: case for case in (
-    # configs/eval/vitl/ssv2.yaml, the first of its 20 heads.
-    ProbeCase("probe_v2_depth_4", 2, 4, {
-        "start_lr": 0.005, "lr": 0.005, "final_lr": 0.0, "warmup": 0.0, "weight_decay": 0.01,
-        "final_weight_decay": 0.01, "num_epochs": 20}),
-    # With everything that schedules can do.
-    ProbeCase("probe_v2_depth_1", 2, 1, {
-        "start_lr": 1e-4, "lr": 1e-3, "final_lr": 1e-6, "warmup": 1.0, "weight_decay": 0.8,
-        "final_weight_decay": 0.1, "num_epochs": 4}, seed=1),
-    # configs/evals/vitl16_ssv2_16x2x3.yaml.
-    ProbeCase("probe_v1_depth_1", 1, 1, {
-        "start_lr": 0.001, "lr": 0.001, "final_lr": 0.0, "warmup": 0.0, "weight_decay": 0.01, "num_epochs": 20},
-        seed=2),
-)}
+PROBE_CASES = {
+    case.name: case
+    for case in (
+        # configs/eval/vitl/ssv2.yaml, the first of its 20 heads.
+        ProbeCase(
+            "probe_v2_depth_4",
+            2,
+            4,
+            {
+                "start_lr": 0.005,
+                "lr": 0.005,
+                "final_lr": 0.0,
+                "warmup": 0.0,
+                "weight_decay": 0.01,
+                "final_weight_decay": 0.01,
+                "num_epochs": 20,
+            },
+        ),
+        # With everything that schedules can do.
+        ProbeCase(
+            "probe_v2_depth_1",
+            2,
+            1,
+            {
+                "start_lr": 1e-4,
+                "lr": 1e-3,
+                "final_lr": 1e-6,
+                "warmup": 1.0,
+                "weight_decay": 0.8,
+                "final_weight_decay": 0.1,
+                "num_epochs": 4,
+            },
+            seed=1,
+        ),
+        # configs/evals/vitl16_ssv2_16x2x3.yaml.
+        ProbeCase(
+            "probe_v1_depth_1",
+            1,
+            1,
+            {"start_lr": 0.001, "lr": 0.001, "final_lr": 0.0, "warmup": 0.0, "weight_decay": 0.01, "num_epochs": 20},
+            seed=2,
+        ),
+    )
+}
 
 Step = tuple[float, Tensor, dict[str, Tensor], float, float]
 """Loss, outputs [B, C], gradients by name as the optimizer gets them, lr, weight decay."""
@@ -80,7 +110,7 @@ class ProbeRun:
 def known(name: str, value: Tensor) -> Tensor:
     """What is compared: not the bias of the keys, whose gradient is zero in exact arithmetic."""
     if name.endswith("xattn.kv.bias"):
-        return value[len(value) // 2:]
+        return value[len(value) // 2 :]
     if name.endswith("attn.qkv.bias"):
         queries, _, values = value.chunk(3)
         return torch.cat([queries, values])

@@ -25,14 +25,22 @@ def run(case: ProbeCase, start: dict[str, Tensor], dtype: torch.dtype) -> ProbeR
     states = [{name: value.to(dtype) * (1 + 0.1 * (head - 1)) for name, value in start.items()} for head in range(3)]
     grid = HeadGrid(states, case.num_heads)
     given = case.optimization
-    setting = HeadSetting(given["lr"], given["weight_decay"], given["start_lr"], given["final_lr"],
-                          given.get("final_weight_decay", V1_FINAL_DECAY), given["warmup"])
+    setting = HeadSetting(
+        given["lr"],
+        given["weight_decay"],
+        given["start_lr"],
+        given["final_lr"],
+        given.get("final_weight_decay", V1_FINAL_DECAY),
+        given["warmup"],
+    )
     other = HeadSetting(7e-4, 0.3)
     optimizer = GridAdamW(grid, decay_all=case.version == 2, clip_norm=1.0 if case.version == 1 else None)
     steps = []
     for number in range(NUM_STEPS):
-        rates = [one.at(number + 1, given["num_epochs"] * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
-                 for one in (other, setting, other)]
+        rates = [
+            one.at(number + 1, given["num_epochs"] * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+            for one in (other, setting, other)
+        ]
         outputs = grid(case.features(number).to(dtype))
         losses = loss_of(outputs, case.labels(number))
         losses.sum().backward()

@@ -53,7 +53,8 @@ def modules(version: int) -> types.SimpleNamespace:
 def build(case: ProbeCase, dtype: torch.dtype) -> nn.Module:
     """An untrained probe."""
     probe: nn.Module = modules(case.version).poolers.AttentiveClassifier(
-        embed_dim=case.dim, num_heads=case.num_heads, depth=case.depth, num_classes=case.num_classes)
+        embed_dim=case.dim, num_heads=case.num_heads, depth=case.depth, num_classes=case.num_classes
+    )
     return probe.to(dtype)
 
 
@@ -64,14 +65,31 @@ def run(case: ProbeCase, weights: dict[str, Tensor], dtype: torch.dtype) -> Prob
     assert not unexpected and all("xattn.proj" in name for name in missing)
     if case.version == 2:
         (optimizer,), _, (schedule,), (decay_schedule,) = evaluation.init_opt(
-            [probe], STEPS_PER_EPOCH, [{
-                "ref_wd": given["weight_decay"], "final_wd": given["final_weight_decay"],
-                "start_lr": given["start_lr"], "ref_lr": given["lr"], "final_lr": given["final_lr"],
-                "warmup": given["warmup"]}], given["num_epochs"])
+            [probe],
+            STEPS_PER_EPOCH,
+            [
+                {
+                    "ref_wd": given["weight_decay"],
+                    "final_wd": given["final_weight_decay"],
+                    "start_lr": given["start_lr"],
+                    "ref_lr": given["lr"],
+                    "final_lr": given["final_lr"],
+                    "warmup": given["warmup"],
+                }
+            ],
+            given["num_epochs"],
+        )
     else:
         optimizer, _, schedule, decay_schedule = evaluation.init_opt(
-            probe, STEPS_PER_EPOCH, given["start_lr"], given["lr"], given["warmup"], given["num_epochs"],
-            given["weight_decay"], final_lr=given["final_lr"])
+            probe,
+            STEPS_PER_EPOCH,
+            given["start_lr"],
+            given["lr"],
+            given["warmup"],
+            given["num_epochs"],
+            given["weight_decay"],
+            final_lr=given["final_lr"],
+        )
     steps = []
     for number in range(NUM_STEPS):
         schedule.step()
@@ -87,5 +105,6 @@ def run(case: ProbeCase, weights: dict[str, Tensor], dtype: torch.dtype) -> Prob
         optimizer.step()
         optimizer.zero_grad()
     assert all(math.isfinite(step[0]) for step in steps)
-    return ProbeRun(steps, {
-        name: value.detach() for name, value in probe.state_dict().items() if "xattn.proj" not in name})
+    return ProbeRun(
+        steps, {name: value.detach() for name, value in probe.state_dict().items() if "xattn.proj" not in name}
+    )

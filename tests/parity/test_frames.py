@@ -34,8 +34,11 @@ def our_numbers(case: FrameCase, start: int | None) -> np.ndarray:
 
 
 def slow(case: FrameCase) -> bool:
-    return case.rule == "fps" and np.ceil(case.avg_fps) < case.value or (
-        case.rule == "duration" and int(case.value * np.ceil(case.avg_fps) / case.fpc) == 0)
+    return (
+        case.rule == "fps"
+        and np.ceil(case.avg_fps) < case.value
+        or (case.rule == "duration" and int(case.value * np.ceil(case.avg_fps) / case.fpc) == 0)
+    )
 
 
 def compare(case: FrameCase, theirs: FrameResult, same: bool) -> None:

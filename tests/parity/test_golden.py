@@ -75,8 +75,12 @@ def compare_fp32(case: Case, mine: ours.OurRun) -> None:
 def test_masks(case: MaskCase) -> None:
     expected = golden_format.read("masks")["sha256_of_batches"][case.name]
     masks = ReferenceMaskGenerators(
-        MaskConfig.model_validate(case.masks), fpcs=case.fpcs, crop_size=(case.crop_size, case.crop_size),
-        patch_size=case.patch_size, tubelet_size=case.tubelet_size)
+        MaskConfig.model_validate(case.masks),
+        fpcs=case.fpcs,
+        crop_size=(case.crop_size, case.crop_size),
+        patch_size=case.patch_size,
+        tubelet_size=case.tubelet_size,
+    )
     torch.manual_seed(case.seed)
     found = [golden_format.mask_hash(masks(batch_sizes=case.batch_sizes(i))) for i in range(len(expected))]
     assert found == expected

@@ -22,8 +22,9 @@ WIDTHS = {64: (128, 2), 80: (160, 2)}
 
 def case_of(head_dim: int) -> Case:
     embed_dim, num_heads = WIDTHS[head_dim]
-    return Case(f"hf{head_dim}", embed_dim=embed_dim, num_heads=num_heads, pred_embed_dim=96, pred_num_heads=3,
-                batch_size=2)
+    return Case(
+        f"hf{head_dim}", embed_dim=embed_dim, num_heads=num_heads, pred_embed_dim=96, pred_num_heads=3, batch_size=2
+    )
 
 
 def our_model(case: Case) -> vf.VJEPA:
@@ -42,11 +43,19 @@ def randomise(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
 def their_model(case: Case) -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.VJEPA2Config(
-        patch_size=case.patch_size, crop_size=case.crop_size, frames_per_clip=max(case.frames),
-        tubelet_size=case.tubelet_size, hidden_size=case.embed_dim, num_attention_heads=case.num_heads,
-        num_hidden_layers=case.depth, pred_hidden_size=case.pred_embed_dim,
-        pred_num_attention_heads=case.pred_num_heads, pred_num_hidden_layers=case.pred_depth,
-        pred_num_mask_tokens=NUM_MASK_TOKENS, attn_implementation="sdpa")
+        patch_size=case.patch_size,
+        crop_size=case.crop_size,
+        frames_per_clip=max(case.frames),
+        tubelet_size=case.tubelet_size,
+        hidden_size=case.embed_dim,
+        num_attention_heads=case.num_heads,
+        num_hidden_layers=case.depth,
+        pred_hidden_size=case.pred_embed_dim,
+        pred_num_attention_heads=case.pred_num_heads,
+        pred_num_hidden_layers=case.pred_depth,
+        pred_num_mask_tokens=NUM_MASK_TOKENS,
+        attn_implementation="sdpa",
+    )
     return transformers.VJEPA2Model(config).eval()
 
 
@@ -55,8 +64,9 @@ def assert_same_features(case: Case, ours: vf.VJEPA, theirs: Any) -> None:
     batch = make_batch(case, 0)
     clip, context, target = batch.clips[0], batch.masks_enc[0][0], batch.masks_pred[0][0]
     with torch.no_grad():
-        expected = theirs(normalise(clip, torch.float32).permute(0, 1, 4, 2, 3), context_mask=[context],
-                          target_mask=[target])
+        expected = theirs(
+            normalise(clip, torch.float32).permute(0, 1, 4, 2, 3), context_mask=[context], target_mask=[target]
+        )
         features = ours.encoder(clip)
         assert features.std() > 0.1
         assert (features - expected.last_hidden_state).abs().max().item() <= 1e-5

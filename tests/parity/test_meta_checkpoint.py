@@ -33,8 +33,16 @@ class DataParallelNames(nn.Module):
 def their_checkpoint(triple: meta_reference.Triple, training: meta_reference.Training, epoch: int) -> dict[str, Any]:
     """What the reference's training script saves in an fp32 run."""
     networks = {part: DataParallelNames(module).state_dict() for part, module in triple.parts()}
-    return {**networks, "opt": training.optimizer.state_dict(), "scaler": None, "epoch": epoch, "loss": 1.25,
-            "batch_size": 3, "world_size": 1, "lr": OPTIMIZATION["lr"]}
+    return {
+        **networks,
+        "opt": training.optimizer.state_dict(),
+        "scaler": None,
+        "epoch": epoch,
+        "loss": 1.25,
+        "batch_size": 3,
+        "world_size": 1,
+        "lr": OPTIMIZATION["lr"],
+    }
 
 
 def their_training(case: Case) -> tuple[meta_reference.Triple, meta_reference.Training]:
@@ -61,8 +69,9 @@ def our_names(model: Any) -> dict[torch.Tensor, str]:
 
 
 def their_names(triple: meta_reference.Triple) -> dict[torch.Tensor, str]:
-    return {value: f"{part}.{key}" for part, module in triple.parts()
-            for key, value in module.backbone.named_parameters()}  # type: ignore[union-attr]
+    return {
+        value: f"{part}.{key}" for part, module in triple.parts() for key, value in module.backbone.named_parameters()
+    }  # type: ignore[union-attr]
 
 
 def assert_same_state(
@@ -130,14 +139,28 @@ def test_ours_resumes_there(name: str, is_anneal: bool, tmp_path: Path) -> None:
     ours.load(model, start(case))
     for step in range(BEFORE):
         ours.train(model, train_step, make_batch(case, step), step)
-    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
-                         world_size=1, lr=OPTIMIZATION["lr"], extra={"step": BEFORE})
+    meta_format.save_checkpoint(
+        tmp_path / "latest.pt",
+        model,
+        train_step.optimizer,
+        epoch=1,
+        loss=1.25,
+        batch_size=3,
+        world_size=1,
+        lr=OPTIMIZATION["lr"],
+        extra={"step": BEFORE},
+    )
 
     triple, training = their_training(case)
     *_, epoch = meta_reference.modules().utils.load_checkpoint(
-        r_path=str(tmp_path / "latest.pt"), encoder=DataParallelNames(triple.encoder),
-        predictor=DataParallelNames(triple.predictor), target_encoder=DataParallelNames(triple.target_encoder),
-        opt=training.optimizer, scaler=None, is_anneal=is_anneal)
+        r_path=str(tmp_path / "latest.pt"),
+        encoder=DataParallelNames(triple.encoder),
+        predictor=DataParallelNames(triple.predictor),
+        target_encoder=DataParallelNames(triple.target_encoder),
+        opt=training.optimizer,
+        scaler=None,
+        is_anneal=is_anneal,
+    )
     assert epoch == (0 if is_anneal else 1)
     training.skip(BEFORE)
     assert_same_state(case, model, train_step, triple, training)
@@ -154,8 +177,16 @@ def test_layout_is_theirs(tmp_path: Path) -> None:
     model, train_step = our_training(case)
     ours.load(model, start(case))
     ours.train(model, train_step, make_batch(case, 0), 0)
-    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=1, loss=1.25, batch_size=3,
-                         world_size=1, lr=OPTIMIZATION["lr"])
+    meta_format.save_checkpoint(
+        tmp_path / "latest.pt",
+        model,
+        train_step.optimizer,
+        epoch=1,
+        loss=1.25,
+        batch_size=3,
+        world_size=1,
+        lr=OPTIMIZATION["lr"],
+    )
     found = torch.load(tmp_path / "latest.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for part in ours.PARTS:
@@ -171,13 +202,18 @@ def test_scaler_state_of_a_bf16_run_loads_there(tmp_path: Path) -> None:
     model, cfg = ours.build(CASES["rope"])
     model.cfg.dtype = "bfloat16"
     train_step = TrainStep(model, cfg)
-    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=0, loss=0.0, batch_size=3,
-                         world_size=1, lr=1e-3)
+    meta_format.save_checkpoint(
+        tmp_path / "latest.pt", model, train_step.optimizer, epoch=0, loss=0.0, batch_size=3, world_size=1, lr=1e-3
+    )
     triple = meta_reference.build(CASES["rope"])
     training = meta_reference.Training(triple, CASES["rope"])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     meta_reference.modules().utils.load_checkpoint(
-        r_path=str(tmp_path / "latest.pt"), encoder=DataParallelNames(triple.encoder),
-        predictor=DataParallelNames(triple.predictor), target_encoder=DataParallelNames(triple.target_encoder),
-        opt=training.optimizer, scaler=scaler)
+        r_path=str(tmp_path / "latest.pt"),
+        encoder=DataParallelNames(triple.encoder),
+        predictor=DataParallelNames(triple.predictor),
+        target_encoder=DataParallelNames(triple.target_encoder),
+        opt=training.optimizer,
+        scaler=scaler,
+    )
     assert scaler.get_scale() == 65536.0

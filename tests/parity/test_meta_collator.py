@@ -34,16 +34,26 @@ def sample(frames: int) -> Any:
 @pytest.mark.parametrize("name", ["varied", "max_keep", "pred_full_complement", "inv_block", "mixed_frames"])
 def test_v2(name: str) -> None:
     case: MaskCase = MASK_CASES[name]
-    options = {"cfgs_mask": case.masks, "dataset_fpcs": case.fpcs, "crop_size": case.crop_size,
-               "patch_size": case.patch_size, "tubelet_size": case.tubelet_size}
+    options = {
+        "cfgs_mask": case.masks,
+        "dataset_fpcs": case.fpcs,
+        "crop_size": case.crop_size,
+        "patch_size": case.patch_size,
+        "tubelet_size": case.tubelet_size,
+    }
     outputs = []
-    for collator in (meta_reference.modules().masks.MaskCollator(**options), MaskCollator(**options,
-                                                                                          source="reference")):
+    for collator in (
+        meta_reference.modules().masks.MaskCollator(**options),
+        MaskCollator(**options, source="reference"),
+    ):
         torch.manual_seed(3)
         collator.step()
-        outputs.append([
-            collator([sample(frames) for frames, count in case.batch_sizes(index).items() for _ in range(count)])
-            for index in range(5)])
+        outputs.append(
+            [
+                collator([sample(frames) for frames, count in case.batch_sizes(index).items() for _ in range(count)])
+                for index in range(5)
+            ]
+        )
     assert_equal(outputs[1], outputs[0])
 
 
@@ -66,8 +76,13 @@ def test_v1(kind: str) -> None:
 def test_shapes_from_our_sampler() -> None:
     """Masks are others, but batches look the same."""
     case = MASK_CASES["mixed_frames"]
-    options = {"cfgs_mask": case.masks, "dataset_fpcs": case.fpcs, "crop_size": case.crop_size,
-               "patch_size": case.patch_size, "tubelet_size": case.tubelet_size}
+    options = {
+        "cfgs_mask": case.masks,
+        "dataset_fpcs": case.fpcs,
+        "crop_size": case.crop_size,
+        "patch_size": case.patch_size,
+        "tubelet_size": case.tubelet_size,
+    }
     batch = [sample(frames) for frames in (16, 8, 16, 8)]
 
     def shape(value: Any) -> Any:

@@ -41,8 +41,11 @@ def reference_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 def networks(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(path, weights_only=True)
-    return {f"{part}.{key.removeprefix('module.backbone.')}": value
-            for part in ours.PARTS for key, value in checkpoint[part].items()}
+    return {
+        f"{part}.{key.removeprefix('module.backbone.')}": value
+        for part in ours.PARTS
+        for key, value in checkpoint[part].items()
+    }
 
 
 def our_training(checkpoint: Path) -> tuple[Any, TrainStep, dict[str, Any]]:
@@ -82,11 +85,21 @@ def test_ours_resumes_there(reference_run: tuple[Path, list[float]], tmp_path: P
     model, train_step, info = our_training(folder / "e0.pt")
     for step in range(IPE, 2 * IPE):
         ours.train(model, train_step, make_batch(CASE, step), step)
-    meta_format.save_checkpoint(tmp_path / "latest.pt", model, train_step.optimizer, epoch=2, loss=info["loss"],
-                         batch_size=info["batch_size"], world_size=info["world_size"], lr=info["lr"])
+    meta_format.save_checkpoint(
+        tmp_path / "latest.pt",
+        model,
+        train_step.optimizer,
+        epoch=2,
+        loss=info["loss"],
+        batch_size=info["batch_size"],
+        world_size=info["world_size"],
+        lr=info["lr"],
+    )
     shutil.copy(tmp_path / "latest.pt", tmp_path / "ours.pt")
-    assert run_reference(tmp_path) == pytest.approx(losses[2 * IPE:], abs=1.1e-5)
+    assert run_reference(tmp_path) == pytest.approx(losses[2 * IPE :], abs=1.1e-5)
     assert_close(networks(tmp_path / f"e{EPOCHS - 1}.pt"), networks(folder / f"e{EPOCHS - 1}.pt"))
-    moved = [not torch.equal(a, b) for a, b in zip(networks(tmp_path / "ours.pt").values(),
-                                                   networks(tmp_path / "latest.pt").values(), strict=True)]
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(networks(tmp_path / "ours.pt").values(), networks(tmp_path / "latest.pt").values(), strict=True)
+    ]
     assert sum(moved) > 0.8 * len(moved)

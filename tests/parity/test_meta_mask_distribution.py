@@ -67,8 +67,10 @@ def test_kept_tokens() -> None:
         ours[step] = np.array([masks.context_lengths, masks.target_lengths])[:, ::batch_size].T
     means = ours.mean(0), theirs.mean(0)
     errors = np.sqrt((ours.var(0, ddof=1) + theirs.var(0, ddof=1)) / NUM_BATCHES)
-    print(f"kept, [mask][context, target]: ours {means[0].round(1).tolist()}, reference {means[1].round(1).tolist()}, "
-          f"difference in standard errors {((means[0] - means[1]) / errors).round(2).tolist()}")
+    print(
+        f"kept, [mask][context, target]: ours {means[0].round(1).tolist()}, reference {means[1].round(1).tolist()}, "
+        f"difference in standard errors {((means[0] - means[1]) / errors).round(2).tolist()}"
+    )
     assert (np.abs(means[0] - means[1]) < 3 * errors).all()
     assert np.allclose(means[1], [[506, 966], [130, 1439]], rtol=0.05)
 
@@ -80,11 +82,9 @@ def test_block_sizes(masks: dict[str, object]) -> None:
     sizes = []
     for seed in range(NUM_SIZES):
         generator = torch.Generator().manual_seed(seed)
-        sizes.append(theirs._sample_block_size(
-            generator, spec.temporal_scale, spec.spatial_scale, spec.aspect_ratio))
+        sizes.append(theirs._sample_block_size(generator, spec.temporal_scale, spec.spatial_scale, spec.aspect_ratio))
     own = BlockSpec.from_config(spec, GRID)
-    assert_same_distribution(
-        (block_size(own, GRID, seed=CASE.seed, step=step) for step in range(NUM_SIZES)), sizes)
+    assert_same_distribution((block_size(own, GRID, seed=CASE.seed, step=step) for step in range(NUM_SIZES)), sizes)
 
 
 def test_block_origins_given_the_size() -> None:
@@ -95,8 +95,7 @@ def test_block_origins_given_the_size() -> None:
     reference = [
         np.unravel_index(int(theirs._sample_block_mask((4, 6, 6)).flatten().argmin()), GRID) for _ in range(NUM_ORIGINS)
     ]
-    sampler = MaskSampler(
-        MaskConfig(masks=[MaskSpec.model_validate(masks)], truncate="none"), GRID, seed=CASE.seed)
+    sampler = MaskSampler(MaskConfig(masks=[MaskSpec.model_validate(masks)], truncate="none"), GRID, seed=CASE.seed)
     targets = sampler(0, range(NUM_ORIGINS))
     firsts = targets.target_ids[targets.cu_seqlens_target[:-1].long()].tolist()
     ours = [np.unravel_index(first, GRID) for first in firsts]

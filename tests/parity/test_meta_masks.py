@@ -13,10 +13,16 @@ from .mask_cases import MASK_CASES, MaskCase, Masks
 
 pytestmark = meta_reference.needs_reference
 
+
 def generators(case: MaskCase) -> ReferenceMaskGenerators:
     side = (case.crop_size, case.crop_size)
-    return ReferenceMaskGenerators(MaskConfig.model_validate(case.masks), fpcs=case.fpcs, crop_size=side,
-                                   patch_size=case.patch_size, tubelet_size=case.tubelet_size)
+    return ReferenceMaskGenerators(
+        MaskConfig.model_validate(case.masks),
+        fpcs=case.fpcs,
+        crop_size=side,
+        patch_size=case.patch_size,
+        tubelet_size=case.tubelet_size,
+    )
 
 
 def assert_equal(found: Masks, expected: Masks) -> None:

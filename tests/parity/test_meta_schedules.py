@@ -37,8 +37,13 @@ def learning_rates(cfg: OptimizationConfig) -> tuple[Any, torch.optim.Optimizer]
     total = int(cfg.ipe_scale * EPOCHS * IPE)
     if cfg.schedule == "linear":
         return schedulers.LinearDecaySchedule(optimizer, ref_lr=cfg.lr, final_lr=cfg.final_lr, T_max=total), optimizer
-    shared = {"warmup_steps": int(cfg.warmup * IPE), "start_lr": cfg.start_lr, "ref_lr": cfg.lr,
-              "final_lr": cfg.final_lr, "T_max": total}
+    shared = {
+        "warmup_steps": int(cfg.warmup * IPE),
+        "start_lr": cfg.start_lr,
+        "ref_lr": cfg.lr,
+        "final_lr": cfg.final_lr,
+        "T_max": total,
+    }
     if cfg.schedule == "wsd":
         return schedulers.WSDSchedule(optimizer, anneal_steps=int(cfg.anneal * IPE), **shared), optimizer
     return schedulers.WarmupCosineSchedule(optimizer, **shared), optimizer
@@ -50,8 +55,8 @@ def test_every_step(schedule: str, name: str) -> None:
     cfg = config(schedule, RUNS[name])
     lr_schedule, optimizer = learning_rates(cfg)
     wd_schedule = meta_reference.modules().schedulers.CosineWDSchedule(
-        optimizer, ref_wd=cfg.weight_decay, final_wd=cfg.final_weight_decay,
-        T_max=int(cfg.ipe_scale * EPOCHS * IPE))
+        optimizer, ref_wd=cfg.weight_decay, final_wd=cfg.final_weight_decay, T_max=int(cfg.ipe_scale * EPOCHS * IPE)
+    )
     ours = Schedules(cfg)
     for step in range(EPOCHS * IPE):
         lr_schedule.step()

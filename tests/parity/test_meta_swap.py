@@ -52,7 +52,8 @@ def test_training_script(name: str, tmp_path: Path) -> None:
     assert none == 0 and resumed == pytest.approx(expected[-IPE:], rel=1e-5)
     last = [torch.load(tmp_path / folder / version.latest, weights_only=True) for folder in ("theirs", "ours")]
     assert [list(part) for part in last[0]["opt"]["state"].values()] == [
-        list(part) for part in last[1]["opt"]["state"].values()]
+        list(part) for part in last[1]["opt"]["state"].values()
+    ]
     for part in ("encoder", "predictor", "target_encoder"):
         assert list(last[0][part]) == list(last[1][part])
         for key, value in last[0][part].items():
@@ -106,9 +107,22 @@ def test_v2_at_other_sizes(name: str, rope: bool) -> None:
 def test_v2_predictor_of_wide_frames() -> None:
     """It counts positions in squares of the trained height."""
     case = Case("sizes")
-    predictor = _randomised(meta_reference.modules().predictor.VisionTransformerPredictor(
-        img_size=(32, 48), patch_size=8, num_frames=8, tubelet_size=2, embed_dim=case.embed_dim, predictor_embed_dim=32,
-        depth=2, num_heads=2, use_rope=True, use_mask_tokens=True, num_mask_tokens=2, zero_init_mask_tokens=False))
+    predictor = _randomised(
+        meta_reference.modules().predictor.VisionTransformerPredictor(
+            img_size=(32, 48),
+            patch_size=8,
+            num_frames=8,
+            tubelet_size=2,
+            embed_dim=case.embed_dim,
+            predictor_embed_dim=32,
+            depth=2,
+            num_heads=2,
+            use_rope=True,
+            use_mask_tokens=True,
+            num_mask_tokens=2,
+            zero_init_mask_tokens=False,
+        )
+    )
     ids = torch.stack([torch.randperm(4 * 4 * 6) for _ in range(2)])
     context, target = ids[:, :20].sort().values, ids[:, 20:60].sort().values
     x = torch.randn(2, 20, case.embed_dim)
@@ -121,8 +135,11 @@ def test_v2_predictor_of_wide_frames() -> None:
 @pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")
 @pytest.mark.parametrize("shape", [(8, 32, 32), (4, 32, 32), (8, 40, 24)], ids=str)
 def test_v1_at_other_sizes(shape: tuple[int, int, int]) -> None:
-    encoder = _randomised(meta_v1_reference.modules().vit.VisionTransformer(
-        img_size=32, patch_size=8, num_frames=8, tubelet_size=2, embed_dim=48, depth=2, num_heads=3))
+    encoder = _randomised(
+        meta_v1_reference.modules().vit.VisionTransformer(
+            img_size=32, patch_size=8, num_frames=8, tubelet_size=2, embed_dim=48, depth=2, num_heads=3
+        )
+    )
     clips = torch.randn(2, 3, *shape)
     with torch.no_grad():
         assert relative_difference(vf.swap(encoder)[0](clips), encoder(clips)) <= 1e-5

@@ -85,8 +85,18 @@ def without_outliers(value: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("use_rope", [True, False], ids=["rope", "sincos"])
 def test_initialisation(use_rope: bool, silu: bool, zero_init_mask_tokens: bool) -> None:
     """Same constants, position tables to the bit, and the same spread of every random tensor."""
-    case = Case("init", use_rope=use_rope, use_silu=silu, use_pred_silu=silu, embed_dim=192, pred_embed_dim=96, depth=3,
-                pred_depth=2, num_heads=6, pred_num_heads=3)
+    case = Case(
+        "init",
+        use_rope=use_rope,
+        use_silu=silu,
+        use_pred_silu=silu,
+        embed_dim=192,
+        pred_embed_dim=96,
+        depth=3,
+        pred_depth=2,
+        num_heads=6,
+        pred_num_heads=3,
+    )
     torch.manual_seed(1)
     theirs = meta_reference.build(case, zero_init_mask_tokens=zero_init_mask_tokens).weights()
     options = case.config()
@@ -115,8 +125,11 @@ def test_initialisation(use_rope: bool, silu: bool, zero_init_mask_tokens: bool)
 def family() -> list[str]:
     """Names of the reference's sizes, without the one of width 1 that it keeps for timing."""
     vit = meta_reference.modules().vit
-    return sorted(name for name, value in vars(vit).items()
-                  if name.startswith("vit_") and inspect.isfunction(value) and name != "vit_synthetic")
+    return sorted(
+        name
+        for name, value in vars(vit).items()
+        if name.startswith("vit_") and inspect.isfunction(value) and name != "vit_synthetic"
+    )
 
 
 def test_every_size_has_the_same_parameters() -> None:
@@ -127,13 +140,27 @@ def test_every_size_has_the_same_parameters() -> None:
         with meta_reference.on_meta_device():
             # A `_rope` name sets the flag itself and fails when it is given, so the flag alone is used.
             encoder, predictor = meta_reference.modules().utils.init_video_model(
-                device="meta", patch_size=16, max_num_frames=4, tubelet_size=2, model_name=name.removesuffix("_rope"),
-                crop_size=32, pred_depth=12, pred_num_heads=12, pred_embed_dim=384, use_mask_tokens=True,
-                num_mask_tokens=2, use_sdpa=True, use_rope=rope, wide_silu=True)
-        cfg = Config.model_validate({
-            "model": {"model_name": name, "use_rope": rope, "pred_num_heads": 12},
-            "data": {"crop_size": 32, "dataset_fpcs": [4]},
-        })
+                device="meta",
+                patch_size=16,
+                max_num_frames=4,
+                tubelet_size=2,
+                model_name=name.removesuffix("_rope"),
+                crop_size=32,
+                pred_depth=12,
+                pred_num_heads=12,
+                pred_embed_dim=384,
+                use_mask_tokens=True,
+                num_mask_tokens=2,
+                use_sdpa=True,
+                use_rope=rope,
+                wide_silu=True,
+            )
+        cfg = Config.model_validate(
+            {
+                "model": {"model_name": name, "use_rope": rope, "pred_num_heads": 12},
+                "data": {"crop_size": 32, "dataset_fpcs": [4]},
+            }
+        )
         with torch.device("meta"):
             model = vf.VJEPA(cfg.model)
         for own, reference in ((model.encoder, encoder), (model.predictor, predictor)):

@@ -29,20 +29,30 @@ from .test_meta_checkpoint import DataParallelNames
 from .test_meta_training import without_outliers
 from .v1_cases import V1_CASES, V1_OPTIMIZATION, V1Case, repeated, v1_batch
 
-pytestmark = [
-    meta_v1_reference.needs_v1_reference, pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")]
+pytestmark = [meta_v1_reference.needs_v1_reference, pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")]
 
 
 def test_multiblock_masks_under_the_same_seed() -> None:
     masks: list[dict[str, Any]] = [
-        {"spatial_scale": (0.15, 0.15), "temporal_scale": (0.5, 1.0), "aspect_ratio": (0.75, 1.5), "num_blocks": 4,
-         "max_keep": 60},
-        {"spatial_scale": (0.4, 0.7), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5), "num_blocks": 2,
-         "max_temporal_keep": 0.5},
+        {
+            "spatial_scale": (0.15, 0.15),
+            "temporal_scale": (0.5, 1.0),
+            "aspect_ratio": (0.75, 1.5),
+            "num_blocks": 4,
+            "max_keep": 60,
+        },
+        {
+            "spatial_scale": (0.4, 0.7),
+            "temporal_scale": (1.0, 1.0),
+            "aspect_ratio": (0.75, 1.5),
+            "num_blocks": 2,
+            "max_temporal_keep": 0.5,
+        },
     ]
     theirs = meta_v1_reference.collate(masks, "multiblock", 48, 8)
     mine = ReferenceMaskGenerators(
-        MaskConfig.model_validate(masks), fpcs=[8], crop_size=(48, 48), patch_size=8, tubelet_size=2)
+        MaskConfig.model_validate(masks), fpcs=[8], crop_size=(48, 48), patch_size=8, tubelet_size=2
+    )
     torch.manual_seed(3)
     expected = [theirs(5) for _ in range(20)]
     torch.manual_seed(3)
@@ -75,8 +85,7 @@ def our_frame_numbers(case: FrameCase, num_clips: int, starts: list[int]) -> lis
     rule = {"duration": case.value} if case.rule == "duration" else {"frame_step": case.value}
     cfg = DataConfig(batch_size=num_clips, clips_per_video=num_clips, split_videos=True, round_fps=False, **rule)
     reader = ClipReader([SimpleNamespace(paths=["a"], fpc=case.fpc, pack=None)], [0], cfg, 0, 1, None)  # type: ignore
-    source: Any = SimpleNamespace(
-        is_image=False, num_frames=case.num_frames, avg_fps=case.avg_fps, height=64, width=64)
+    source: Any = SimpleNamespace(is_image=False, num_frames=case.num_frames, avg_fps=case.avg_fps, height=64, width=64)
     found = []
     for clip in range(num_clips):
         start = np.int64(starts[clip] if starts else 0)
@@ -131,10 +140,19 @@ def test_their_checkpoint_goes_on_here(name: str, tmp_path: Path) -> None:
     training = meta_v1_reference.Training(triple, case)
     for step in range(2):
         training.step(v1_batch(case, step), step)
-    torch.save({
-        **{part: DataParallelNames(module).state_dict() for part, module in triple.parts()},
-        "opt": training.optimizer.state_dict(), "scaler": None, "epoch": 2, "loss": 1.25, "batch_size": 3,
-        "world_size": 1, "lr": V1_OPTIMIZATION["lr"]}, tmp_path / "jepa-latest.pth.tar")
+    torch.save(
+        {
+            **{part: DataParallelNames(module).state_dict() for part, module in triple.parts()},
+            "opt": training.optimizer.state_dict(),
+            "scaler": None,
+            "epoch": 2,
+            "loss": 1.25,
+            "batch_size": 3,
+            "world_size": 1,
+            "lr": V1_OPTIMIZATION["lr"],
+        },
+        tmp_path / "jepa-latest.pth.tar",
+    )
 
     model, cfg = ours.build(case, torch.float64)
     train_step = TrainStep(model, cfg)

@@ -9,8 +9,7 @@ from . import meta_v1_reference, ours_v1
 from .cases import recipe_weights, relative_difference, zero_gradient
 from .v1_cases import V1_CASES, V1Case
 
-pytestmark = [
-    meta_v1_reference.needs_v1_reference, pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")]
+pytestmark = [meta_v1_reference.needs_v1_reference, pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")]
 
 EVERY_CASE = pytest.mark.parametrize("case", V1_CASES.values(), ids=V1_CASES.keys())
 

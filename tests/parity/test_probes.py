@@ -69,8 +69,13 @@ def test_frames_of_segments(segments: int) -> None:
     for case in frame_cases():
         if case.rule == "duration":
             continue
-        rule = ClipRule(case.fpc, case.value if case.rule == "fps" else None,
-                        int(case.value) if case.rule == "frame_step" else None, (8, 8), segments)
+        rule = ClipRule(
+            case.fpc,
+            case.value if case.rule == "fps" else None,
+            int(case.value) if case.rule == "frame_step" else None,
+            (8, 8),
+            segments,
+        )
         source: Any = SimpleNamespace(num_frames=case.num_frames, avg_fps=case.avg_fps, is_image=False)
         step = clip_step(case.avg_fps, case.fpc, fps=rule.fps, frame_step=rule.frame_step)
         if case.num_frames // segments <= case.fpc * step or case.avg_fps < (rule.fps or 0):

@@ -29,12 +29,19 @@ def test_context_weights(offset: bool) -> None:
     case = DenseCase("distances", frames=(4,), crop_size=512)
     batch = make_batch(case, 0)
     (expected,) = v21_reference.modules().distances.compute_mask_distance(
-        [[ids[:, :200] for ids in batch.masks_pred[0]]], [[ids[:, ::9] for ids in batch.masks_enc[0]]], 32, offset)
+        [[ids[:, :200] for ids in batch.masks_pred[0]]], [[ids[:, ::9] for ids in batch.masks_enc[0]]], 32, offset
+    )
     masks = MaskBatch.from_meta(
-        [ids[:, ::9] for ids in batch.masks_enc[0]], [ids[:, :200] for ids in batch.masks_pred[0]], batch.grids[0])
+        [ids[:, ::9] for ids in batch.masks_enc[0]], [ids[:, :200] for ids in batch.masks_pred[0]], batch.grids[0]
+    )
     found = context_weights(
-        masks.context_ids, masks.cu_seqlens_context, masks.target_ids, masks.cu_seqlens_target, masks.grid,
-        2 if offset else 1)
+        masks.context_ids,
+        masks.cu_seqlens_context,
+        masks.target_ids,
+        masks.cu_seqlens_target,
+        masks.grid,
+        2 if offset else 1,
+    )
     assert torch.equal(found, torch.cat([1 / distances.flatten() for distances in expected]))
 
 
@@ -104,8 +111,9 @@ def test_checkpoints_go_both_ways(tmp_path: Path) -> None:
     for name, value in ours.weights_of(model).items():
         assert (value - triple.weights()[name]).abs().max() <= 1e-9, name
 
-    meta_format.save_checkpoint(tmp_path / "ours.pt", model, train_step.optimizer, epoch=0, loss=1.0, batch_size=2,
-                         world_size=1, lr=1e-3)
+    meta_format.save_checkpoint(
+        tmp_path / "ours.pt", model, train_step.optimizer, epoch=0, loss=1.0, batch_size=2, world_size=1, lr=1e-3
+    )
     saved = meta_format.read(tmp_path / "ours.pt")
     again = v21_reference.build(case, torch.float64)
     for part, module in again.parts():

@@ -36,8 +36,12 @@ class V1Case(Case):
     def config(self, dtype: str = "float32") -> dict[str, Any]:
         """As of a Case."""
         config = super().config(dtype)
-        config["model"] |= {"init": "vjepa1", "mask_token_by": "mask", "use_mask_tokens": self.use_mask_tokens,
-                            "num_mask_tokens": self.num_masks}
+        config["model"] |= {
+            "init": "vjepa1",
+            "mask_token_by": "mask",
+            "use_mask_tokens": self.use_mask_tokens,
+            "num_mask_tokens": self.num_masks,
+        }
         if self.tube_ratio is not None:
             tube = {"strategy": "tube", "ratio": self.tube_ratio, "round_context_down": True}
             config["mask"] = [tube] * self.num_masks
@@ -71,8 +75,10 @@ def v1_batch(case: V1Case, step: int) -> Batch:
 
 def repeated(case: V1Case, batch: Batch) -> Batch:
     """With the masks of a video for each of its clips."""
-    enc, pred = ([[ids.repeat(case.num_clips, 1) for ids in masks] for masks in lists]
-                 for lists in (batch.masks_enc, batch.masks_pred))
+    enc, pred = (
+        [[ids.repeat(case.num_clips, 1) for ids in masks] for masks in lists]
+        for lists in (batch.masks_enc, batch.masks_pred)
+    )
     return Batch(batch.clips, enc, pred, batch.grids)
 
 

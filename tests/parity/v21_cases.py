@@ -42,14 +42,22 @@ class DenseCase(Case):
     def config(self, dtype: str = "float32") -> dict[str, Any]:
         config = super().config(dtype)
         config["model"] |= {
-            "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,
-            "modality_embedding": True, "interpolate_rope": True, "num_mask_tokens": self.num_mask_tokens,
+            "rope_style": "interleaved",
+            "n_output_distillation": 4,
+            "img_temporal_dim_size": 1,
+            "modality_embedding": True,
+            "interpolate_rope": True,
+            "num_mask_tokens": self.num_mask_tokens,
         }
         # Sizes of an image model come from no clip: the videos of the reference's model are 8 frames long.
         config["data"]["dataset_fpcs"] = [8]
         config["loss"] |= {
-            "predict_all": True, "weight_distance_loss": self.weight_distance_loss, "lambda_warmup": RAMP,
-            "offset_context_loss": self.offset_context_loss, "lambda_value_vid": LAMBDA, "lambda_value_img": LAMBDA,
+            "predict_all": True,
+            "weight_distance_loss": self.weight_distance_loss,
+            "lambda_warmup": RAMP,
+            "offset_context_loss": self.offset_context_loss,
+            "lambda_value_vid": LAMBDA,
+            "lambda_value_img": LAMBDA,
         }
         return config
 

@@ -59,18 +59,38 @@ def modules() -> types.SimpleNamespace:
 def build(case: DenseCase, dtype: torch.dtype = torch.float32) -> Triple:
     """The three modules of `case` with the reference's own initialisation (torch's global seed)."""
     shared: dict[str, Any] = {
-        "img_size": case.crop_size, "patch_size": case.patch_size, "num_frames": 8, "tubelet_size": case.tubelet_size,
-        "use_rope": True, "wide_silu": case.wide_silu, "use_sdpa": True, "mlp_ratio": 4.0,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6), "img_temporal_dim_size": 1, "interpolate_rope": True,
+        "img_size": case.crop_size,
+        "patch_size": case.patch_size,
+        "num_frames": 8,
+        "tubelet_size": case.tubelet_size,
+        "use_rope": True,
+        "wide_silu": case.wide_silu,
+        "use_sdpa": True,
+        "mlp_ratio": 4.0,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "img_temporal_dim_size": 1,
+        "interpolate_rope": True,
         "modality_embedding": True,
     }
     wrappers = modules().wrappers
-    encoder = wrappers.MultiSeqWrapper(modules().vit.VisionTransformer(
-        embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads, use_silu=case.use_silu, **shared))
-    predictor = wrappers.PredictorMultiSeqWrapper(modules().predictor.VisionTransformerPredictor(
-        embed_dim=case.embed_dim, predictor_embed_dim=case.pred_embed_dim, depth=case.pred_depth,
-        num_heads=case.pred_num_heads, use_silu=case.use_pred_silu, use_mask_tokens=True,
-        num_mask_tokens=case.num_mask_tokens, return_all_tokens=True, **shared))
+    encoder = wrappers.MultiSeqWrapper(
+        modules().vit.VisionTransformer(
+            embed_dim=case.embed_dim, depth=case.depth, num_heads=case.num_heads, use_silu=case.use_silu, **shared
+        )
+    )
+    predictor = wrappers.PredictorMultiSeqWrapper(
+        modules().predictor.VisionTransformerPredictor(
+            embed_dim=case.embed_dim,
+            predictor_embed_dim=case.pred_embed_dim,
+            depth=case.pred_depth,
+            num_heads=case.pred_num_heads,
+            use_silu=case.use_pred_silu,
+            use_mask_tokens=True,
+            num_mask_tokens=case.num_mask_tokens,
+            return_all_tokens=True,
+            **shared,
+        )
+    )
     triple = Triple(encoder.to(dtype), predictor.to(dtype), copy.deepcopy(encoder))
     triple.target_encoder.requires_grad_(False)
     return triple
@@ -83,10 +103,20 @@ class Training:
         self.triple, self.case = triple, case
         options = OPTIMIZATION
         self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            is_anneal=False, encoder=triple.encoder, predictor=triple.predictor, iterations_per_epoch=options["ipe"],
-            start_lr=options["start_lr"], ref_lr=options["lr"], warmup=options["warmup"],
-            num_epochs=options["epochs"], wd=options["weight_decay"], final_wd=options["final_weight_decay"],
-            final_lr=options["final_lr"], mixed_precision=False, ipe_scale=options["ipe_scale"])
+            is_anneal=False,
+            encoder=triple.encoder,
+            predictor=triple.predictor,
+            iterations_per_epoch=options["ipe"],
+            start_lr=options["start_lr"],
+            ref_lr=options["lr"],
+            warmup=options["warmup"],
+            num_epochs=options["epochs"],
+            wd=options["weight_decay"],
+            final_wd=options["final_weight_decay"],
+            final_lr=options["final_lr"],
+            mixed_precision=False,
+            ipe_scale=options["ipe_scale"],
+        )
         first, last = options["ema"]
         count = options["ipe"] * options["epochs"] * options["ipe_scale"]
         self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
@@ -123,7 +153,7 @@ class Training:
             for i, (one, wanted) in enumerate(zip(found, chosen, strict=True)):
                 difference = (one - wanted).abs()
                 margins.append(difference.min().item())
-                difference = difference ** case.loss_exp
+                difference = difference**case.loss_exp
                 if distances is not None:
                     difference = difference * (1 / distances[i].unsqueeze(2))
                 terms.append(difference.mean() / case.loss_exp)
@@ -132,7 +162,8 @@ class Training:
         distances = None
         if case.weight_distance_loss:
             (distances,) = modules().distances.compute_mask_distance(
-                batch.masks_pred, batch.masks_enc, case.crop_size // case.patch_size, case.offset_context_loss)
+                batch.masks_pred, batch.masks_enc, case.crop_size // case.patch_size, case.offset_context_loss
+            )
         loss = mean(predicted[0], batch.masks_pred[0], None)
         loss = loss + mean(of_context[0], batch.masks_enc[0], distances) * self.ramp.value(self.count)
         return loss, min(margins)

@@ -66,10 +66,17 @@ class Attention(nn.Module):
             for axis, positions in enumerate(places):
                 if self.interpolate_rope and axis > 0:
                     positions = positions * (256 // PATCH - 1) / (GRID[axis] - 1)
-                q, k = (torch.cat([
-                    t[..., : axis * part],
-                    rotate(t[..., axis * part : (axis + 1) * part], positions[:, None], self.interpolate_rope),
-                    t[..., (axis + 1) * part :]], -1) for t in (q, k))
+                q, k = (
+                    torch.cat(
+                        [
+                            t[..., : axis * part],
+                            rotate(t[..., axis * part : (axis + 1) * part], positions[:, None], self.interpolate_rope),
+                            t[..., (axis + 1) * part :],
+                        ],
+                        -1,
+                    )
+                    for t in (q, k)
+                )
         weights = (q @ k.mT * self.scale).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(-2))
 
@@ -157,10 +164,14 @@ class _Predictor(nn.Module):
         self.patch_size, self.num_frames, self.tubelet_size, self.is_video = PATCH, FRAMES, TUBELET, True
         self.num_mask_tokens = num_mask_tokens
         self.predictor_embed = nn.Linear(WIDTH, PRED_WIDTH)
-        self.mask_tokens = None if num_mask_tokens == 0 else nn.ParameterList(
-            torch.randn(1, 1, PRED_WIDTH) for _ in range(num_mask_tokens))
-        self.predictor_pos_embed = None if rope else nn.Parameter(
-            torch.randn(1, NUM_TOKENS, PRED_WIDTH), requires_grad=False)
+        self.mask_tokens = (
+            None
+            if num_mask_tokens == 0
+            else nn.ParameterList(torch.randn(1, 1, PRED_WIDTH) for _ in range(num_mask_tokens))
+        )
+        self.predictor_pos_embed = (
+            None if rope else nn.Parameter(torch.randn(1, NUM_TOKENS, PRED_WIDTH), requires_grad=False)
+        )
         self.predictor_blocks = nn.ModuleList(Block(PRED_WIDTH, PRED_HEADS, silu) for _ in range(PRED_DEPTH))
         self.predictor_norm = nn.LayerNorm(PRED_WIDTH, eps=1e-6)
         self.predictor_proj = nn.Linear(PRED_WIDTH, WIDTH)
@@ -190,9 +201,7 @@ class V1:
             super().__init__(False, False, num_mask_tokens)
             self.input_size = SIDE
 
-        def forward(
-            self, ctxt: Tensor, tgt: Any, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1
-        ) -> Tensor:
+        def forward(self, ctxt: Tensor, tgt: Any, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1) -> Tensor:
             return self.run(ctxt, masks_ctxt, masks_tgt, mask_index, tgt)
 
     class MultiMaskWrapper(nn.Module):
@@ -226,9 +235,7 @@ class V2:
             self.img_height, self.img_width, self.use_rope = SIDE, SIDE, rope
             self.return_all_tokens, self.chop_last_n_tokens, self.use_activation_checkpointing = False, 0, False
 
-        def forward(
-            self, x: Tensor, masks_x: Any, masks_y: Any, mask_index: int = 1, has_cls: bool = False
-        ) -> Tensor:
+        def forward(self, x: Tensor, masks_x: Any, masks_y: Any, mask_index: int = 1, has_cls: bool = False) -> Tensor:
             return self.run(x, masks_x, masks_y, mask_index)
 
     class MultiSeqWrapper(nn.Module):
@@ -249,7 +256,8 @@ class V2:
         def forward(self, x: Any, masks_x: Any, masks_y: Any, has_cls: bool = False) -> Any:
             return [
                 [self.backbone(*row, mask_index=i, has_cls=has_cls) for row in zip(*group, strict=True)]
-                for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))]
+                for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))
+            ]
 
 
 class V21:
@@ -290,7 +298,8 @@ class V21:
             self.chop_last_n_tokens, self.use_activation_checkpointing = 0, False
             self.return_all_tokens, self.hierarchical_layers = return_all_tokens, [0, 1, 2, 3]
             self.predictor_embed = nn.Sequential(  # type: ignore[assignment]
-                nn.Linear(4 * WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, PRED_WIDTH))
+                nn.Linear(4 * WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, PRED_WIDTH)
+            )
             self.predictor_proj = nn.Linear(PRED_WIDTH, 4 * WIDTH)
             if return_all_tokens:
                 self.predictor_proj_context = nn.Linear(PRED_WIDTH, 4 * WIDTH)
@@ -315,8 +324,10 @@ class V21:
         def forward(self, x: Any, masks: Any = None, gram_mode: bool = False, training_mode: bool = False) -> Any:
             if masks is None:
                 return [self.backbone(clips, training=training_mode) for clips in x]
-            return [[self.backbone(clips, masks=mask, training=training_mode) for mask in group]
-                    for clips, group in zip(x, masks, strict=True)]
+            return [
+                [self.backbone(clips, masks=mask, training=training_mode) for mask in group]
+                for clips, group in zip(x, masks, strict=True)
+            ]
 
     class PredictorMultiSeqWrapper(nn.Module):
         def __init__(self, backbone: nn.Module) -> None:
@@ -324,8 +335,10 @@ class V21:
             self.backbone = backbone
 
         def forward(self, x: Any, masks_x: Any, masks_y: Any, mod: str = "video") -> Any:
-            both = [[self.backbone(*row, mask_index=i, mod=mod) for row in zip(*group, strict=True)]
-                    for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))]
+            both = [
+                [self.backbone(*row, mask_index=i, mod=mod) for row in zip(*group, strict=True)]
+                for i, group in enumerate(zip(x, masks_x, masks_y, strict=True))
+            ]
             return tuple([[pair[part] for pair in group] for group in both] for part in (0, 1))
 
 

@@ -22,10 +22,22 @@ SIDE = 24
 
 def make(**options: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.VJEPA2Config(**{
-        "patch_size": 8, "crop_size": SIDE, "frames_per_clip": 8, "hidden_size": 48, "num_attention_heads": 3,
-        "num_hidden_layers": 2, "pred_hidden_size": 32, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 2,
-        "pred_num_mask_tokens": 3, "num_pooler_layers": 1, **options})
+    config = transformers.VJEPA2Config(
+        **{
+            "patch_size": 8,
+            "crop_size": SIDE,
+            "frames_per_clip": 8,
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "pred_hidden_size": 32,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 2,
+            "pred_num_mask_tokens": 3,
+            "num_pooler_layers": 1,
+            **options,
+        }
+    )
     model = transformers.VJEPA2Model(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -100,8 +112,11 @@ def test_encoder_alone_and_classifier(calls: list[int]) -> None:
     features = encoder(x).last_hidden_state
     assert torch.allclose(features, model.encoder(x).last_hidden_state, atol=1e-5)
     mask = [torch.arange(36)[None]]
-    assert torch.allclose(predictor(features, mask, mask).last_hidden_state,
-                          model.predictor(features, mask, mask).last_hidden_state, atol=1e-5)
+    assert torch.allclose(
+        predictor(features, mask, mask).last_hidden_state,
+        model.predictor(features, mask, mask).last_hidden_state,
+        atol=1e-5,
+    )
     classifier = transformers.VJEPA2ForVideoClassification(model.config).eval()
     assert torch.allclose(vf.swap(classifier)[0](x).logits, classifier(x).logits, atol=1e-5)
     assert calls == [6]
@@ -133,9 +148,7 @@ def test_hidden_states_come_from_their_layers(calls: list[int]) -> None:
     assert calls == [2]
 
 
-def test_arguments_that_want_something_go_to_their_forward(
-    calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_that_want_something_go_to_their_forward(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As an encoder of an older version, which takes head masks."""
     model = make()
     original, seen = type(model.encoder).forward, []

@@ -18,8 +18,9 @@ from vjepa_fast.interop.meta import MaskCollator
 
 BLOCKS = {"spatial_scale": (0.15, 0.15), "temporal_scale": (1.0, 1.0), "aspect_ratio": (0.75, 1.5), "num_blocks": 2}
 WIDE = BLOCKS | {"spatial_scale": (0.4, 0.7), "num_blocks": 1, "max_keep": 20, "of_nobody": 1}
-V2 = functools.partial(MaskCollator, cfgs_mask=[BLOCKS, WIDE], dataset_fpcs=[8, 4, 8], crop_size=64, patch_size=16,
-                       tubelet_size=2)
+V2 = functools.partial(
+    MaskCollator, cfgs_mask=[BLOCKS, WIDE], dataset_fpcs=[8, 4, 8], crop_size=64, patch_size=16, tubelet_size=2
+)
 
 
 class Clips(Dataset[Any]):
@@ -63,8 +64,10 @@ def test_masks_are_those_of_the_sampler() -> None:
     data = Clips()
     [_, (_, enc, pred)] = collator([data[i] for i in range(6)])
     cfg = vf.load_recipe("vitl16-256", []).mask.model_copy(update={"group_size": None})
-    cfg.masks = [type(cfg.masks[0]).model_validate(
-        {key: value for key, value in options.items() if key != "of_nobody"}) for options in (BLOCKS, WIDE)]
+    cfg.masks = [
+        type(cfg.masks[0]).model_validate({key: value for key, value in options.items() if key != "of_nobody"})
+        for options in (BLOCKS, WIDE)
+    ]
     expected = vf.MaskSampler(cfg, (2, 4, 4), 5, 1)(1, range(2)).to_meta()
     for found, wanted in zip((enc, pred), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -73,8 +76,9 @@ def test_masks_are_those_of_the_sampler() -> None:
 @pytest.mark.parametrize("source", ["counter", "reference"])
 def test_v1_and_tubes(source: Any) -> None:
     for cfgs in ([BLOCKS, WIDE], [{"ratio": 0.9}, {"ratio": 0.6}]):
-        collator = MaskCollator(cfgs_mask=cfgs, crop_size=(64, 64), num_frames=8, patch_size=16, tubelet_size=2,
-                                 source=source)
+        collator = MaskCollator(
+            cfgs_mask=cfgs, crop_size=(64, 64), num_frames=8, patch_size=16, tubelet_size=2, source=source
+        )
         udata, enc, pred = collator([Clips()[i] for i in (1, 2)])
         assert udata[0][0].shape == (2, 3, 8, 2, 2)
         check_masks(enc, pred, 2, 64)

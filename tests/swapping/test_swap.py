@@ -45,13 +45,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def v1(num_mask_tokens: int = 2) -> Three:
-    return _three(V1.MultiMaskWrapper(V1.VisionTransformer()),
-                  V1.PredictorMultiMaskWrapper(V1.VisionTransformerPredictor(num_mask_tokens)))
+    return _three(
+        V1.MultiMaskWrapper(V1.VisionTransformer()),
+        V1.PredictorMultiMaskWrapper(V1.VisionTransformerPredictor(num_mask_tokens)),
+    )
 
 
 def v2(**options: Any) -> Three:
-    predictor = V2.VisionTransformerPredictor(
-        **{key: value for key, value in options.items() if key != "drop_path"})
+    predictor = V2.VisionTransformerPredictor(**{key: value for key, value in options.items() if key != "drop_path"})
     return _three(V2.MultiSeqWrapper(V2.VisionTransformer(**options)), V2.PredictorMultiSeqWrapper(predictor))
 
 
@@ -63,8 +64,10 @@ def _three(encoder: nn.Module, predictor: nn.Module) -> Three:
 
 
 def v21(return_all_tokens: bool = True) -> Three:
-    return _three(V21.MultiSeqWrapper(V21.VisionTransformer()),
-                  V21.PredictorMultiSeqWrapper(V21.VisionTransformerPredictor(return_all_tokens)))
+    return _three(
+        V21.MultiSeqWrapper(V21.VisionTransformer()),
+        V21.PredictorMultiSeqWrapper(V21.VisionTransformerPredictor(return_all_tokens)),
+    )
 
 
 def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -95,8 +98,11 @@ def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = tor
     outputs = (("h", h), ("z", z), ("y", y))
     found = {f"{name} {i}": out for name, value in outputs for i, out in enumerate(flatten(value))}
     return found | {
-        name: parameter.grad for part in modules[:2] for name, parameter in part.named_parameters()
-        if parameter.grad is not None}
+        name: parameter.grad
+        for part in modules[:2]
+        for name, parameter in part.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def _plain(module: Any) -> Any:
@@ -177,10 +183,13 @@ def test_modules_without_their_wrappers(calls: list[int]) -> None:
         assert_same({"z": fast(clips, masks)}, {"z": encoder.backbone(clips, masks)})
     z = encoder.backbone(clips, context[0])
     for index in (0, 5):
-        assert_same({"y": fast_predictor(z, context[0], target[0], index)},
-                    {"y": predictor.backbone(z, context[0], target[0], index)})
-    assert_same({"y": fast_predictor(z, [context[0]], [target[0]])},
-                {"y": predictor.backbone(z, context[0], target[0])})
+        assert_same(
+            {"y": fast_predictor(z, context[0], target[0], index)},
+            {"y": predictor.backbone(z, context[0], target[0], index)},
+        )
+    assert_same(
+        {"y": fast_predictor(z, [context[0]], [target[0]])}, {"y": predictor.backbone(z, context[0], target[0])}
+    )
     fast.out_layers = encoder.backbone.out_layers = [0, 1]
     found, expected = fast(clips), encoder.backbone(clips)
     assert len(found) == 2
@@ -234,7 +243,8 @@ def test_optimizer_and_moving_average_of_the_user() -> None:
             module.double()
         names = [n for n, p in (*modules[0].named_parameters(), *modules[1].named_parameters()) if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            [p for module in modules[:2] for p in module.parameters() if p.requires_grad], lr=1e-3)
+            [p for module in modules[:2] for p in module.parameters() if p.requires_grad], lr=1e-3
+        )
         if swapped:
             modules = vf.swap(*modules, inplace=True)
         for _ in range(3):
@@ -243,8 +253,14 @@ def test_optimizer_and_moving_average_of_the_user() -> None:
             for new, old in zip(modules[0].parameters(), modules[2].parameters(), strict=True):
                 old.data.mul_(0.9).add_(0.1 * new.detach().data)
         # A bias of the keys gets noise for a gradient, which Adam makes as large as any.
-        weights.append([value for module in modules for name, value in module.state_dict().items()
-                        if not name.endswith("qkv.bias")])
+        weights.append(
+            [
+                value
+                for module in modules
+                for name, value in module.state_dict().items()
+                if not name.endswith("qkv.bias")
+            ]
+        )
         assert len(names) == len(optimizer.state)
     for found, expected in zip(*reversed(weights), strict=True):
         assert (found - expected).abs().max() <= 1e-9
@@ -316,8 +332,11 @@ def test_data_parallel(first: bool, calls: list[int]) -> None:
     def wrap(modules: Three) -> Three:
         encoder, predictor, target = modules
         target.requires_grad_(True)
-        wrapped = (parallel(encoder, static_graph=True), parallel(predictor, find_unused_parameters=True),
-                   parallel(target))
+        wrapped = (
+            parallel(encoder, static_graph=True),
+            parallel(predictor, find_unused_parameters=True),
+            parallel(target),
+        )
         target.requires_grad_(False)
         return wrapped
 
@@ -455,19 +474,30 @@ def _with(module: nn.Module, path: str, value: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(2, 2), r"the encoder is a torch\.nn\.modules\.linear\.Linear, which is not known; expected "
-                                  r"VisionTransformer"),
-        (lambda: V2.VisionTransformerPredictor(), "is a VisionTransformerPredictor, which is a predictor; expected an "
-                                                  "encoder"),
+        (
+            lambda: nn.Linear(2, 2),
+            r"the encoder is a torch\.nn\.modules\.linear\.Linear, which is not known; expected "
+            r"VisionTransformer",
+        ),
+        (
+            lambda: V2.VisionTransformerPredictor(),
+            "is a VisionTransformerPredictor, which is a predictor; expected an encoder",
+        ),
         (lambda: "vit_large", "the encoder is a str; expected a torch.nn.Module"),
-        (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.attn_drop.p", 0.1),
-         "this VisionTransformer has attn_drop=0.1, which"),
+        (
+            lambda: _with(V2.VisionTransformer(), "blocks.1.attn.attn_drop.p", 0.1),
+            "this VisionTransformer has attn_drop=0.1, which",
+        ),
         (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.is_causal", True), "has causal attention"),
         (lambda: _with(V2.VisionTransformer(), "blocks.1.mlp.act", nn.GELU("tanh")), r"has GELU\(.*tanh"),
-        (lambda: _with(_with(V2.VisionTransformer(), "blocks.0.attn.scale", 0.1), "blocks.0.attn.use_sdpa", False),
-         "has qk_scale=0.1"),
-        (lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)),
-         r"swap: VisionTransformer has .* see blocks\.0\.gate"),
+        (
+            lambda: _with(_with(V2.VisionTransformer(), "blocks.0.attn.scale", 0.1), "blocks.0.attn.use_sdpa", False),
+            "has qk_scale=0.1",
+        ),
+        (
+            lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)),
+            r"swap: VisionTransformer has .* see blocks\.0\.gate",
+        ),
         (lambda: _with(V2.VisionTransformer(), "forward", lambda x, masks: x), "replaced the forward"),
         (lambda: _with(V21.VisionTransformer(), "use_rope", False), "has use_rope=false"),
         (lambda: _with(V21.VisionTransformer(), "img_temporal_dim_size", 2), "img_temporal_dim_size is 2; expected 1"),

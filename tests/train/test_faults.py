@@ -82,7 +82,9 @@ def test_spikes(tmp_path: Path) -> None:
     steps.look(61, float("nan"), 1.0, False, ids)
     assert steps.in_a_row == 2
     assert [(row["step"], row["loss"], row["sample_ids"]) for row in listed(tmp_path)] == [
-        (60, 1.9, [4, 5]), (61, "nan", [4, 5])]
+        (60, 1.9, [4, 5]),
+        (61, "nan", [4, 5]),
+    ]
     steps.look(62, 0.8, 1.0, False, ids)
     assert steps.in_a_row == 0
     without = BadSteps(tmp_path / "b", 0, spike_factor=None)
@@ -113,8 +115,16 @@ def test_checkpoint_on_request(make: Make) -> None:
 
 
 def big(*changes: str) -> Config:
-    return tiny_config(Path("list.csv"), Path("cache"), "model.depth=12", "model.embed_dim=192", "data.crop_size=64",
-                       "data.global_batch_size=8", "model.num_heads=3", *changes)
+    return tiny_config(
+        Path("list.csv"),
+        Path("cache"),
+        "model.depth=12",
+        "model.embed_dim=192",
+        "data.crop_size=64",
+        "data.global_batch_size=8",
+        "model.num_heads=3",
+        *changes,
+    )
 
 
 def test_what_helps_when_memory_runs_out(make: Make) -> None:
@@ -124,8 +134,11 @@ def test_what_helps_when_memory_runs_out(make: Make) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     trainer._run = full  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"ran out in step 0; predicted for this config: 0.0 GiB a process. "
-                                        r"With train.dtype=.*checkpointing=full: .*grad_accumulation=2, which"):
+    with pytest.raises(
+        UserError,
+        match=r"ran out in step 0; predicted for this config: 0.0 GiB a process. "
+        r"With train.dtype=.*checkpointing=full: .*grad_accumulation=2, which",
+    ):
         trainer.fit()
 
 
@@ -137,13 +150,22 @@ def test_predictions_of_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rest) == 4 and all(0 < figure < now for figure in rest)
     least = out_of_memory.explain(
         big("model.activation_checkpointing=full", "optimization.grad_accumulation=8", "train.dtype=bfloat16"),
-        8, torch.device("cpu"), 3)
+        8,
+        torch.device("cpu"),
+        3,
+    )
     assert least.endswith("Use fewer clips a process or a smaller model")
 
 
-@pytest.mark.parametrize(("error", "out"), [
-    (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("shapes differ"), False),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"), True)])
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes differ"), False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"), True),
+    ],
+)
 def test_which_errors_are_of_memory(error: BaseException, out: bool) -> None:
     assert out_of_memory.ran_out(error) is out
 
@@ -173,8 +195,10 @@ def test_watchdog_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     clock.now += 0.5
     assert gone.wait(10)
     dog.stop()
-    assert str(left[0][1]) == ("no progress for 0.4 s (train.watchdog): step 10, waiting for clips. The stacks are "
-                               "above; continue with --resume")
+    assert str(left[0][1]) == (
+        "no progress for 0.4 s (train.watchdog): step 10, waiting for clips. The stacks are "
+        "above; continue with --resume"
+    )
     error = capsys.readouterr().err
     assert "process 0 of 1 has been at step 10, waiting for clips, for" in error
     assert "gone.wait(10)" in error
@@ -189,7 +213,8 @@ def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dog._who(7, Phase.OTHERS) == "all processes are at step 7, waiting for the other processes"
     places[1] = (7, 0)
     assert dog._who(7, Phase.OTHERS) == (
-        "stuck at step 7, waiting for clips: process 1 of 3, for which the others wait")
+        "stuck at step 7, waiting for clips: process 1 of 3, for which the others wait"
+    )
     del places[1], places[2]
     assert dog._who(7, Phase.OTHERS) == "no answer at all from processes 1, 2 of 3"
 

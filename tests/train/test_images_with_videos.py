@@ -19,9 +19,17 @@ from vjepa_fast.train.images_with_videos import add_image_masks
 from vjepa_fast.train.trainer import Trainer
 
 DENSE = (
-    "model.depth=4", "model.n_output_distillation=4", "model.rope_style=interleaved", "model.interpolate_rope=true",
-    "model.img_temporal_dim_size=1", "model.modality_embedding=true", "loss.predict_all=true",
-    "loss.weight_distance_loss=true", "loss.lambda_warmup=[1, 3]", "optimization.ipe=2", "train.checkpoint_every=2",
+    "model.depth=4",
+    "model.n_output_distillation=4",
+    "model.rope_style=interleaved",
+    "model.interpolate_rope=true",
+    "model.img_temporal_dim_size=1",
+    "model.modality_embedding=true",
+    "loss.predict_all=true",
+    "loss.weight_distance_loss=true",
+    "loss.lambda_warmup=[1, 3]",
+    "optimization.ipe=2",
+    "train.checkpoint_every=2",
 )
 
 
@@ -51,8 +59,10 @@ def test_videos_alone_leave_what_is_of_images_as_it_is(config) -> None:  # type:
     assert same == of_images | unused
 
 
-@pytest.mark.parametrize("changes", [
-    (), ("images",), ("model.n_output_distillation=1",), ("model.mask_token_by=mask", "model.num_mask_tokens=3")])
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("images",), ("model.n_output_distillation=1",), ("model.mask_token_by=mask", "model.num_mask_tokens=3")],
+)
 def test_data_parallelism_waits_for_no_gradient_that_never_comes(  # type: ignore[no-untyped-def]
     changes: tuple[str, ...], config, video_csv: Path
 ) -> None:
@@ -81,7 +91,8 @@ def test_with_images_and_resumed(  # type: ignore[no-untyped-def]
     whole.fit()
     after = weights(whole)
     assert {name for name in after if torch.equal(after[name], before[name])} == {
-        name for name in after if "mask_tokens" in name and not name.endswith("mask_tokens.0")}
+        name for name in after if "mask_tokens" in name and not name.endswith("mask_tokens.0")
+    }
 
     Trainer(config(*images, "train.max_steps=2")).fit()
     resumed = Trainer(config(*images, "train.max_steps=4"), resume=True)
@@ -133,8 +144,17 @@ def test_masks_and_weights_are_the_same_at_any_number_of_processes(  # type: ign
     def masks_of(rank: int, world_size: int, images: int) -> list[MaskBatch]:
         cfg.img_data.batch_size = 2 * images
         videos = StepMasks(
-            cfg.mask, fpcs=[4], crop_size=(32, 32), patch_size=8, tubelet_size=2, seed=cfg.train.seed, global_batch=4,
-            group_of=lambda ids: np.zeros(len(ids), dtype=np.int64), rank=rank, world_size=world_size)
+            cfg.mask,
+            fpcs=[4],
+            crop_size=(32, 32),
+            patch_size=8,
+            tubelet_size=2,
+            seed=cfg.train.seed,
+            global_batch=4,
+            group_of=lambda ids: np.zeros(len(ids), dtype=np.int64),
+            rank=rank,
+            world_size=world_size,
+        )
         ids = [torch.arange(n * rank, n * rank + n) for n in (4 // world_size, images)]
         return add_image_masks(videos, cfg, rank, world_size)(0, ids, [0, 1])
 

@@ -14,22 +14,44 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.train.trainer import Trainer
 
 SMALL = [
-    "model.embed_dim=48", "model.depth=2", "model.num_heads=3", "model.pred_depth=1", "model.pred_embed_dim=24",
-    "model.pred_num_heads=3", "data.crop_size=32", "data.patch_size=8", "data.dataset_fpcs=[8]", "data.num_workers=0",
-    "optimization.ipe=2", "train.device=cpu", "train.dtype=float32", "train.log_every=1", "optimization.epochs=4",
-    "optimization.warmup=0.5", "optimization.start_lr=1e-3", "optimization.lr=1e-3"]
+    "model.embed_dim=48",
+    "model.depth=2",
+    "model.num_heads=3",
+    "model.pred_depth=1",
+    "model.pred_embed_dim=24",
+    "model.pred_num_heads=3",
+    "data.crop_size=32",
+    "data.patch_size=8",
+    "data.dataset_fpcs=[8]",
+    "data.num_workers=0",
+    "optimization.ipe=2",
+    "train.device=cpu",
+    "train.dtype=float32",
+    "train.log_every=1",
+    "optimization.epochs=4",
+    "optimization.warmup=0.5",
+    "optimization.start_lr=1e-3",
+    "optimization.lr=1e-3",
+]
 RECIPES = {
     "tutorial": ["data.global_batch_size=4"],
     "vitl16-224-v1": [
-        "model.use_mask_tokens=false", "data.batch_size=4", "data.clips_per_video=2", "mask.clips_per_mask=2",
-        "data.frame_step=1", "loss.reg_coeff=0.1", "optimization.clip_grad=0.5",
-        "mask.masks=[{strategy: tube, ratio: 0.9, round_context_down: true}]"],
+        "model.use_mask_tokens=false",
+        "data.batch_size=4",
+        "data.clips_per_video=2",
+        "mask.clips_per_mask=2",
+        "data.frame_step=1",
+        "loss.reg_coeff=0.1",
+        "optimization.clip_grad=0.5",
+        "mask.masks=[{strategy: tube, ratio: 0.9, round_context_down: true}]",
+    ],
 }
 
 
 def config(name: str, video_csv: Path, tmp_path: Path, *more: str) -> Config:
-    return load_recipe(name, [
-        *SMALL, *RECIPES[name], f"data.datasets=[{video_csv}]", f"data.cache_dir={tmp_path / 'cache'}", *more])
+    return load_recipe(
+        name, [*SMALL, *RECIPES[name], f"data.datasets=[{video_csv}]", f"data.cache_dir={tmp_path / 'cache'}", *more]
+    )
 
 
 def losses(folder: Path) -> list[float]:

@@ -37,9 +37,15 @@ def plain_targets(clips: torch.Tensor, tubelet: int, patch: int) -> torch.Tensor
             for col in range(0, w, patch):
                 cube = clips[:, frame : frame + tubelet, row : row + patch, col : col + patch].double() / 255
                 channels = [cube[..., c].reshape(b, -1) for c in range(3)]
-                tokens.append(torch.cat([
-                    (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-                    for x in channels], 1))
+                tokens.append(
+                    torch.cat(
+                        [
+                            (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+                            for x in channels
+                        ],
+                        1,
+                    )
+                )
     return torch.stack(tokens, 1)
 
 
@@ -99,7 +105,7 @@ def run(*args: object) -> str:
 
 
 def test_probe_and_embed_read_what_was_trained(
-    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The student, as the moving average has hardly moved; the average on demand."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -126,13 +132,15 @@ def test_probe_and_embed_read_what_was_trained(
 
 
 def test_commands_that_compare_features_refuse_pixels(
-    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path,
+    make_pixels: Callable[..., Trainer], video_csv: Path, tmp_path: Path
 ) -> None:
     make_pixels("train.max_steps=3").fit()
     out = tmp_path / "out"
     for args, message in (
-        (("probe", "--checkpoint", tmp_path / "run", "--val", video_csv, "--task", "horizon", "--out", out),
-         "predicts pixels (model.objective=pixels), and this task compares features"),
+        (
+            ("probe", "--checkpoint", tmp_path / "run", "--val", video_csv, "--task", "horizon", "--out", out),
+            "predicts pixels (model.objective=pixels), and this task compares features",
+        ),
         (("convert", tmp_path / "run", tmp_path / "hf", "--to", "hf"), "it has a predictor of pixels"),
     ):
         result = CliRunner().invoke(app, [str(arg) for arg in args])

@@ -18,14 +18,30 @@ from vjepa_fast.train.step import TrainStep
 
 
 def config(dtype: str = "float32", **optimization) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 24,
-                  "pred_depth": 2, "pred_num_heads": 2},
-        "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 4},
-        "optimization": {"epochs": 2, "ipe": 10, "warmup": 0, "lr": 1e-3, "final_lr": 1e-3, "ema": [0.9, 0.9],
-                         **optimization},
-        "train": {"dtype": dtype},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 48,
+                "depth": 2,
+                "num_heads": 2,
+                "pred_embed_dim": 24,
+                "pred_depth": 2,
+                "pred_num_heads": 2,
+            },
+            "data": {"crop_size": 32, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 4},
+            "optimization": {
+                "epochs": 2,
+                "ipe": 10,
+                "warmup": 0,
+                "lr": 1e-3,
+                "final_lr": 1e-3,
+                "ema": [0.9, 0.9],
+                **optimization,
+            },
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def make_model(cfg: Config) -> VJEPA:
@@ -168,8 +184,7 @@ def test_non_finite_gradients_skip_the_update_but_not_the_ema(dtype):
 def test_gradient_accumulation_is_the_same_step(micro):
     cfg, split = config(), config(grad_accumulation=micro)
     one, many = make_model(cfg).double(), make_model(split).double()
-    results = [
-        TrainStep(model, c)(0, *batch(0, cfg)) for model, c in ((one, cfg), (many, split))]
+    results = [TrainStep(model, c)(0, *batch(0, cfg)) for model, c in ((one, cfg), (many, split))]
     torch.testing.assert_close(results[0].loss, results[1].loss, atol=1e-12, rtol=1e-12)
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(many)[name], value, atol=1e-9, rtol=1e-9)

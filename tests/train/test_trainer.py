@@ -65,8 +65,9 @@ def test_non_finite_gradients_skip_the_step(dtype: str, make: Make, tmp_path: Pa
         assert not torch.equal(before[1][trained], before[2][trained])
 
 
-def test_gradients_that_stay_non_finite_stop_the_run(make: Make, monkeypatch: pytest.MonkeyPatch,
-                                                     tmp_path: Path) -> None:
+def test_gradients_that_stay_non_finite_stop_the_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert trainer_module.MAX_SKIPPED == 50
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 6)
     trainer = make()
@@ -101,7 +102,9 @@ def test_broken_videos_are_replaced_and_listed(make: Make, video_csv: Path, tmp_
     assert {Path(row["path"]).name for row in rows} == {"text.mp4", "gone.mp4"}
     assert {row["dataset"] for row in rows} == {str(listed)}
     assert {row["reason"] for row in rows} == {
-        "the file does not exist", "FFmpeg cannot read it: Invalid data found when processing input"}
+        "the file does not exist",
+        "FFmpeg cannot read it: Invalid data found when processing input",
+    }
     before = path.read_text()
     make("data.max_broken=0.5", "train.max_steps=8", csv_path=listed, resume=True).fit()
     assert path.read_text() == before
@@ -118,18 +121,26 @@ def test_too_many_broken_videos(make: Make, video_csv: Path, tmp_path: Path) -> 
 def test_harmful_changes_are_named(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make("train.max_steps=3").fit()
     capsys.readouterr()
-    make("train.seed=5", "mask.masks.1.num_blocks=3", "data.global_batch_size=2", "mask.group_size=2",
-         "train.log_every=7", resume=True)
+    make(
+        "train.seed=5",
+        "mask.masks.1.num_blocks=3",
+        "data.global_batch_size=2",
+        "mask.group_size=2",
+        "train.log_every=7",
+        resume=True,
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
     assert lines == [
         "changed since the checkpoint was written: mask.masks.1.num_blocks 1 -> 3, mask.group_size 4 -> 2, train.seed "
-        "239 -> 5, clips a step 4 -> 2; the run goes on, but not as it would have without the change"]
+        "239 -> 5, clips a step 4 -> 2; the run goes on, but not as it would have without the change"
+    ]
     make("train.max_steps=3", "data.num_workers=1", resume=True)
     assert "changed" not in capsys.readouterr().out
 
 
-def test_change_of_decoder_is_named(make: Make, capsys: pytest.CaptureFixture[str],
-                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_change_of_decoder_is_named(
+    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Of what decodes, whatever the key says."""
     make("train.max_steps=3").fit()
     make("train.max_steps=3", "data.backend=pyav", resume=True)
@@ -145,8 +156,9 @@ def test_change_of_decoder_is_named(make: Make, capsys: pytest.CaptureFixture[st
     assert "changed" not in capsys.readouterr().out
 
 
-def test_fallback_to_pyav_on_a_gpu_is_said_with_the_reason(make: Make, capsys: pytest.CaptureFixture[str],
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_to_pyav_on_a_gpu_is_said_with_the_reason(
+    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer_module.dali, "missing", lambda device: "DALI is not installed; install it")
     said = "PyAV decodes, on the CPU: DALI is not installed; install it\n"
     for backend, device, expected in [("auto", "cuda", True), ("pyav", "cuda", False), ("auto", "cpu", False)]:
@@ -161,8 +173,19 @@ def test_checkpoints_kept_for_good(make: Make, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").glob("e*.pt")) == ["e0.pt", "e2.pt"]
     kept = torch.load(tmp_path / "run" / "e2.pt", weights_only=True)
     assert kept["epoch"] == 3
-    assert list(kept) == ["encoder", "predictor", "target_encoder", "opt", "scaler", "epoch", "loss", "batch_size",
-                          "world_size", "lr", "vjepa_fast"]
+    assert list(kept) == [
+        "encoder",
+        "predictor",
+        "target_encoder",
+        "opt",
+        "scaler",
+        "epoch",
+        "loss",
+        "batch_size",
+        "world_size",
+        "lr",
+        "vjepa_fast",
+    ]
 
 
 def test_profile(make: Make, video_csv: Path, tmp_path: Path) -> None:

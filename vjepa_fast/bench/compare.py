@@ -39,13 +39,23 @@ def step_figures(workload: Workload, ours: OurStep, seconds: list[float], limits
     times = Quantiles.of(seconds)
     flops = sum(step_flops(workload.config.model, masks).total for masks in ours.masks) / len(ours.masks)
     return asdict(times) | {
-        "clips_per_s": workload.batch_size / times.p50, "model_tflop_per_s": flops / times.p50 / 1e12,
-        "share_of_matmul_rate": flops / times.p50 / limits.flops_per_s}
+        "clips_per_s": workload.batch_size / times.p50,
+        "model_tflop_per_s": flops / times.p50 / 1e12,
+        "share_of_matmul_rate": flops / times.p50 / limits.flops_per_s,
+    }
 
 
 def beside_reference(
-    workload: Workload, device: torch.device, root: Path, variants: Mapping[str, Mapping[str, bool]], limits: Limits, *,
-    num_batches: int, rounds: int, warmup_s: float, budget_s: float,
+    workload: Workload,
+    device: torch.device,
+    root: Path,
+    variants: Mapping[str, Mapping[str, bool]],
+    limits: Limits,
+    *,
+    num_batches: int,
+    rounds: int,
+    warmup_s: float,
+    budget_s: float,
 ) -> dict[str, Any]:
     """Steps of ours and of settings of the reference in turns, from the same weights on the same batches.
 
@@ -80,8 +90,10 @@ def beside_reference(
     for name, values in seconds.items():
         ratios = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
         out[name] = step_figures(workload, ours, values, limits) | {
-            "over_ours": asdict(Quantiles.of(ratios)), "unseen_shapes": asdict(Quantiles.of(unseen[name])),
-            "all_seconds": values}
+            "over_ours": asdict(Quantiles.of(ratios)),
+            "unseen_shapes": asdict(Quantiles.of(unseen[name])),
+            "all_seconds": values,
+        }
     return out
 
 
@@ -95,8 +107,10 @@ def measure_step(
         torch.cuda.reset_peak_memory_stats()
     seconds = interleave({"ours": ours}, device, rounds, budget_s=budget_s)["ours"]
     found = step_figures(workload, ours, seconds, limits) | {
-        "unseen_shapes": asdict(Quantiles.of(unseen)), "all_seconds": seconds,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
+        "unseen_shapes": asdict(Quantiles.of(unseen)),
+        "all_seconds": seconds,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
     synchronize(device)
     out = {"figures": found, "tokens": masks_of_batches(ours.masks), "profile": profile_steps(ours, range(1), device)}
     if device.type == "cuda":
@@ -128,22 +142,40 @@ def measure_graphed(ours: OurStep, limits: Limits, *, rounds: int, budget_s: flo
         return {"error": "no step was replayed, as a warning says"}
     ratios = [b / a for a, b in zip(seconds["graphed"], seconds["eager"], strict=True)]
     return step_figures(ours.workload, graphed, seconds["graphed"], limits) | {
-        "eager_over_graphed": asdict(Quantiles.of(ratios)), "warm_up_s": warm_up_s,
+        "eager_over_graphed": asdict(Quantiles.of(ratios)),
+        "warm_up_s": warm_up_s,
         "eager": step_figures(ours.workload, ours, seconds["eager"], limits),
-        "num_buckets": len(graphed.run.buckets), "num_replayed": graphed.run.num_replayed,
-        "num_eager": graphed.run.num_eager}
+        "num_buckets": len(graphed.run.buckets),
+        "num_replayed": graphed.run.num_replayed,
+        "num_eager": graphed.run.num_eager,
+    }
 
 
 def reference_settings(
-    workload: Workload, device: torch.device, root: Path, limits: Limits, *, num_batches: int, rounds: int,
+    workload: Workload,
+    device: torch.device,
+    root: Path,
+    limits: Limits,
+    *,
+    num_batches: int,
+    rounds: int,
     budget_s: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each setting of the reference that fits the device, in turns with ours; one at a time, so that two models at
     most are in memory. A setting that runs out of memory has only `error`."""
     for name, options in (ON_GPU if device.type == "cuda" else ON_CPU).items():
         try:
-            found = beside_reference(workload, device, root, {name: options}, limits, num_batches=num_batches,
-                                     rounds=rounds, warmup_s=budget_s, budget_s=budget_s)
+            found = beside_reference(
+                workload,
+                device,
+                root,
+                {name: options},
+                limits,
+                num_batches=num_batches,
+                rounds=rounds,
+                warmup_s=budget_s,
+                budget_s=budget_s,
+            )
         except torch.OutOfMemoryError as error:
             yield name, {"error": f"out of memory: {str(error).splitlines()[0]}"}
         else:

@@ -36,8 +36,14 @@ _NUM_SHOWN = 5
 _BACKENDS = {"pyav": "PyAV", "dali": "DALI"}
 
 
-def measure_loader(manifest: str, pack: str | None, cfg: DataConfig, device: torch.device, num_batches: int = 8,
-                   report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def measure_loader(
+    manifest: str,
+    pack: str | None,
+    cfg: DataConfig,
+    device: torch.device,
+    num_batches: int = 8,
+    report: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """All rows: videos and packs, by PyAV and DALI, as far as they can serve here.
 
     Args:
@@ -72,8 +78,10 @@ def measure_loader(manifest: str, pack: str | None, cfg: DataConfig, device: tor
             for line in _left_out(sample):
                 report(line)
             if len(sample.paths) < cfg.per_process(1):
-                report(f"{len(sample.paths)} videos are fewer than the {cfg.per_process(1)} clips of a batch: they are "
-                       "read again and again")
+                report(
+                    f"{len(sample.paths)} videos are fewer than the {cfg.per_process(1)} clips of a batch: they are "
+                    "read again and again"
+                )
             sources["videos"] = sample.write(folder / "sample.npy")
         if packs:
             sources["pack"] = packs[0]
@@ -96,8 +104,9 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix="bench-", dir=parent)
     except OSError as error:
-        raise UserError(f"cannot write to the cache folder {parent} ({error.strerror or error}); set XDG_CACHE_HOME to "
-                        "another one") from None
+        raise UserError(
+            f"cannot write to the cache folder {parent} ({error.strerror or error}); set XDG_CACHE_HOME to another one"
+        ) from None
     with folder as name:
         yield Path(name)
 
@@ -107,20 +116,28 @@ def _left_out(sample: Sample) -> list[str]:
         return []
     more = len(sample.broken) - _NUM_SHOWN
     tried = len(sample.paths) + len(sample.broken)
-    return [f"{len(sample.broken)} of the {tried} videos that were tried cannot be read and are left out:",
-            *(f"  {path}: {reason}" for path, reason in sample.broken[:_NUM_SHOWN]),
-            *([f"  ... and {more} more"] if more > 0 else [])]
+    return [
+        f"{len(sample.broken)} of the {tried} videos that were tried cannot be read and are left out:",
+        *(f"  {path}: {reason}" for path, reason in sample.broken[:_NUM_SHOWN]),
+        *([f"  ... and {more} more"] if more > 0 else []),
+    ]
 
 
-def _rows(sources: dict[str, str], cfg: DataConfig, device: torch.device, num_batches: int,
-          ) -> Iterator[dict[str, Any]]:
+def _rows(sources: dict[str, str], cfg: DataConfig, device: torch.device, num_batches: int) -> Iterator[dict[str, Any]]:
     for kind, name in sources.items():
         for backend in _BACKENDS:
             row = {"format": kind, "backend": backend}
             why_not = dali.missing(device) if backend == "dali" else None
             # What cannot be decoded is replaced, and listed with the row.
-            chosen = cfg.model_copy(update={"datasets": [name], "dataset_fpcs": cfg.dataset_fpcs[:1],
-                                            "datasets_weights": None, "backend": backend, "max_broken": 1.0})
+            chosen = cfg.model_copy(
+                update={
+                    "datasets": [name],
+                    "dataset_fpcs": cfg.dataset_fpcs[:1],
+                    "datasets_weights": None,
+                    "backend": backend,
+                    "max_broken": 1.0,
+                }
+            )
             try:
                 if why_not is not None:
                     raise UserError(why_not)
@@ -142,8 +159,10 @@ def describe(row: dict[str, Any]) -> str:
         return f"{what}: {row['error']}"
     notes = f" ({'; '.join(row['notes'])})" if row["notes"] else ""
     processes = "process" if row["num_workers"] == 1 else "processes"
-    return (f"{what}: {row['clips_per_s']:.1f} clips/s with {row['num_workers']} decoding {processes}, "
-            f"{row['core_ms_per_clip']:.1f} core-ms a clip{notes}")
+    return (
+        f"{what}: {row['clips_per_s']:.1f} clips/s with {row['num_workers']} decoding {processes}, "
+        f"{row['core_ms_per_clip']:.1f} core-ms a clip{notes}"
+    )
 
 
 def read_both(cfg: DataConfig, device: torch.device, num_batches: int) -> dict[str, Any]:
@@ -154,11 +173,16 @@ def read_both(cfg: DataConfig, device: torch.device, num_batches: int) -> dict[s
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         alone = read_batches(
-            cfg.model_copy(update={"num_workers": 0, "batch_size": small, "global_batch_size": None}), device,
-            max(num_batches, -(-_MIN_CLIPS_IN_PROCESS // small)))
+            cfg.model_copy(update={"num_workers": 0, "batch_size": small, "global_batch_size": None}),
+            device,
+            max(num_batches, -(-_MIN_CLIPS_IN_PROCESS // small)),
+        )
         # Batches come in bursts, one a process.
-        found = alone if workers == 0 and small == cfg.per_process(1) else read_batches(
-            cfg.model_copy(update={"num_workers": workers}), device, max(num_batches, 2 * workers))
+        found = (
+            alone
+            if workers == 0 and small == cfg.per_process(1)
+            else read_batches(cfg.model_copy(update={"num_workers": workers}), device, max(num_batches, 2 * workers))
+        )
     notes: dict[str, None] = {}
     for one in said:
         if "DALI does not decode" in str(one.message):
@@ -193,7 +217,10 @@ def read_batches(cfg: DataConfig, device: torch.device, num_batches: int) -> dic
     clips = cfg.per_process(1) * num_batches
     # With workers batches come in bursts: the rate is over all of them.
     out: dict[str, Any] = asdict(Quantiles.of(seconds)) | {
-        "clips_per_s": clips / sum(seconds), "num_workers": cfg.num_workers, "replaced": replaced}
+        "clips_per_s": clips / sum(seconds),
+        "num_workers": cfg.num_workers,
+        "replaced": replaced,
+    }
     if cfg.num_workers == 0:
         out["core_ms_per_clip"] = cpu * 1e3 / clips
     return out
@@ -224,12 +251,19 @@ def add_need(loader: dict[str, Any], step_clips_per_s: float, device: torch.devi
 
 def describe_need(loader: dict[str, Any], device: torch.device) -> list[str]:
     """What add_need found, as lines of text."""
-    lines = [f"the step takes {loader['step_ms_per_clip']:.1f} ms a clip here, so it needs "
-             f"{loader['step_clips_per_s']:.1f} clips/s"]
+    lines = [
+        f"the step takes {loader['step_ms_per_clip']:.1f} ms a clip here, so it needs "
+        f"{loader['step_clips_per_s']:.1f} clips/s"
+    ]
     for row in loader["rows"]:
         if "waits" in row:
             share = f"{100 * row['waits']:.1f} %"
-            lines.append(f"{row['format']}, {backend_name(row)}: has {row['clips_per_s']:.1f} clips/s, " + (
-                f"the step would wait {share} of the time" if device.type == "cuda" else
-                f"on the same cores decoding would take {share} of the time"))
+            lines.append(
+                f"{row['format']}, {backend_name(row)}: has {row['clips_per_s']:.1f} clips/s, "
+                + (
+                    f"the step would wait {share} of the time"
+                    if device.type == "cuda"
+                    else f"on the same cores decoding would take {share} of the time"
+                )
+            )
     return lines

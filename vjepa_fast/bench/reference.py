@@ -51,13 +51,16 @@ def check_checkout(folder: Path) -> Path:
     """
     root = folder.expanduser().resolve()
     if not root.is_dir():
-        raise UserError(f"--reference: {folder} is not a folder; give a checkout of "
-                        "https://github.com/facebookresearch/vjepa2")
+        raise UserError(
+            f"--reference: {folder} is not a folder; give a checkout of https://github.com/facebookresearch/vjepa2"
+        )
     for name in _MODULES.values():
         path = Path(*name.split(".")).with_suffix(".py")
         if not (root / path).is_file():
-            raise UserError(f"--reference: {folder} has no {path}, so it is no checkout of facebookresearch/vjepa2; "
-                            "git clone https://github.com/facebookresearch/vjepa2 and give that folder")
+            raise UserError(
+                f"--reference: {folder} has no {path}, so it is no checkout of facebookresearch/vjepa2; "
+                "git clone https://github.com/facebookresearch/vjepa2 and give that folder"
+            )
     return root
 
 
@@ -113,8 +116,9 @@ def load_modules(root: Path) -> types.SimpleNamespace:
 
 def normalise(clip: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [B, T, H, W, 3] -> [B, 3, T, H, W], (x - 255 mean) / (255 std) with the constants rounded to fp32."""
-    mean, std = (torch.tensor(values, device=clip.device) * 255.0
-                 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(values, device=clip.device) * 255.0 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return ((clip.to(dtype) - mean.to(dtype)) / std.to(dtype)).permute(0, 4, 1, 2, 3)
 
 
@@ -126,18 +130,40 @@ def build_networks(modules: types.SimpleNamespace, cfg: Config) -> nn.ModuleDict
     size, model = size_of(cfg.model), cfg.model
     assert model.crop_size is not None
     shared = {
-        "img_size": model.crop_size, "patch_size": model.patch_size, "num_frames": model.num_frames,
-        "tubelet_size": model.tubelet_size, "uniform_power": model.uniform_power, "use_rope": model.use_rope,
-        "wide_silu": model.wide_silu, "use_sdpa": True, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "img_size": model.crop_size,
+        "patch_size": model.patch_size,
+        "num_frames": model.num_frames,
+        "tubelet_size": model.tubelet_size,
+        "uniform_power": model.uniform_power,
+        "use_rope": model.use_rope,
+        "wide_silu": model.wide_silu,
+        "use_sdpa": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
     }
-    encoder = modules.wrappers.MultiSeqWrapper(modules.vit.VisionTransformer(
-        embed_dim=size.embed_dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio,
-        use_silu=model.use_silu, **shared))
-    predictor = modules.wrappers.PredictorMultiSeqWrapper(modules.predictor.VisionTransformerPredictor(
-        embed_dim=size.embed_dim, predictor_embed_dim=model.pred_embed_dim, depth=model.pred_depth,
-        num_heads=model.pred_num_heads or size.num_heads, mlp_ratio=4.0, use_silu=model.use_pred_silu,
-        use_mask_tokens=True, num_mask_tokens=model.num_mask_tokens,
-        zero_init_mask_tokens=model.zero_init_mask_tokens, **shared))
+    encoder = modules.wrappers.MultiSeqWrapper(
+        modules.vit.VisionTransformer(
+            embed_dim=size.embed_dim,
+            depth=size.depth,
+            num_heads=size.num_heads,
+            mlp_ratio=size.mlp_ratio,
+            use_silu=model.use_silu,
+            **shared,
+        )
+    )
+    predictor = modules.wrappers.PredictorMultiSeqWrapper(
+        modules.predictor.VisionTransformerPredictor(
+            embed_dim=size.embed_dim,
+            predictor_embed_dim=model.pred_embed_dim,
+            depth=model.pred_depth,
+            num_heads=model.pred_num_heads or size.num_heads,
+            mlp_ratio=4.0,
+            use_silu=model.use_pred_silu,
+            use_mask_tokens=True,
+            num_mask_tokens=model.num_mask_tokens,
+            zero_init_mask_tokens=model.zero_init_mask_tokens,
+            **shared,
+        )
+    )
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
     return nn.ModuleDict({"encoder": encoder, "predictor": predictor, "target_encoder": target_encoder})
 
@@ -167,7 +193,7 @@ class ReferenceStep:
         for network in self.networks.values():
             backbone: Any = network.backbone
             backbone.use_activation_checkpointing = checkpointing
-            for block in (backbone.predictor_blocks if hasattr(backbone, "predictor_blocks") else backbone.blocks):
+            for block in backbone.predictor_blocks if hasattr(backbone, "predictor_blocks") else backbone.blocks:
                 if compiled:
                     block.compile()
         self.apply_masks = modules.mask_utils.apply_masks
@@ -178,10 +204,22 @@ class ReferenceStep:
             # Its GradScaler is the one that torch has renamed, and without a GPU it says that it does nothing.
             warnings.simplefilter("ignore")
             self.optimizer, self.scaler, self.lr, self.weight_decay = modules.utils.init_opt(
-                is_anneal=False, encoder=self.networks["encoder"], predictor=self.networks["predictor"],
-                iterations_per_epoch=opt.ipe, start_lr=opt.start_lr, ref_lr=opt.lr, warmup=opt.warmup,
-                num_epochs=opt.epochs, wd=opt.weight_decay, final_wd=opt.final_weight_decay, final_lr=opt.final_lr,
-                mixed_precision=self.mixed_precision, ipe_scale=opt.ipe_scale, betas=opt.betas, eps=opt.eps)
+                is_anneal=False,
+                encoder=self.networks["encoder"],
+                predictor=self.networks["predictor"],
+                iterations_per_epoch=opt.ipe,
+                start_lr=opt.start_lr,
+                ref_lr=opt.lr,
+                warmup=opt.warmup,
+                num_epochs=opt.epochs,
+                wd=opt.weight_decay,
+                final_wd=opt.final_weight_decay,
+                final_lr=opt.final_lr,
+                mixed_precision=self.mixed_precision,
+                ipe_scale=opt.ipe_scale,
+                betas=opt.betas,
+                eps=opt.eps,
+            )
         self.momentum, self.exponent = opt.ema[0], cfg.loss.loss_exp
         self.clips = [normalise(clip, torch.float32).contiguous() for clip in ours.clips]
         self.masks = [masks.to_meta() for masks in ours.masks]

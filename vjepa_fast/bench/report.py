@@ -24,13 +24,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     commit = f", commit {about['commit']}" if about["commit"] else ""
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     lines = [
-        f"# {report['workload']['name']}, {about['device']}", "",
+        f"# {report['workload']['name']}, {about['device']}",
+        "",
         f"- hardware: {about['device']}, {about['cpu']}, {about['cores']} cores; load average "
         f"{about['load_average']:.2f} before, {report['load_average_after']:.2f} after",
         f"- measured limits: copy {limits['bytes_per_s'] / 1e9:.4g} GB/s, {limits['dtype']} matrix product {rate}",
         f"- versions: python {about['python']}, torch {about['torch']}, triton {about['triton']}, vjepa_fast "
         f"{about['vjepa_fast']}{commit}{changed}",
-        f"- command: `{about['command']}`", f"- date: {about['date']}", "",
+        f"- command: `{about['command']}`",
+        f"- date: {about['date']}",
+        "",
     ]
     if about["device"].startswith("CPU"):
         lines += ["Measured on a CPU: it says nothing about a GPU.", ""]
@@ -41,24 +44,35 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def _loader_lines(loader: dict[str, Any], on_cpu: bool) -> list[str]:
-    lines = [f"Loader, {loader['manifest']}. The step takes {loader['step_ms_per_clip']:.1f} ms a clip, so it needs "
-             f"{loader['step_clips_per_s']:.1f} clips/s.", "",
-             f"| from | by | decoding processes | clips/s | core-ms a clip | {_waits(on_cpu)} | |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"Loader, {loader['manifest']}. The step takes {loader['step_ms_per_clip']:.1f} ms a clip, so it needs "
+        f"{loader['step_clips_per_s']:.1f} clips/s.",
+        "",
+        f"| from | by | decoding processes | clips/s | core-ms a clip | {_waits(on_cpu)} | |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in loader["rows"]:
         what = f"| {row['format']} | {backend_name(row)} |"
-        lines.append(f"{what} | | | | {row['error'].splitlines()[0]} |" if "error" in row else
-                     f"{what} {row['num_workers']} | {row['clips_per_s']:.1f} | {row['core_ms_per_clip']:.1f} | "
-                     f"{100 * row['waits']:.1f} % | {'; '.join(row['notes'])} |")
+        lines.append(
+            f"{what} | | | | {row['error'].splitlines()[0]} |"
+            if "error" in row
+            else f"{what} {row['num_workers']} | {row['clips_per_s']:.1f} | {row['core_ms_per_clip']:.1f} | "
+            f"{100 * row['waits']:.1f} % | {'; '.join(row['notes'])} |"
+        )
     if "sample" in loader:
         found = loader["sample"]
-        lines += ["", f"{found['num_used']} videos were read, of {found['num_listed']} in the list; "
-                      f"{found['num_broken']} that were tried cannot be read."]
+        lines += [
+            "",
+            f"{found['num_used']} videos were read, of {found['num_listed']} in the list; "
+            f"{found['num_broken']} that were tried cannot be read.",
+        ]
     if "pack" in loader:
         made = loader["pack"]
-        lines += [f"The pack was made of {made['num_videos']} of them: {made['fps']:g} frames/s, shorter side "
-                  f"{made['short_side']}, quality {made['quality']}; {made['num_bytes'] / made['source_bytes']:.2f} of "
-                  f"their bytes, {made['psnr']:.1f} dB."]
+        lines += [
+            f"The pack was made of {made['num_videos']} of them: {made['fps']:g} frames/s, shorter side "
+            f"{made['short_side']}, quality {made['quality']}; {made['num_bytes'] / made['source_bytes']:.2f} of "
+            f"their bytes, {made['psnr']:.1f} dB."
+        ]
     return lines
 
 
@@ -69,9 +83,11 @@ def _waits(on_cpu: bool) -> str:
 def _graphed_line(info: dict[str, Any]) -> str:
     if "error" in info:
         return f"As CUDA graphs: {info['error']}"
-    return (f"As CUDA graphs ({info['num_buckets']} of them): {info['p50'] * 1e3:.1f} ms a step, "
-            f"{info['clips_per_s']:.2f} clips/s; in turns with it the eager step takes "
-            f"{info['eager_over_graphed']['p50']:.2f} times as long. Their warm-up took {info['warm_up_s']:.1f} s.")
+    return (
+        f"As CUDA graphs ({info['num_buckets']} of them): {info['p50'] * 1e3:.1f} ms a step, "
+        f"{info['clips_per_s']:.2f} clips/s; in turns with it the eager step takes "
+        f"{info['eager_over_graphed']['p50']:.2f} times as long. Their warm-up took {info['warm_up_s']:.1f} s."
+    )
 
 
 def _step_lines(report: dict[str, Any]) -> list[str]:
@@ -82,18 +98,24 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
         "beforehand. Times are medians with quantiles 20 to 80.",
     ]
     if report.get("reference"):
-        lines += ["Both sides take turns step by step on the same weights, clips and masks; the ratio is the median of",
-                  "the ratios of neighbouring steps. Unseen shapes: the first pass over the batches. The reference's",
-                  "clips are normalised beforehand, ours in the step."]
-    lines += ["", "| | ms | clips/s | model TFLOP/s (of matrix product rate) | unseen shapes, ms | our speed-up |",
-              "|---|---|---|---|---|---|"]
+        lines += [
+            "Both sides take turns step by step on the same weights, clips and masks; the ratio is the median of",
+            "the ratios of neighbouring steps. Unseen shapes: the first pass over the batches. The reference's",
+            "clips are normalised beforehand, ours in the step.",
+        ]
+    lines += [
+        "",
+        "| | ms | clips/s | model TFLOP/s (of matrix product rate) | unseen shapes, ms | our speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, info in sides(report).items():
         ratio = info.get("over_ours")
         text = "" if ratio is None else f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
         lines.append(
             f"| {name} | {info['p50'] * 1e3:.1f} ({info['p20'] * 1e3:.1f} to {info['p80'] * 1e3:.1f}) | "
             f"{info['clips_per_s']:.2f} | {info['model_tflop_per_s']:.3g} "
-            f"({100 * info['share_of_matmul_rate']:.0f} %) | {info['unseen_shapes']['p50'] * 1e3:.1f} | {text} |")
+            f"({100 * info['share_of_matmul_rate']:.0f} %) | {info['unseen_shapes']['p50'] * 1e3:.1f} | {text} |"
+        )
     for name, info in report.get("reference", {}).items():
         if "error" in info:
             lines.append(f"| {name} | {info['error']} | | | | |")
@@ -124,8 +146,10 @@ def draw(report: dict[str, Any], out: Path) -> None:
     left, right, *others = figure.subplots(1, 3 if rows else 2)
     names = list(found)[::-1]
     middle = [found[name]["p50"] * 1e3 for name in names]
-    spread = [[(found[name]["p50"] - found[name]["p20"]) * 1e3 for name in names],
-              [(found[name]["p80"] - found[name]["p50"]) * 1e3 for name in names]]
+    spread = [
+        [(found[name]["p50"] - found[name]["p20"]) * 1e3 for name in names],
+        [(found[name]["p80"] - found[name]["p50"]) * 1e3 for name in names],
+    ]
     colours = [_COLOURS["ours" if name == "vjepa-fast" else "reference"] for name in names]
     left.barh(names, middle, xerr=spread, color=colours, ecolor="#444444", capsize=3, height=0.6)
     highest = max(m + s for m, s in zip(middle, spread[1], strict=True))
@@ -143,8 +167,9 @@ def draw(report: dict[str, Any], out: Path) -> None:
     for axes in (left, right, *others):
         axes.spines[["top", "right"]].set_visible(False)
     work = report["workload"]
-    figure.suptitle(f"{work['name']}, batch {work['batch_size']}, {work['dtype']}, {report['environment']['device']}",
-                    fontsize=11)
+    figure.suptitle(
+        f"{work['name']}, batch {work['batch_size']}, {work['dtype']}, {report['environment']['device']}", fontsize=11
+    )
     figure.savefig(out, dpi=130)
 
 

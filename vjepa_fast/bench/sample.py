@@ -57,8 +57,12 @@ class Sample:
 
     def as_dict(self) -> dict[str, int]:
         """What a result says about it: nothing of where files lie."""
-        return {"num_listed": self.num_listed, "num_tried": len(self.paths) + len(self.broken),
-                "num_used": len(self.paths), "num_broken": len(self.broken)}
+        return {
+            "num_listed": self.num_listed,
+            "num_tried": len(self.paths) + len(self.broken),
+            "num_used": len(self.paths),
+            "num_broken": len(self.broken),
+        }
 
 
 def open_sample(manifest: str, cfg: DataConfig) -> Sample:
@@ -86,8 +90,9 @@ def open_sample(manifest: str, cfg: DataConfig) -> Sample:
             broken.append((listed[number], str(error)))
     if not paths:
         lines = [f"  {path}: {reason}" for path, reason in broken[:_NUM_SHOWN]]
-        raise UserError(f"none of the {len(broken)} videos of {manifest!r} that were tried can be read:\n"
-                        + "\n".join(lines))
+        raise UserError(
+            f"none of the {len(broken)} videos of {manifest!r} that were tried can be read:\n" + "\n".join(lines)
+        )
     return Sample(paths, sources, len(listed), broken)
 
 
@@ -109,13 +114,23 @@ def pack_sample(sample: Sample, folder: Path, cfg: DataConfig) -> dict[str, Any]
     settings = PackSettings(fps=cfg.fps or PackSettings.fps, short_side=side)
     chosen = _affordable(sample.sources, settings, available_cores())
     if not chosen:
-        raise UserError(f"every video takes more than {_PACK_SECONDS:.0f} s to pack; --pack names a pack that is "
-                        "there, made with `vjepa-fast pack`")
+        raise UserError(
+            f"every video takes more than {_PACK_SECONDS:.0f} s to pack; --pack names a pack that is "
+            "there, made with `vjepa-fast pack`"
+        )
     paths = [sample.paths[number] for number in chosen]
     made = make_pack(paths, [0] * len(paths), folder, settings, num_workers=available_cores(), max_broken=1.0)
-    return {**asdict(settings), "num_videos": made.num_videos, "num_broken": made.num_broken,
-            "num_frames": made.num_frames, "num_bytes": made.num_bytes, "source_bytes": made.source_bytes,
-            "psnr": made.psnr, "core_ms_per_video": made.core_ms, "temporary": True}
+    return {
+        **asdict(settings),
+        "num_videos": made.num_videos,
+        "num_broken": made.num_broken,
+        "num_frames": made.num_frames,
+        "num_bytes": made.num_bytes,
+        "source_bytes": made.source_bytes,
+        "psnr": made.psnr,
+        "core_ms_per_video": made.core_ms,
+        "temporary": True,
+    }
 
 
 def _affordable(sources: Sequence[Source], settings: PackSettings, num_cores: int) -> list[int]:

@@ -41,7 +41,7 @@ class OurStep:
     """
 
     def __init__(
-        self, workload: Workload, device: torch.device, num_batches: int, *, seed: int = 0, graphs: bool = False,
+        self, workload: Workload, device: torch.device, num_batches: int, *, seed: int = 0, graphs: bool = False
     ) -> None:
         self.workload = workload
         self.model = workload.model(device, seed)
@@ -80,12 +80,17 @@ def check_same_loss(losses: dict[str, float], tolerance: float) -> None:
     """
     low, high = min(losses.values()), max(losses.values())
     if not high - low <= tolerance * abs(high):
-        raise ArithmeticError(f"the losses of the first step differ by more than {tolerance:g}: {losses}; no time is "
-                              "worth reporting")
+        raise ArithmeticError(
+            f"the losses of the first step differ by more than {tolerance:g}: {losses}; no time is worth reporting"
+        )
 
 
 def interleave(
-    steps: dict[str, Step], device: torch.device, rounds: int, first_step: int = 0, budget_s: float = float("inf"),
+    steps: dict[str, Step],
+    device: torch.device,
+    rounds: int,
+    first_step: int = 0,
+    budget_s: float = float("inf"),
     min_rounds: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each side's steps, taken in turns: A B A B.
@@ -128,8 +133,10 @@ def kernels_of(step: Callable[[int], Any], num_steps: int, device: torch.device)
         synchronize(device)
     found = [event for event in recorded.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
     found.sort(key=lambda event: -event.self_device_time_total)
-    return [{"name": event.key, "ms": event.self_device_time_total / 1e3 / num_steps,
-             "calls": event.count / num_steps} for event in found[:40]]
+    return [
+        {"name": event.key, "ms": event.self_device_time_total / 1e3 / num_steps, "calls": event.count / num_steps}
+        for event in found[:40]
+    ]
 
 
 def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -158,7 +165,8 @@ def profile_steps(step: Callable[[int], Any], numbers: Sequence[int], device: to
     operators.sort(reverse=True)
     by_part = times_by_part(recorded.events() or (), gpu)
     return {
-        "ms_by_kind": kinds, "ms_by_part": {part: ms / len(numbers) for part, ms in by_part.items()},
+        "ms_by_kind": kinds,
+        "ms_by_part": {part: ms / len(numbers) for part, ms in by_part.items()},
         "operators": [{"name": name, "ms": ms, "calls": calls} for ms, name, calls in operators[:25]],
         "num_operators": sum(calls for _, name, calls in operators if name.startswith("aten::")),
     }

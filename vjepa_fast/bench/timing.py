@@ -44,8 +44,9 @@ class Quantiles:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Quantiles:
-        low, middle, high = torch.tensor(seconds, dtype=torch.float64).quantile(
-            torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        low, middle, high = (
+            torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        )
         return cls(low, middle, high, len(seconds))
 
 
@@ -148,7 +149,9 @@ def figures(
 ) -> dict[str, Any]:
     """Times in ms and the rates that follow from them."""
     out: dict[str, Any] = {
-        "ms_p20": quantiles.p20 * 1e3, "ms_p50": quantiles.p50 * 1e3, "ms_p80": quantiles.p80 * 1e3,
+        "ms_p20": quantiles.p20 * 1e3,
+        "ms_p50": quantiles.p50 * 1e3,
+        "ms_p80": quantiles.p80 * 1e3,
         "rounds": quantiles.count,
     }
     if num_bytes:
@@ -215,10 +218,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(device)
         fields = "driver_version,power.limit,clocks.max.sm,clocks.current.sm,memory.total"
         out |= {
-            "device": gpu.name, "memory_gib": gpu.total_memory / 2**30, "multiprocessors": gpu.multi_processor_count,
-            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": {"fields": fields, "values": _output_of("nvidia-smi", f"--query-gpu={fields}",
-                                                                 "--format=csv,noheader")},
+            "device": gpu.name,
+            "memory_gib": gpu.total_memory / 2**30,
+            "multiprocessors": gpu.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nvidia_smi": {
+                "fields": fields,
+                "values": _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"),
+            },
             "libnvcuvid": _loads("libnvcuvid.so.1"),
         }
     return out

@@ -36,12 +36,18 @@ class Workload:
         """As a recipe would give it, without activation checkpointing."""
         if self.given is not None:
             return self.given
-        return Config.model_validate({
-            "model": {"model_name": self.model_name, "pred_depth": self.pred_depth, "pred_num_heads": 12,
-                      "uniform_power": True},
-            "data": {"crop_size": self.crop_size, "batch_size": self.batch_size, "dataset_fpcs": [self.num_frames]},
-            "train": {"dtype": self.dtype},
-        })
+        return Config.model_validate(
+            {
+                "model": {
+                    "model_name": self.model_name,
+                    "pred_depth": self.pred_depth,
+                    "pred_num_heads": 12,
+                    "uniform_power": True,
+                },
+                "data": {"crop_size": self.crop_size, "batch_size": self.batch_size, "dataset_fpcs": [self.num_frames]},
+                "train": {"dtype": self.dtype},
+            }
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -76,8 +82,15 @@ class Workload:
 
     def as_dict(self) -> dict[str, Any]:
         """What a result says about it."""
-        return {"name": self.name, "model": self.model_name, "crop_size": self.crop_size, "dtype": self.dtype,
-                "num_frames": self.num_frames, "batch_size": self.batch_size, "pred_depth": self.pred_depth}
+        return {
+            "name": self.name,
+            "model": self.model_name,
+            "crop_size": self.crop_size,
+            "dtype": self.dtype,
+            "num_frames": self.num_frames,
+            "batch_size": self.batch_size,
+            "pred_depth": self.pred_depth,
+        }
 
     def masks(self, device: torch.device, step: int = 0) -> MaskBatch:
         """The masks of one step, by the rule and with the seed of the configuration."""
@@ -100,8 +113,16 @@ def of_config(name: str, cfg: Config) -> Workload:
         cfg: of the run.
     """
     data, model = cfg.data, cfg.model
-    return Workload(name, model.model_name, data.crop_size[0], data.per_process(1), model.dtype,
-                    num_frames=max(data.dataset_fpcs), pred_depth=model.pred_depth, given=cfg)
+    return Workload(
+        name,
+        model.model_name,
+        data.crop_size[0],
+        data.per_process(1),
+        model.dtype,
+        num_frames=max(data.dataset_fpcs),
+        pred_depth=model.pred_depth,
+        given=cfg,
+    )
 
 
 def fresh(masks: MaskBatch) -> MaskBatch:

@@ -44,7 +44,13 @@ def probe_heads(checkpoint: Checkpoint, given: int | None = None) -> int:
 
 
 def write(
-    checkpoint: Checkpoint, cfg: ModelConfig, weights: str, dst: Path, layout: Layout, *, probe: int = 0,
+    checkpoint: Checkpoint,
+    cfg: ModelConfig,
+    weights: str,
+    dst: Path,
+    layout: Layout,
+    *,
+    probe: int = 0,
     heads: int | None = None,
 ) -> Path:
     """Writes what a checkpoint holds in another layout.
@@ -92,7 +98,8 @@ def to_meta(checkpoint: Checkpoint, cfg: ModelConfig, weights: str, heads: int |
     """What torch.save writes for the reference: its hub reads `encoder`, its evaluations `target_encoder`."""
     encoders = {key: checkpoint.encoders[weights] for key in ("encoder", "target_encoder", weights)}
     contents: dict[str, Any] = {
-        key: _prefixed(state, meta_format.PREFIX) for key, state in (encoders | checkpoint.encoders).items()}
+        key: _prefixed(state, meta_format.PREFIX) for key, state in (encoders | checkpoint.encoders).items()
+    }
     if checkpoint.predictor is not None:
         contents["predictor"] = _prefixed(checkpoint.predictor, meta_format.PREFIX)
     elif checkpoint.action_predictor is not None:
@@ -118,9 +125,12 @@ def to_fast(
 
 def _own(checkpoint: Checkpoint, cfg: ModelConfig, weights: str, heads: int | None) -> dict[str, Any]:
     return {
-        "version": vjepa_fast.__version__, "weights": weights, "model": cfg.model_dump(mode="json"),
+        "version": vjepa_fast.__version__,
+        "weights": weights,
+        "model": cfg.model_dump(mode="json"),
         "data": {key: value for key, value in checkpoint.data.items() if key in _KEPT_DATA},
-        "num_classifiers": len(checkpoint.classifiers), "labels": checkpoint.labels,
+        "num_classifiers": len(checkpoint.classifiers),
+        "labels": checkpoint.labels,
         "probe_heads": probe_heads(checkpoint, heads) if checkpoint.classifiers else None,
     }
 
@@ -145,16 +155,24 @@ def to_hf_files(
             raise UserError(
                 f"Hugging Face's VJEPA2ForVideoClassification gives a probe the encoder's "
                 f"{config['num_attention_heads']} heads, but this one has {probe_heads(checkpoint, heads)}; if it was "
-                f"trained with {config['num_attention_heads']}, say --probe-heads {config['num_attention_heads']}")
+                f"trained with {config['num_attention_heads']}, say --probe-heads {config['num_attention_heads']}"
+            )
         state = {f"vjepa2.{key}": value for key, value in state.items()} | classifier_to_hf(classifier)
     kind = str(encoder["norm.weight"].dtype).removeprefix("torch.")
     crop = config["crop_size"]
     processor = {
-        "video_processor_type": "VJEPA2VideoProcessor", "crop_size": {"height": crop, "width": crop},
+        "video_processor_type": "VJEPA2VideoProcessor",
+        "crop_size": {"height": crop, "width": crop},
         # The reference's evaluations: short side crop * 256 / 224, then the middle.
-        "size": {"shortest_edge": int(crop * 256 / 224)}, "do_resize": True, "do_center_crop": True, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225], "resample": 2,
+        "size": {"shortest_edge": int(crop * 256 / 224)},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
     }
     return {"config.json": config | {"torch_dtype": kind}, WEIGHTS_FILE: state, _PROCESSOR_FILE: processor}
 

@@ -36,8 +36,11 @@ DEFAULT_CROP, DEFAULT_FRAMES = (256, 256), 16
 """Of models with RoPE whose file says nothing: what their first stage of training sees."""
 _V21_CROP = (384, 384)
 """All that was released of V-JEPA 2.1."""
-_ELSEWHERE = {"patch_size": "data.patch_size", "tubelet_size": "data.tubelet_size",
-              "return_all_tokens": "loss.predict_all"}
+_ELSEWHERE = {
+    "patch_size": "data.patch_size",
+    "tubelet_size": "data.tubelet_size",
+    "return_all_tokens": "loss.predict_all",
+}
 """Fields of the model that a config writes in another section."""
 _MAX_SHOWN = 3
 _HEAD_DIM = 64
@@ -45,8 +48,11 @@ _PREDICTOR_HEAD_DIM = 32
 
 
 def guess(
-    encoder: State, predictor: State | None = None, stated: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None, source: str = "the checkpoint",
+    encoder: State,
+    predictor: State | None = None,
+    stated: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "the checkpoint",
 ) -> tuple[ModelConfig, list[str]]:
     """The config of the model that some weights are of.
 
@@ -66,8 +72,10 @@ def guess(
     """
     later = set(stated or {}) - set(ModelConfig.model_fields)
     if later:
-        raise UserError(f"{source}: the config in the file has {', '.join(sorted(later))}, of which this version of "
-                        "vjepa-fast does not know; open it with the version that wrote it, or a later one")
+        raise UserError(
+            f"{source}: the config in the file has {', '.join(sorted(later))}, of which this version of "
+            "vjepa-fast does not know; open it with the version that wrote it, or a later one"
+        )
     known = {name: value for name, value in {**(stated or {}), **(overrides or {})}.items() if value is not None}
     notes: list[str] = []
     fields, size = _encoder_fields(encoder, source)
@@ -91,17 +99,43 @@ def guess(
 
 def describe(cfg: ModelConfig) -> str:
     """The keys of a config that make a checkpoint fit, as overrides are written."""
-    names = ["model_name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "tubelet_size", "use_rope",
-             "use_silu", "pred_depth", "pred_embed_dim", "pred_num_heads", "num_mask_tokens"]
+    names = [
+        "model_name",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "patch_size",
+        "tubelet_size",
+        "use_rope",
+        "use_silu",
+        "pred_depth",
+        "pred_embed_dim",
+        "pred_num_heads",
+        "num_mask_tokens",
+    ]
     if cfg.n_output_distillation is not None:
-        names += ["rope_style", "interpolate_rope", "n_output_distillation", "teacher_embed_dim", "return_all_tokens",
-                  "img_temporal_dim_size", "modality_embedding"]
+        names += [
+            "rope_style",
+            "interpolate_rope",
+            "n_output_distillation",
+            "teacher_embed_dim",
+            "return_all_tokens",
+            "img_temporal_dim_size",
+            "modality_embedding",
+        ]
     if not cfg.use_rope:
         names.append("positions")
     values = {name: getattr(cfg, name) for name in names}
     version = "" if cfg.n_output_distillation is None else " (it is of V-JEPA 2.1)"
-    return " ".join(f"{_ELSEWHERE.get(name, f'model.{name}')}={_plain(value)}"
-                    for name, value in values.items() if value is not None) + version
+    return (
+        " ".join(
+            f"{_ELSEWHERE.get(name, f'model.{name}')}={_plain(value)}"
+            for name, value in values.items()
+            if value is not None
+        )
+        + version
+    )
 
 
 def _plain(value: Any) -> str:
@@ -124,8 +158,14 @@ def differences(own: State, state: State) -> str:
         state: to be loaded.
     """
     kinds = (
-        ("", [f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-              for key in own if key in state and state[key].shape != own[key].shape]),
+        (
+            "",
+            [
+                f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
         ("missing ", [key for key in own if key not in state]),
         ("unexpected ", [key for key in state if key not in own]),
     )
@@ -143,8 +183,11 @@ def num_blocks(state: State, name: str) -> int:
 
 
 def _encoder_fields(encoder: State, source: str) -> tuple[dict[str, Any], Size]:
-    missing = [key for key in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
-               if key not in encoder]
+    missing = [
+        key
+        for key in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
+        if key not in encoder
+    ]
     if missing:
         raise UserError(f"{source} is not of a V-JEPA encoder: it has no {missing[0]}")
     kernel = encoder["patch_embed.proj.weight"]
@@ -153,8 +196,12 @@ def _encoder_fields(encoder: State, source: str) -> tuple[dict[str, Any], Size]:
     hidden = encoder["blocks.0.mlp.fc1.weight"].shape[0]
     silu = "blocks.0.mlp.fc3.weight" in encoder
     wide, ratio = _mlp(width, hidden, silu)
-    fields: dict[str, Any] = {"patch_size": patch, "tubelet_size": tubelet or 2, "use_silu": silu,
-                              "_video": tubelet is not None}
+    fields: dict[str, Any] = {
+        "patch_size": patch,
+        "tubelet_size": tubelet or 2,
+        "use_silu": silu,
+        "_video": tubelet is not None,
+    }
     if silu:
         fields["wide_silu"] = wide
     return fields, Size(width, num_blocks(encoder, "blocks"), 0, ratio)
@@ -163,9 +210,12 @@ def _encoder_fields(encoder: State, source: str) -> tuple[dict[str, Any], Size]:
 def _v21_fields(encoder: State, predictor: State | None) -> dict[str, Any]:
     """What V-JEPA 2.1 has beside V-JEPA 2. All its models spread and interpolate positions alike."""
     fields: dict[str, Any] = {
-        "rope_style": "interleaved", "interpolate_rope": True, "n_output_distillation": NUM_LEVELS,
+        "rope_style": "interleaved",
+        "interpolate_rope": True,
+        "n_output_distillation": NUM_LEVELS,
         "img_temporal_dim_size": 1 if "patch_embed_img.proj.weight" in encoder else None,
-        "modality_embedding": "video_mod_embed" in encoder, "crop_size": _V21_CROP,
+        "modality_embedding": "video_mod_embed" in encoder,
+        "crop_size": _V21_CROP,
     }
     if predictor is not None:
         if "predictor_embed.weight" in predictor:
@@ -193,7 +243,7 @@ def _mlp(width: int, hidden: int, silu: bool) -> tuple[bool, float]:
 
 
 def _positions(
-    encoder: State, predictor: State | None, known: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str],
+    encoder: State, predictor: State | None, known: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str]
 ) -> tuple[bool, dict[str, Any]]:
     """Whether positions are RoPE, and what a stored table says: frames, crop and uniform_power."""
     if "learned_positions.spatial" in encoder:
@@ -208,8 +258,10 @@ def _positions(
     is_released_rope = num_tokens in _ROPE_TABLES and mask_tokens in (0, _RELEASED_MASK_TOKENS)
     if known.get("use_rope", is_released_rope):
         if "use_rope" not in known:
-            notes.append(f"a table of {num_tokens} positions lies in the file as in those released of V-JEPA 2, which "
-                         "rotate and do not read it: use_rope=true is assumed")
+            notes.append(
+                f"a table of {num_tokens} positions lies in the file as in those released of V-JEPA 2, which "
+                "rotate and do not read it: use_rope=true is assumed"
+            )
         frames, crop = _ROPE_TABLES.get(num_tokens, (None, None))
         return True, {"num_frames": frames, "crop_size": (crop, crop)} if frames and crop else {}
     return False, _grid_of_table(table.reshape(num_tokens, -1), known, fields, notes)
@@ -221,8 +273,11 @@ def _grid_of_table(
     """Frames, crop and uniform_power of a stored sine-cosine table, by making the tables of all square grids."""
     num_tokens, dim = table.shape
     video, patch, tubelet = fields["_video"], fields["patch_size"], fields["tubelet_size"]
-    grids = [(num_tokens // side**2, side, side) for side in range(1, int(num_tokens**0.5) + 1)
-             if num_tokens % side**2 == 0 and (video or side**2 == num_tokens)]
+    grids = [
+        (num_tokens // side**2, side, side)
+        for side in range(1, int(num_tokens**0.5) + 1)
+        if num_tokens % side**2 == 0 and (video or side**2 == num_tokens)
+    ]
     if not table.is_meta:
         rows = table.float()
         for grid in reversed(grids):
@@ -230,15 +285,23 @@ def _grid_of_table(
                 if video or not uniform:
                     made = sincos_table(dim, grid, uniform, video)
                     if torch.allclose(made, rows, atol=1e-2):
-                        return {"num_frames": grid[0] * tubelet if video else 1,
-                                "crop_size": (grid[1] * patch, grid[2] * patch), "uniform_power": uniform}
+                        return {
+                            "num_frames": grid[0] * tubelet if video else 1,
+                            "crop_size": (grid[1] * patch, grid[2] * patch),
+                            "uniform_power": uniform,
+                        }
     # A table that is no sine and cosine, or of another shape than a square: eight tubelets are what was released.
     grid = next((grid for grid in grids if grid[0] == 8), grids[-1])
     if not {"num_frames", "crop_size"} <= known.keys():
-        notes.append(f"the {num_tokens} positions of the table are assumed to be a grid of {grid[0]} x {grid[1]} x "
-                     f"{grid[2]}; num_frames and crop_size say otherwise")
-    return {"num_frames": grid[0] * tubelet if video else 1, "crop_size": (grid[1] * patch, grid[2] * patch),
-            "uniform_power": True}
+        notes.append(
+            f"the {num_tokens} positions of the table are assumed to be a grid of {grid[0]} x {grid[1]} x "
+            f"{grid[2]}; num_frames and crop_size say otherwise"
+        )
+    return {
+        "num_frames": grid[0] * tubelet if video else 1,
+        "crop_size": (grid[1] * patch, grid[2] * patch),
+        "uniform_power": True,
+    }
 
 
 def _size_fields(size: Size, known: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -259,8 +322,10 @@ def _size_fields(size: Size, known: Mapping[str, Any], notes: list[str]) -> dict
     fields = {"model_name": "vit_tiny", "embed_dim": width, "depth": depth, "mlp_ratio": size.mlp_ratio}
     if wanted is None:
         fields["num_heads"] = max(1, width // _HEAD_DIM) if width % _HEAD_DIM == 0 or width < _HEAD_DIM else 1
-        notes.append(f"num_heads is assumed to be {fields['num_heads']}: shapes do not tell, and no released model has "
-                     f"a width of {width}")
+        notes.append(
+            f"num_heads is assumed to be {fields['num_heads']}: shapes do not tell, and no released model has "
+            f"a width of {width}"
+        )
     return fields
 
 
@@ -276,8 +341,10 @@ def _predictor_fields(
         raise UserError("the predictor in the checkpoint is not of a V-JEPA predictor: it has no predictor_embed")
     width = embed.shape[0]
     fields: dict[str, Any] = {
-        "pred_embed_dim": width, "pred_depth": num_blocks(predictor, "predictor_blocks"),
-        "num_mask_tokens": _num_mask_tokens(predictor) or None, "use_mask_tokens": _num_mask_tokens(predictor) > 0,
+        "pred_embed_dim": width,
+        "pred_depth": num_blocks(predictor, "predictor_blocks"),
+        "num_mask_tokens": _num_mask_tokens(predictor) or None,
+        "use_mask_tokens": _num_mask_tokens(predictor) > 0,
         "use_pred_silu": "predictor_blocks.0.mlp.fc3.weight" in predictor,
     }
     if "pred_num_heads" not in known:

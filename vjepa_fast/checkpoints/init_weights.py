@@ -35,10 +35,15 @@ def init_weights(path: str | Path, model: VJEPA, predictor: bool = True) -> str:
     teacher = checkpoint.choose()
     student = "encoder" if "encoder" in checkpoint.encoders else teacher
     if predictor and checkpoint.predictor is None:
-        other = "an action-conditioned predictor, which cannot be trained here" if checkpoint.action_predictor else (
-            "no predictor")
-        raise UserError(f"checkpoint {checkpoint.path} holds {other}; set train.init_predictor=false to begin with a "
-                        "new predictor, or give a file that has one")
+        other = (
+            "an action-conditioned predictor, which cannot be trained here"
+            if checkpoint.action_predictor
+            else ("no predictor")
+        )
+        raise UserError(
+            f"checkpoint {checkpoint.path} holds {other}; set train.init_predictor=false to begin with a "
+            "new predictor, or give a file that has one"
+        )
     if not predictor:
         checkpoint = replace(checkpoint, predictor=None)
     remark = _check_unseen(checkpoint, student, model)
@@ -52,16 +57,28 @@ def init_weights(path: str | Path, model: VJEPA, predictor: bool = True) -> str:
             load_network(getattr(model, name), dict(state), what)
         except UserError as error:
             fits = infer_config.fitting(checkpoint.encoders[student], checkpoint.predictor)
-            distilled = "; its predictor is of a larger teacher's features: set train.init_predictor=false" if (
-                "teacher_embed_dim" in fits) else ""
-            raise UserError(f"{error}" + (f". A config that fits {checkpoint.path} has {fits}" if fits else "")
-                            + distilled) from None
-    encoders = f"encoder from {student}, target encoder from {teacher}" if student != teacher else (
-        f"encoder and target encoder from {student}, the only one that is used" if len(checkpoint.encoders) > 1 else
-        f"encoder and target encoder from {student}, the only one there")
-    return (f"starting at step 0 with a new optimizer from the weights of {checkpoint.path}: {encoders}, "
-            + ("predictor from the file too" if predictor else "a new predictor (train.init_predictor is false)")
-            + remark)
+            distilled = (
+                "; its predictor is of a larger teacher's features: set train.init_predictor=false"
+                if ("teacher_embed_dim" in fits)
+                else ""
+            )
+            raise UserError(
+                f"{error}" + (f". A config that fits {checkpoint.path} has {fits}" if fits else "") + distilled
+            ) from None
+    encoders = (
+        f"encoder from {student}, target encoder from {teacher}"
+        if student != teacher
+        else (
+            f"encoder and target encoder from {student}, the only one that is used"
+            if len(checkpoint.encoders) > 1
+            else f"encoder and target encoder from {student}, the only one there"
+        )
+    )
+    return (
+        f"starting at step 0 with a new optimizer from the weights of {checkpoint.path}: {encoders}, "
+        + ("predictor from the file too" if predictor else "a new predictor (train.init_predictor is false)")
+        + remark
+    )
 
 
 def _check_unseen(checkpoint: Checkpoint, weights: str, model: VJEPA) -> str:
@@ -77,14 +94,21 @@ def _check_unseen(checkpoint: Checkpoint, weights: str, model: VJEPA) -> str:
     found, _ = infer_config.guess(checkpoint.encoders[weights], checkpoint.predictor, checkpoint.model, source=source)
     if found.use_rope != model.cfg.use_rope:
         kinds = {True: "rotary positions", False: "tables of positions"}
-        raise UserError(f"{source} has {kinds[found.use_rope]}, the configured model {kinds[model.cfg.use_rope]}; set "
-                        f"model.use_rope={str(found.use_rope).lower()}")
+        raise UserError(
+            f"{source} has {kinds[found.use_rope]}, the configured model {kinds[model.cfg.use_rope]}; set "
+            f"model.use_rope={str(found.use_rope).lower()}"
+        )
     heads, own = found.num_heads or SIZES[found.model_name].num_heads, model.encoder.num_heads
     if own == heads:
         return ""
     if checkpoint.model:
         raise UserError(f"{source} has {heads} heads, the configured model {own}; set model.num_heads={heads}")
     # Of another width than the released ones the number is a mere guess.
-    return "" if found.embed_dim is not None else (
-        f". The released model of this width, {found.model_name}, has {heads} heads, the configured one {own}; no "
-        "shape tells which it is")
+    return (
+        ""
+        if found.embed_dim is not None
+        else (
+            f". The released model of this width, {found.model_name}, has {heads} heads, the configured one {own}; no "
+            "shape tells which it is"
+        )
+    )

@@ -59,8 +59,10 @@ def read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         # torch's own text advises to load the file with code and all.
         found = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
         what = f" (it asks for {found.group(1)})" if found else ""
-        raise UserError(f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values{what}; "
-                        "nothing in it was run") from error
+        raise UserError(
+            f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values{what}; "
+            "nothing in it was run"
+        ) from error
     except Exception as error:
         # A damaged file makes the reader fail in any way; there is nothing else here that could.
         raise UserError(f"checkpoint {path} cannot be read: it is truncated, damaged or no checkpoint") from error
@@ -91,7 +93,9 @@ def load_network(module: nn.Module, state: dict[str, Tensor], what: str) -> None
 
 
 def load_checkpoint(
-    path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer | None = None,
+    path: str | Path,
+    model: VJEPA,
+    optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint of the reference or of ours into a model.
@@ -114,7 +118,10 @@ def load_checkpoint(
 
 
 def load_contents(
-    checkpoint: dict[str, Any], path: str | Path, model: VJEPA, optimizer: torch.optim.Optimizer | None = None,
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    model: VJEPA,
+    optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Any]:
     """As load_checkpoint, of the contents of a file.
@@ -129,8 +136,9 @@ def load_contents(
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}; it has {shorten(map(str, checkpoint))}")
     odd = [key for key in NETWORKS if not isinstance(checkpoint[key], dict)]
     if odd or not isinstance(checkpoint["epoch"], int):
-        raise UserError(f"checkpoint {path}: {(odd or ['epoch'])[0]} is not what the reference or vjepa-fast writes "
-                        "there")
+        raise UserError(
+            f"checkpoint {path}: {(odd or ['epoch'])[0]} is not what the reference or vjepa-fast writes there"
+        )
     networks = {key: checkpoint.pop(key) for key in NETWORKS}
     for key, state in networks.items():
         try:
@@ -156,7 +164,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Pa
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"checkpoint {path}: the optimizer state does not fit the configured model ({error})") from error
+            f"checkpoint {path}: the optimizer state does not fit the configured model ({error})"
+        ) from error
     # Ours has looked for itself, and may have kept parts.
     own_kind = isinstance(optimizer, AdamWEMA)
     for group, choice in zip(optimizer.param_groups, own, strict=True):
@@ -164,8 +173,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Pa
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape and not own_kind:
-                    raise UserError(f"checkpoint {path}: the optimizer state does not fit the configured model ({name} "
-                                    f"is {list(value.shape)} for a parameter of {list(parameter.shape)})")
+                    raise UserError(
+                        f"checkpoint {path}: the optimizer state does not fit the configured model ({name} "
+                        f"is {list(value.shape)} for a parameter of {list(parameter.shape)})"
+                    )
             state = optimizer.state.get(parameter, {})
             if group.get("fused") and "step" in state:
                 # torch places the step count by the saved choice; the fused kernel wants it beside the parameter.
@@ -179,8 +190,16 @@ def shorten(names: Iterable[str], limit: int = 12) -> str:
 
 
 def to_checkpoint(
-    model: VJEPA, optimizer: torch.optim.Optimizer, *, epoch: int, loss: float, batch_size: int, world_size: int,
-    lr: float, scaler: torch.amp.GradScaler | None = None, extra: dict[str, Any] | None = None,
+    model: VJEPA,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epoch: int,
+    loss: float,
+    batch_size: int,
+    world_size: int,
+    lr: float,
+    scaler: torch.amp.GradScaler | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A dictionary in the reference's layout; `extra` goes under the key `vjepa_fast`.
 
@@ -192,20 +211,34 @@ def to_checkpoint(
     # The schedule sets the momentum at every step; the reference's groups have no such entry.
     opt["param_groups"] = [
         {key: None if key in ("fused", "foreach") else value for key, value in group.items() if key != "ema_momentum"}
-        for group in opt["param_groups"]]
+        for group in opt["param_groups"]
+    ]
     if scaler is not None:
         scaler_state: dict[str, Any] | None = scaler.state_dict()
     elif model.cfg.dtype == "bfloat16":
         # The reference keeps a scaler with bf16 as well and wants its state back; these are its starting values.
-        scaler_state = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
-                        "_growth_tracker": 0}
+        scaler_state = {
+            "scale": 65536.0,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": 2000,
+            "_growth_tracker": 0,
+        }
     else:
         scaler_state = None
-    networks = {key: {PREFIX + name: _by_itself(value) for name, value in getattr(model, key).state_dict().items()}
-                for key in NETWORKS}
+    networks = {
+        key: {PREFIX + name: _by_itself(value) for name, value in getattr(model, key).state_dict().items()}
+        for key in NETWORKS
+    }
     return {
-        **networks, "opt": opt, "scaler": scaler_state, "epoch": epoch, "loss": loss,
-        "batch_size": batch_size, "world_size": world_size, "lr": lr,
+        **networks,
+        "opt": opt,
+        "scaler": scaler_state,
+        "epoch": epoch,
+        "loss": loss,
+        "batch_size": batch_size,
+        "world_size": world_size,
+        "lr": lr,
         **({"vjepa_fast": extra} if extra is not None else {}),
     }
 

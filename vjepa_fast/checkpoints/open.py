@@ -70,8 +70,9 @@ class Checkpoint:
         """
         if not self.encoders:
             held = "attentive probes" if self.classifiers else "a predictor"
-            raise UserError(f"checkpoint {self.path} holds {held} but no encoder; give the file of the encoder that "
-                            "belongs to it")
+            raise UserError(
+                f"checkpoint {self.path} holds {held} but no encoder; give the file of the encoder that belongs to it"
+            )
         if weights is None:
             if self.model.get("objective") == "pixels" and "encoder" in self.encoders:
                 return "encoder"
@@ -111,21 +112,26 @@ def _open_folder(path: Path) -> Checkpoint:
         return _open_safetensors(path / WEIGHTS_FILE)
     of_v1 = sorted(path.glob(f"*{LATEST_OF_V1}"))
     if len(of_v1) > 1:
-        raise UserError(f"folder {path} holds several runs: {', '.join(file.name for file in of_v1)}; name one of the "
-                        "files")
+        raise UserError(
+            f"folder {path} holds several runs: {', '.join(file.name for file in of_v1)}; name one of the files"
+        )
     if of_v1:
         return _open_pickle(of_v1[0])
-    raise UserError(f"folder {path} holds no checkpoint: expected {LATEST} or step<N>{SHARDS} (a run), "
-                    f"*{LATEST_OF_V1} (a run of V-JEPA 1), {WEIGHTS_FILE}, or config.json beside the weights (Hugging "
-                    "Face); give the file itself if it has another name")
+    raise UserError(
+        f"folder {path} holds no checkpoint: expected {LATEST} or step<N>{SHARDS} (a run), "
+        f"*{LATEST_OF_V1} (a run of V-JEPA 1), {WEIGHTS_FILE}, or config.json beside the weights (Hugging "
+        "Face); give the file itself if it has another name"
+    )
 
 
 def _open_shards(path: Path) -> Checkpoint:
     if wrong := sharded_format.damage(path):
         others = [other for _, other in previous_checkpoints(path.parent) if other != path and other.is_dir()]
         whole = next((other for other in others if sharded_format.damage(other) is None), None)
-        raise UserError(f"checkpoint {path} cannot be read: {wrong}"
-                        + (f"; the newest whole one beside it is {whole}" if whole is not None else ""))
+        raise UserError(
+            f"checkpoint {path} cannot be read: {wrong}"
+            + (f"; the newest whole one beside it is {whole}" if whole is not None else "")
+        )
     # Without the optimizer's state, which is most of it.
     return _sort(path, sharded_format.Folder(path).contents(lambda name: not name.startswith("opt.")))
 
@@ -156,8 +162,10 @@ def _sort(path: Path, contents: dict[str, Any]) -> Checkpoint:
     if _is_state(contents):
         _split_bare(found, contents)
     if not (found.encoders or found.predictor or found.action_predictor or found.classifiers):
-        raise UserError(f"checkpoint {path} holds nothing of V-JEPA: expected an encoder, target_encoder, ema_encoder, "
-                        f"predictor or classifiers, or a state dict; it has {meta_format.shorten(map(str, contents))}")
+        raise UserError(
+            f"checkpoint {path} holds nothing of V-JEPA: expected an encoder, target_encoder, ema_encoder, "
+            f"predictor or classifiers, or a state dict; it has {meta_format.shorten(map(str, contents))}"
+        )
     return found
 
 
@@ -217,8 +225,9 @@ def _open_safetensors(path: Path) -> Checkpoint:
         return found
     try:
         own = json.loads(metadata[METADATA_KEY])
-        found = Checkpoint(path, "fast", {}, model=own["model"], data=own["data"], labels=own["labels"],
-                           probe_heads=own["probe_heads"])
+        found = Checkpoint(
+            path, "fast", {}, model=own["model"], data=own["data"], labels=own["labels"], probe_heads=own["probe_heads"]
+        )
         key, num_probes = str(own["weights"]), int(own["num_classifiers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its metadata is damaged ({error!r})") from error
@@ -275,8 +284,9 @@ def _open_hf(folder: Path) -> Checkpoint:
 def _set_hf(found: Checkpoint, state: State) -> None:
     found.layout = "hf"
     if any(key.startswith("vjepa2.") for key in state):
-        found.classifiers = [classifier_from_hf(
-            {key: value for key, value in state.items() if not key.startswith("vjepa2.")})]
+        found.classifiers = [
+            classifier_from_hf({key: value for key, value in state.items() if not key.startswith("vjepa2.")})
+        ]
         found.probe_heads = found.model.get("num_heads")
         state = _below(state, "vjepa2.")
     encoder, predictor = huggingface.from_hf(state)

@@ -96,7 +96,8 @@ def choose_folder_of_launch(cfg: Config, resume: bool, launch: str, restarted: b
 
 def _folder_of(cfg: Config, launch: str) -> Path | None:
     folders = [cfg.train.out] if cfg.train.out is not None else Path("runs").glob(f"{cfg.train.name}*")
-    paths = [path for folder in folders if (path := folder / LAUNCHED_BY).is_file()
-             and path.read_text() == launch + "\n"]
+    paths = [
+        path for folder in folders if (path := folder / LAUNCHED_BY).is_file() and path.read_text() == launch + "\n"
+    ]
     # In a container launchers may have the same number every time: the newest file is of this launch.
     return max(paths, key=lambda path: path.stat().st_mtime_ns).parent if paths else None

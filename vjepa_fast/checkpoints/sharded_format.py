@@ -38,16 +38,30 @@ FORMAT = 1
 
 _CHUNK = 1 << 22
 
-_ALLOWED = frozenset({
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
-        "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"), ("torch.serialization", "_get_layout"),
-    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (
-        torch.float64, torch.float32, torch.bfloat16, torch.float16)),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")),
-})
+_ALLOWED = frozenset(
+    {
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "TensorStorageMetadata",
+                "TensorProperties",
+                "ChunkStorageMetadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        *(
+            ("torch", str(dtype).removeprefix("torch."))
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        ),
+        *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")),
+    }
+)
 """What a `.metadata` may name. Not BytesStorageMetadata, whose contents torch would unpickle without restriction."""
 
 
@@ -96,8 +110,13 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        number, files = int(manifest["format"]), {
-            str(name): Entry(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in manifest["files"].items()}
+        number, files = (
+            int(manifest["format"]),
+            {
+                str(name): Entry(int(entry["size"]), int(entry["crc32"], 16))
+                for name, entry in manifest["files"].items()
+            },
+        )
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -163,7 +182,8 @@ class Folder:
             raise UserError(f"checkpoint {path} cannot be read: its {REST} is damaged")
         self._metadata = self._read_metadata(files)
         self.sizes: dict[str, tuple[torch.Size, torch.dtype]] = {
-            name: (entry.size, entry.properties.dtype) for name, entry in self._metadata.state_dict_metadata.items()}
+            name: (entry.size, entry.properties.dtype) for name, entry in self._metadata.state_dict_metadata.items()
+        }
 
     def _read_metadata(self, files: Iterable[str]) -> Any:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -178,8 +198,10 @@ class Folder:
                 assert isinstance(info, _StorageInfo) and not info.transform_descriptors
                 assert info.relative_path in files
         except pickle.UnpicklingError as error:
-            raise UserError(f"checkpoint {self.path}: its {METADATA} is damaged or holds more than places of tensors "
-                            f"({error}); nothing in it was run") from error
+            raise UserError(
+                f"checkpoint {self.path}: its {METADATA} is damaged or holds more than places of tensors "
+                f"({error}); nothing in it was run"
+            ) from error
         except Exception as error:
             # Damaged, it makes the reader fail in any way.
             raise UserError(f"checkpoint {self.path} cannot be read: its {METADATA} is damaged") from error
@@ -206,8 +228,9 @@ class Folder:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(dict(tensors), storage_reader=Reader(self.path), no_dist=True)
         except dcp.api.CheckpointException as error:
-            raise UserError(f"checkpoint {self.path} cannot be read: a part of it is missing, truncated or damaged"
-                            ) from error
+            raise UserError(
+                f"checkpoint {self.path} cannot be read: a part of it is missing, truncated or damaged"
+            ) from error
 
     def contents(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
         """What the single file would hold, on the CPU.
@@ -225,7 +248,8 @@ def split(contents: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for network in meta_format.NETWORKS:
         tensors |= {
-            f"{network}.{name.removeprefix(meta_format.PREFIX)}": value for name, value in contents[network].items()}
+            f"{network}.{name.removeprefix(meta_format.PREFIX)}": value for name, value in contents[network].items()
+        }
     states = {}
     for number, state in contents["opt"]["state"].items():
         states[number] = {name: value for name, value in state.items() if name not in meta_format.MOMENTS}

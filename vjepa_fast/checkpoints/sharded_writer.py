@@ -71,9 +71,13 @@ class _Writer(dcp.FileSystemWriter):
         names = {result.storage_data.relative_path for result in results}
         entries = {name: Entry.of(folder / name) for name in names}
         written: TorchFuture[list[WriteResult]] = TorchFuture()
-        written.set_result([
-            _Written(result.index, result.size_in_bytes, result.storage_data, name, entries[name])
-            for result in results for name in [result.storage_data.relative_path]])
+        written.set_result(
+            [
+                _Written(result.index, result.size_in_bytes, result.storage_data, name, entries[name])
+                for result in results
+                for name in [result.storage_data.relative_path]
+            ]
+        )
         return written
 
     def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
@@ -159,7 +163,8 @@ class ShardedWriter:
         writer = _Writer(temporary, complete)
         if self._background:
             writing = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None
+            )
             assert isinstance(writing, Future)
             self._writing = writing
             return
@@ -204,9 +209,7 @@ class ShardedWriter:
             raise UserError(f"{told}{before}") from error
 
 
-def load(
-    path: Path, model: VJEPA, optimizer: AdamWEMA, scaler: torch.amp.GradScaler | None = None
-) -> dict[str, Any]:
+def load(path: Path, model: VJEPA, optimizer: AdamWEMA, scaler: torch.amp.GradScaler | None = None) -> dict[str, Any]:
     """As vjepa_fast.checkpoints.meta_format.load_checkpoint, of a folder; each process reads what it needs.
 
     Raises:
@@ -214,11 +217,15 @@ def load(
     """
     folder = Folder(path)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    like: dict[str, Tensor] = {f"opt.{number}.{name}": parameter for number, parameter in enumerate(parameters)
-                               for name in meta_format.MOMENTS}
+    like: dict[str, Tensor] = {
+        f"opt.{number}.{name}": parameter for number, parameter in enumerate(parameters) for name in meta_format.MOMENTS
+    }
     tensors: dict[str, Tensor] = {}
-    networks = {f"{network}.{name}": value for network in meta_format.NETWORKS
-                for name, value in getattr(model, network).state_dict().items()}
+    networks = {
+        f"{network}.{name}": value
+        for network in meta_format.NETWORKS
+        for name, value in getattr(model, network).state_dict().items()
+    }
     for name, (size, dtype) in folder.sizes.items():
         own = networks.get(name, like.get(name))
         if own is None or own.shape != size:

@@ -50,9 +50,7 @@ class CheckpointWriter:
             if number > step:
                 remove(path)
 
-    def write(
-        self, contents: dict[str, Any], step: int, also: Path | None = None, copied: bool = False
-    ) -> None:
+    def write(self, contents: dict[str, Any], step: int, also: Path | None = None, copied: bool = False) -> None:
         """Make `contents` the new latest.pt.
 
         In the background, this first waits for the write before it.
@@ -163,16 +161,18 @@ def choose_whole(folder: Path, processes: Processes, say: Callable[[str], None])
         wrong = damage(latest)
     whole = newest_whole(folder)
     if whole is None:
-        raise UserError(f"checkpoint {latest} cannot be continued: {wrong or 'it is damaged'}; and {folder} holds no "
-                        "other that is whole. Start again with another --out, or continue another checkpoint with "
-                        "train.read_checkpoint=FILE and another --out")
+        raise UserError(
+            f"checkpoint {latest} cannot be continued: {wrong or 'it is damaged'}; and {folder} holds no "
+            "other that is whole. Start again with another --out, or continue another checkpoint with "
+            "train.read_checkpoint=FILE and another --out"
+        )
     say(f"checkpoint {latest} is left aside: {wrong}; the newest whole one is {whole.name}")
     return whole
 
 
 def check_whole(path: Path) -> None:
     """Raises:
-        UserError: the checkpoint is damaged. Files of torch before 1.6, which have no checksums, are not checked.
+    UserError: the checkpoint is damaged. Files of torch before 1.6, which have no checksums, are not checked.
     """
     wrong = damage(path) if path.is_dir() or zipfile.is_zipfile(path) else None
     if wrong is not None:

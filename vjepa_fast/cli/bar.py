@@ -33,8 +33,12 @@ class Bar:
         if self._console.is_terminal:
             # No thread of its own: decoding processes are forked while the bar is shown.
             self._bar = Progress(
-                TextColumn(verb + " {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                TextColumn("{task.description}"), console=self._console, auto_refresh=False)
+                TextColumn(verb + " {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                console=self._console,
+                auto_refresh=False,
+            )
             self._task = self._bar.add_task("starting", total=total, completed=done)
             self._bar.start()
 

@@ -57,28 +57,35 @@ class Device(str, Enum):
 
 def bench(
     reference: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A checkout of facebookresearch/vjepa2, to run beside ours."),
+        Path | None, typer.Option(metavar="DIR", help="A checkout of facebookresearch/vjepa2, to run beside ours.")
     ] = None,
     loader: Annotated[
-        str | None, typer.Option(metavar="MANIFEST", help="Videos (CSV, .npy, folder, glob) or a pack, to measure the "
-                                                          "loader on, by PyAV and DALI."),
+        str | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="Videos (CSV, .npy, folder, glob) or a pack, to measure the loader on, by PyAV and DALI.",
+        ),
     ] = None,
     pack: Annotated[
-        str | None, typer.Option(metavar="DIR", help="With --loader: a pack of those videos. Without it some of them "
-                                                     "are packed for the measurement (about 20 s and 256 MB at most) "
-                                                     "in the cache folder, and removed again."),
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --loader: a pack of those videos. Without it some of them "
+            "are packed for the measurement (about 20 s and 256 MB at most) "
+            "in the cache folder, and removed again.",
+        ),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
     size: Annotated[
-        Size | None, typer.Option(help="Default: large (ViT-L, 256 px, batch 24, bf16) on a GPU, tiny on a CPU."),
+        Size | None, typer.Option(help="Default: large (ViT-L, 256 px, batch 24, bf16) on a GPU, tiny on a CPU.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="NAME", help="A recipe instead of a size.")] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps of each side.")] = 10,
     seconds: Annotated[
-        float, typer.Option(metavar="S", min=0.0, help="No more rounds after this time, a side and setting."),
+        float, typer.Option(metavar="S", min=0.0, help="No more rounds after this time, a side and setting.")
     ] = 60.0,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the results go. Default: benchmarks/results."),
+        Path | None, typer.Option(metavar="DIR", help="Where the results go. Default: benchmarks/results.")
     ] = None,
 ) -> None:
     """Measure the training step, beside the reference's where there is one, and the loader. Writes JSON, Markdown, PNG.
@@ -123,12 +130,22 @@ def _workload(size: Size | None, recipe: str | None, device: torch.device) -> Wo
     if recipe is not None:
         return workload.of_config(recipe, load(recipe, None, ["model.use_activation_checkpointing=false"]))
     chosen = size or (Size.large if device.type == "cuda" else Size.tiny)
-    return {Size.trial: workload.TRIAL, Size.tiny: workload.TINY, Size.small: workload.SMALL, Size.base: workload.BASE,
-            Size.large: workload.LARGE}[chosen]
+    return {
+        Size.trial: workload.TRIAL,
+        Size.tiny: workload.TINY,
+        Size.small: workload.SMALL,
+        Size.base: workload.BASE,
+        Size.large: workload.LARGE,
+    }[chosen]
 
 
 def _measure(
-    workload: Workload, device: torch.device, root: Path | None, manifest: str | None, pack: str | None, rounds: int,
+    workload: Workload,
+    device: torch.device,
+    root: Path | None,
+    manifest: str | None,
+    pack: str | None,
+    rounds: int,
     budget_s: float,
 ) -> dict[str, Any]:
     from vjepa_fast.bench.compare import measure_step, reference_settings
@@ -141,7 +158,8 @@ def _measure(
     if manifest is not None:
         # First, because it is the quickest to fail.
         report["loader"] = {"manifest": Path(manifest).name} | measure_loader(
-            manifest, pack, workload.data, device, min(8, rounds), lambda text: typer.echo(f"loader: {text}"))
+            manifest, pack, workload.data, device, min(8, rounds), lambda text: typer.echo(f"loader: {text}")
+        )
     limits = measure_limits(device, small=workload is TRIAL)
     report |= {"limits": limits_as_dict(limits), "workload": workload.as_dict()}
     report["step"] = measure_step(workload, device, limits, num_batches=num_batches, rounds=rounds, budget_s=budget_s)
@@ -149,8 +167,11 @@ def _measure(
     typer.echo(f"{workload.name}: {own['p50'] * 1e3:.1f} ms a step, {own['clips_per_s']:.2f} clips/s")
     graphed = report["step"].get("graphed")
     if graphed is not None:
-        typer.echo(f"as CUDA graphs: {graphed['error']}" if "error" in graphed else
-                   f"as CUDA graphs: {graphed['p50'] * 1e3:.1f} ms a step, {graphed['clips_per_s']:.2f} clips/s")
+        typer.echo(
+            f"as CUDA graphs: {graphed['error']}"
+            if "error" in graphed
+            else f"as CUDA graphs: {graphed['p50'] * 1e3:.1f} ms a step, {graphed['clips_per_s']:.2f} clips/s"
+        )
     if manifest is not None:
         rates = [own["clips_per_s"], (graphed or {}).get("clips_per_s", 0.0)]
         add_need(report["loader"], max(rates), device)
@@ -165,8 +186,11 @@ def _measure(
             workload, device, root, limits, num_batches=num_batches, rounds=rounds, budget_s=budget_s
         ):
             report["reference"][name] = info
-            typer.echo(f"{name}: {info['error']}" if "error" in info else
-                       f"{name}: {info['p50'] * 1e3:.1f} ms a step, {info['over_ours']['p50']:.2f} x our time")
+            typer.echo(
+                f"{name}: {info['error']}"
+                if "error" in info
+                else f"{name}: {info['p50'] * 1e3:.1f} ms a step, {info['over_ours']['p50']:.2f} x our time"
+            )
     report["load_average_after"] = os.getloadavg()[0]
     return report
 

@@ -14,8 +14,11 @@ from vjepa_fast.config import Config, load_config, load_recipe, recipe_names
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", show_default=False,
-                   help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Dotted keys on top of the config, values in YAML, as in vjepa-fast train.",
+    ),
 ]
 RecipeOption = Annotated[
     str | None,
@@ -23,8 +26,11 @@ RecipeOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE",
-                 help="A YAML file: ours, or Meta's pretraining YAML of V-JEPA 1, 2 or 2.1, unchanged."),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A YAML file: ours, or Meta's pretraining YAML of V-JEPA 1, 2 or 2.1, unchanged.",
+    ),
 ]
 
 
@@ -39,8 +45,10 @@ def load(recipe: str | None, config: Path | None, overrides: list[str]) -> Confi
         ConfigError: both are given, an argument is no override, or the config is not accepted.
     """
     if recipe is not None and config is not None:
-        raise ConfigError("--recipe and --config are both given; give one. A config file can start from a recipe with "
-                          f"`base: {recipe}`")
+        raise ConfigError(
+            "--recipe and --config are both given; give one. A config file can start from a recipe with "
+            f"`base: {recipe}`"
+        )
     for text in overrides:
         if "=" not in text:
             hint = "expected section.key=value"

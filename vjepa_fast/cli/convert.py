@@ -33,41 +33,93 @@ _TOLERANCE = 1e-4
 """Norm of the difference over norm, of outputs of two libraries in fp32."""
 
 
-ModelConfigOption = Annotated[Path | None, typer.Option(
-    "--config", metavar="FILE", show_default=False,
-    help="The YAML file that the model was trained with, Meta's or ours, for what shapes do not tell.")]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        show_default=False,
+        help="The YAML file that the model was trained with, Meta's or ours, for what shapes do not tell.",
+    ),
+]
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(
-        metavar="SRC", show_default=False, help="A checkpoint or released weights of Meta's, a run folder, a "
-                                                ".safetensors file, or a folder of Hugging Face.")],
-    dst: Annotated[Path, typer.Argument(
-        metavar="DST", show_default=False, help="What to write, new: a .pt file (meta), a .safetensors file or "
-                                                "a folder (fast), a folder (hf).")],
-    overrides: Annotated[list[str] | None, typer.Argument(
-        metavar="KEY=VALUE", show_default=False, help="Fields of the model that the file does not say and shapes "
-                                                      "do not tell, as in num_heads=12 or crop_size=384.")] = None,
-    to: Annotated[Literal["meta", "hf", "fast"], typer.Option(
-        "--to", help="Meta's layout, Hugging Face's, or one .safetensors file with the config inside.",
-        show_default=False)] = ...,  # type: ignore[assignment]
-    weights: Annotated[str | None, typer.Option(
-        metavar="KEY", help="The encoder to take: target_encoder or ema_encoder (the teacher), encoder (the student).",
-        show_default="the teacher if there is one; of a run on pixels the student")] = None,
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            show_default=False,
+            help="A checkpoint or released weights of Meta's, a run folder, a "
+            ".safetensors file, or a folder of Hugging Face.",
+        ),
+    ],
+    dst: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DST",
+            show_default=False,
+            help="What to write, new: a .pt file (meta), a .safetensors file or a folder (fast), a folder (hf).",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Fields of the model that the file does not say and shapes "
+            "do not tell, as in num_heads=12 or crop_size=384.",
+        ),
+    ] = None,
+    to: Annotated[
+        Literal["meta", "hf", "fast"],
+        typer.Option(
+            "--to",
+            help="Meta's layout, Hugging Face's, or one .safetensors file with the config inside.",
+            show_default=False,
+        ),
+    ] = ...,  # type: ignore[assignment]
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="The encoder to take: target_encoder or ema_encoder (the teacher), encoder (the student).",
+            show_default="the teacher if there is one; of a run on pixels the student",
+        ),
+    ] = None,
     config: ModelConfigOption = None,
-    probe: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="A checkpoint of attentive probes to put beside the encoder; for hf, the result is a "
-                             "VJEPA2ForVideoClassification.", show_default=False)] = None,
-    classifier: Annotated[int | None, typer.Option(
-        metavar="N", min=0, help="Which of several probes in the file; from 0.", show_default=False)] = None,
-    probe_heads: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Heads of the probe.", show_default="16, as in Meta's evaluations")] = None,
-    reference: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="A checkout of facebookresearch/jepa or vjepa2, whose modules are run on what was written "
-                            "for meta.", show_default=False)] = None,
-    check: Annotated[bool, typer.Option(
-        "--check/--no-check", help="Read the result back and run it, in the other library too where that is "
-                                   "installed.")] = True,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A checkpoint of attentive probes to put beside the encoder; for hf, the result is a "
+            "VJEPA2ForVideoClassification.",
+            show_default=False,
+        ),
+    ] = None,
+    classifier: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Which of several probes in the file; from 0.", show_default=False),
+    ] = None,
+    probe_heads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Heads of the probe.", show_default="16, as in Meta's evaluations"),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A checkout of facebookresearch/jepa or vjepa2, whose modules are run on what was written for meta.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Read the result back and run it, in the other library too where that is installed.",
+        ),
+    ] = True,
 ) -> None:
     """Convert V-JEPA weights between Meta's layout, Hugging Face's and ours, and prove that they are the same."""
     with exit_codes():
@@ -129,8 +181,9 @@ def fields(overrides: list[str], where: str) -> dict[str, Any]:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"unexpected argument {text!r} after {where}; expected fields of the model as in "
-                              "num_heads=12")
+            raise ConfigError(
+                f"unexpected argument {text!r} after {where}; expected fields of the model as in num_heads=12"
+            )
         found[name.removeprefix("model.")] = parse(value, f"override {text!r}")
     return found
 
@@ -141,8 +194,10 @@ def _choose_classifier(checkpoint: Checkpoint, given: int | None) -> int:
     if given is None:
         return 0
     if given >= count:
-        raise ConfigError(f"--classifier is {given}, but the file holds {count} attentive probes"
-                          + (f", 0 to {count - 1}" if count else ""))
+        raise ConfigError(
+            f"--classifier is {given}, but the file holds {count} attentive probes"
+            + (f", 0 to {count - 1}" if count else "")
+        )
     checkpoint.classifiers = [checkpoint.classifiers[given]]
     return 0
 
@@ -164,20 +219,26 @@ def _check_probe_width(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
     for state in checkpoint.classifiers:
         token = state.get("pooler.query_tokens")
         if token is not None and token.shape[-1] != width:
-            raise UserError(f"the attentive probe has width {token.shape[-1]}, the encoder {width}: they do not belong "
-                            "together")
+            raise UserError(
+                f"the attentive probe has width {token.shape[-1]}, the encoder {width}: they do not belong together"
+            )
 
 
 def _warn_hf(checkpoint: Checkpoint) -> None:
     count = len(checkpoint.classifiers)
     if count > 1:
-        raise ConfigError(f"the file holds {count} attentive probes and a Hugging Face folder one; choose it with "
-                          f"--classifier 0 to {count - 1}")
+        raise ConfigError(
+            f"the file holds {count} attentive probes and a Hugging Face folder one; choose it with "
+            f"--classifier 0 to {count - 1}"
+        )
     if checkpoint.action_predictor is not None:
         say("warning", "the action-conditioned predictor is left out: transformers has none")
     if checkpoint.predictor is None:
-        say("warning", "there is no predictor to write: transformers starts one at random, so call the model with "
-                       "skip_predictor=True")
+        say(
+            "warning",
+            "there is no predictor to write: transformers starts one at random, so call the model with "
+            "skip_predictor=True",
+        )
 
 
 def _describe(cfg: ModelConfig) -> str:
@@ -185,23 +246,26 @@ def _describe(cfg: ModelConfig) -> str:
 
     size = size_of(cfg)
     assert cfg.crop_size is not None
-    return (f"width {size.embed_dim}, {size.depth} blocks, {size.num_heads} heads, {cfg.num_frames} frames of "
-            f"{cfg.crop_size[0]} x {cfg.crop_size[1]}")
+    return (
+        f"width {size.embed_dim}, {size.depth} blocks, {size.num_heads} heads, {cfg.num_frames} frames of "
+        f"{cfg.crop_size[0]} x {cfg.crop_size[1]}"
+    )
 
 
-def _check(
-    checkpoint: Checkpoint, key: str, chosen: int, written: Path, to: str, reference: Path | None
-) -> None:
+def _check(checkpoint: Checkpoint, key: str, chosen: int, written: Path, to: str, reference: Path | None) -> None:
     from vjepa_fast.checkpoints.open import open_checkpoint
     from vjepa_fast.inference import verify
 
     again = open_checkpoint(written)
     pairs: list[tuple[str, State | None, State | None]] = [
         ("encoder", checkpoint.encoders[key], again.encoders[again.choose(key if key in again.encoders else None)]),
-        ("predictor", checkpoint.predictor, again.predictor)]
+        ("predictor", checkpoint.predictor, again.predictor),
+    ]
     probes = [checkpoint.classifiers[chosen]] if to == "hf" and checkpoint.classifiers else checkpoint.classifiers
-    pairs += [(f"probe {number}", state, other)
-              for number, (state, other) in enumerate(zip(probes, again.classifiers, strict=True))]
+    pairs += [
+        (f"probe {number}", state, other)
+        for number, (state, other) in enumerate(zip(probes, again.classifiers, strict=True))
+    ]
     names = []
     for name, before, after in pairs:
         if before is not None:
@@ -224,5 +288,7 @@ def _report(where: str, differences: dict[str, float]) -> None:
     typer.echo(f"run on a random clip here and in {where}, relative difference: {text}")
     worst = max(differences.values())
     if not worst <= _TOLERANCE:
-        raise UserError(f"the outputs differ by {worst:.1e}, more than {_TOLERANCE:g}; what was written is not to be "
-                        "relied on with this version of the other library")
+        raise UserError(
+            f"the outputs differ by {worst:.1e}, more than {_TOLERANCE:g}; what was written is not to be "
+            "relied on with this version of the other library"
+        )

@@ -42,8 +42,10 @@ def doctor() -> None:
     """Say what is installed, which kernels are used, and why others are not. Exit code 1 if something is broken."""
     with exit_codes():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        typer.echo(f"vjepa-fast {__version__}, Python {platform.python_version()}, {platform.system()} "
-                   f"{platform.machine()}, {cores} CPU cores, {sys.prefix}")
+        typer.echo(
+            f"vjepa-fast {__version__}, Python {platform.python_version()}, {platform.system()} "
+            f"{platform.machine()}, {cores} CPU cores, {sys.prefix}"
+        )
         broken = False
         for finding in examine():
             typer.echo(f"{finding.level:8} {finding.subject:10} {finding.text}")
@@ -132,9 +134,16 @@ def _masks() -> Iterator[Finding]:
             continue
         drawn = mask_sample.mask_sample(specs, grid, ids, ids, seed=1, step=2, group_size=-1, device=device)
         same = all(torch.equal(a.cpu(), b) for a, b in zip((drawn.context_ids, drawn.target_ids), wanted, strict=True))
-        yield Finding("ok" if same else "problem", "masks",
-                      f"{device}: drawn by the extension, " + ("equal to the definition" if same else
-                      "NOT equal to the definition; set VJEPA_FAST_EXT=0 and report this with the lines above"))
+        yield Finding(
+            "ok" if same else "problem",
+            "masks",
+            f"{device}: drawn by the extension, "
+            + (
+                "equal to the definition"
+                if same
+                else "NOT equal to the definition; set VJEPA_FAST_EXT=0 and report this with the lines above"
+            ),
+        )
 
 
 def _gpus() -> Iterator[Finding]:
@@ -144,13 +153,18 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("note", "GPU", "not used: this torch is built without CUDA")
         return
     if not torch.cuda.is_available():
-        yield Finding("note", "GPU", f"none that torch (CUDA {torch.version.cuda}) can use; nvidia-smi shows what the "
-                                     "driver sees")
+        yield Finding(
+            "note", "GPU", f"none that torch (CUDA {torch.version.cuda}) can use; nvidia-smi shows what the driver sees"
+        )
         return
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
-        yield Finding("ok", "GPU", f"cuda:{number} {about.name}, sm_{about.major}{about.minor}, "
-                                   f"{about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+        yield Finding(
+            "ok",
+            "GPU",
+            f"cuda:{number} {about.name}, sm_{about.major}{about.minor}, "
+            f"{about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
+        )
 
 
 def _first_gpu() -> torch.device:
@@ -184,8 +198,11 @@ def _attention() -> Iterator[Finding]:
         return
     if name != "auto":
         why = choice.refusals(case)[name]
-        yield Finding("problem" if why else "ok", "attention", f"{where} cannot be used: {why}" if why else
-                      f"chosen: {name}, by {where}")
+        yield Finding(
+            "problem" if why else "ok",
+            "attention",
+            f"{where} cannot be used: {why}" if why else f"chosen: {name}, by {where}",
+        )
     elif not on_gpu:
         yield Finding("ok", "attention", "chosen: sdpa, the only candidate on the CPU")
     else:
@@ -194,11 +211,13 @@ def _attention() -> Iterator[Finding]:
         for key, one in found.items():
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(one.ms.items(), key=lambda item: item[1]))
             lost = "".join(f"; {name}: {why}" for name, why in one.dropped.items())
-            yield Finding("ok", "attention", f"chosen: {one.name} for{key.removeprefix(place + ';')}, as measured: "
-                                             f"{times}{lost}")
+            yield Finding(
+                "ok", "attention", f"chosen: {one.name} for{key.removeprefix(place + ';')}, as measured: {times}{lost}"
+            )
         others = "all others by" if found else "by"
-        yield Finding("ok", "attention", f"chosen: {others} a short measurement at the first use, kept in "
-                                         f"{cache.cache_file()}")
+        yield Finding(
+            "ok", "attention", f"chosen: {others} a short measurement at the first use, kept in {cache.cache_file()}"
+        )
 
 
 def _video() -> Finding:
@@ -226,8 +245,11 @@ def _dali() -> Finding:
         found = f"{nvidia.dali.__version__}, decodes {codecs}"
     else:
         found = f"not used: {why_not}"
-    return Finding("note" if why_not and device.type == "cuda" else "ok", "DALI",
-                   f"{found}; data.backend=auto is {choose('auto', device)}")
+    return Finding(
+        "note" if why_not and device.type == "cuda" else "ok",
+        "DALI",
+        f"{found}; data.backend=auto is {choose('auto', device)}",
+    )
 
 
 def _can_decode(name: str) -> bool:

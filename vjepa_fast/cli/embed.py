@@ -30,35 +30,69 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 
 def embed(
-    videos: Annotated[list[str], typer.Argument(
-        metavar="VIDEO...", show_default=False,
-        help="Videos and images: files, folders, globs, CSV or .npy manifests, packs.")],
-    checkpoint: Annotated[Path, typer.Option(
-        metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
-                                                 ".safetensors file, or a folder of Hugging Face.")],
-    out: Annotated[Path, typer.Option(
-        metavar="FILE", show_default=False, help="New: .safetensors or .npz, with an entry a video under its path.")],
-    pool: Annotated[Literal["none", "mean"], typer.Option(
-        help="none: all tokens, [N, D]; mean: their average, [D].")] = "none",
-    frames: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16")] = None,
-    fps: Annotated[float | None, typer.Option(
-        metavar="F", min=0.001, help="Frames a second of a clip.",
-        show_default="that of the checkpoint, else 4")] = None,
-    size: Annotated[int | None, typer.Option(
-        metavar="PX", min=1, help="Height and width of a clip.",
-        show_default="those of the checkpoint, else 256")] = None,
-    clips: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Clips of a video: the middle one, or several spread evenly; the first "
-                                 "dimension of the features is then the clip.")] = 1,
+    videos: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="VIDEO...",
+            show_default=False,
+            help="Videos and images: files, folders, globs, CSV or .npy manifests, packs.",
+        ),
+    ],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            show_default=False,
+            help="A run folder, a checkpoint or released weights of Meta's, a "
+            ".safetensors file, or a folder of Hugging Face.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", show_default=False, help="New: .safetensors or .npz, with an entry a video under its path."
+        ),
+    ],
+    pool: Annotated[
+        Literal["none", "mean"], typer.Option(help="none: all tokens, [N, D]; mean: their average, [D].")
+    ] = "none",
+    frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
+        ),
+    ] = None,
+    clips: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Clips of a video: the middle one, or several spread evenly; the first "
+            "dimension of the features is then the clip.",
+        ),
+    ] = 1,
     weights: WeightsOption = None,
     config: ModelConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
-        help="Of the computation and of the features.")] = "float32",
-    batch_size: Annotated[int | None, typer.Option(
-        "--batch-size", metavar="N", min=1, help="Clips encoded together.",
-        show_default="1 on a CPU, 8 on a GPU")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the computation and of the features.")
+    ] = "float32",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU"
+        ),
+    ] = None,
     workers: WorkersOption = None,
     option: SetOption = None,
 ) -> None:
@@ -80,8 +114,12 @@ def embed(
             say("warning", note)
         stat = opened.path.stat()
         file = hashlib.sha256(f"{opened.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        job = EmbedJob(found, out, default_sampling(model, frames, fps, size, clips), {
-            "checkpoint": f"{opened.path}:{file}", "weights": model.weights, "pool": pool, "dtype": dtype})
+        job = EmbedJob(
+            found,
+            out,
+            default_sampling(model, frames, fps, size, clips),
+            {"checkpoint": f"{opened.path}:{file}", "weights": model.weights, "pool": pool, "dtype": dtype},
+        )
 
         def encode(loaded: InferenceModel, batch: Any) -> Any:
             return loaded.encode(batch, pool="mean" if pool == "mean" else None)
@@ -89,25 +127,36 @@ def embed(
         bar = Bar("embedded", "videos", job.progress.total, job.progress.done)
         try:
             # On the GPU only once the decoding processes are there: they are forked, which CUDA does not survive.
-            first = job.run(lambda: model.to(target), encode, batch_size or (8 if target.type == "cuda" else 1),
-                            workers or max(1, auto_num_workers(target)),
-                            lambda now: bar.show(now.done, f"{now.broken} broken"))
+            first = job.run(
+                lambda: model.to(target),
+                encode,
+                batch_size or (8 if target.type == "cuda" else 1),
+                workers or max(1, auto_num_workers(target)),
+                lambda now: bar.show(now.done, f"{now.broken} broken"),
+            )
         except KeyboardInterrupt:
             bar.close()
-            say("warning", f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command "
-                           "goes on")
+            say(
+                "warning",
+                f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command goes on",
+            )
             raise
         finally:
             bar.close()
         total, broken = job.progress.total, job.progress.broken
         if broken:
             path, reason = next(iter(job.broken.items()))
-            say("warning", f"{broken} of {total} videos could not be read and were left out: {job.broken_list} "
-                           f"({path}: {reason}{', ...' if broken > 1 else ''})")
+            say(
+                "warning",
+                f"{broken} of {total} videos could not be read and were left out: {job.broken_list} "
+                f"({path}: {reason}{', ...' if broken > 1 else ''})",
+            )
         if first is None:
             raise UserError(f"none of the {total} videos could be read; {out} was not written")
         shape = " x ".join(map(str, first.shape))
         # NumPy has no bfloat16.
         kept = "float32" if out.suffix == ".npz" and first.dtype == torch.bfloat16 else dtype
-        typer.echo(f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, {kept}, "
-                   f"of the {model.weights}")
+        typer.echo(
+            f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, {kept}, "
+            f"of the {model.weights}"
+        )

@@ -39,11 +39,13 @@ def masks(
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="How many clips of the batch to draw.")] = 3,
     step: Annotated[int, typer.Option(metavar="K", min=0, max=2**31 - 1, help="Step of the run, from 0.")] = 0,
     nproc: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes of the run, where the config gives the clips of each."),
+        int, typer.Option(metavar="N", min=1, help="Processes of the run, where the config gives the clips of each.")
     ] = 1,
     video: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Frames to draw on: the first clip of this video. Without it, "
-                                                       "clips that are made up."),
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Frames to draw on: the first clip of this video. Without it, clips that are made up."
+        ),
     ] = None,
 ) -> None:
     """Draw the masks of a training step over frames, and print how much each mask keeps. Needs no data."""
@@ -60,18 +62,25 @@ def masks(
         groups = _masks_of_step(cfg, step, nproc, global_batch)
         rows = sum(min(samples, group.masks.batch_size) for group in groups) * len(cfg.mask.masks)
         if rows > picture.MAX_ROWS:
-            raise ConfigError(f"--samples {samples} makes {rows} rows, one for each mask of a clip, and a picture "
-                              f"holds {picture.MAX_ROWS}; ask for fewer")
+            raise ConfigError(
+                f"--samples {samples} makes {rows} rows, one for each mask of a clip, and a picture "
+                f"holds {picture.MAX_ROWS}; ask for fewer"
+            )
         panels = [_panel(cfg, group, samples, video, len(groups) > 1) for group in groups]
         name = config.name if config is not None else recipe or "demo"
-        _write(panels, f"Masks of {name}, step {step}, seed {cfg.train.seed}",
-               _facts(cfg, nproc, global_batch, groups), out)
+        _write(
+            panels,
+            f"Masks of {name}, step {step}, seed {cfg.train.seed}",
+            _facts(cfg, nproc, global_batch, groups),
+            out,
+        )
         for group in groups:
             for mask, spec in enumerate(cfg.mask.masks):
                 which = f"{_frames(group.fpc)}, " if len(groups) > 1 else ""
                 shares = picture.shares_text(*picture.mean_shares(group.masks, mask), group.masks.num_tokens)
-                typer.echo(f"{which}mask {mask} ({picture.describe(spec)}): {shares}, "
-                           f"mean over {group.masks.batch_size} clips")
+                typer.echo(
+                    f"{which}mask {mask} ({picture.describe(spec)}): {shares}, mean over {group.masks.batch_size} clips"
+                )
         typer.echo(f"picture {out}")
 
 
@@ -104,8 +113,14 @@ def _masks_of_step(cfg: Config, step: int, nproc: int, global_batch: int) -> lis
     group_of = _group_of(cfg, fpcs)
     is_stream = cfg.mask.source == "reference"
     draw = StepMasks(
-        cfg.mask, fpcs=fpcs, crop_size=data.crop_size, patch_size=data.patch_size, tubelet_size=data.tubelet_size,
-        seed=cfg.train.seed, global_batch=global_batch, group_of=group_of,
+        cfg.mask,
+        fpcs=fpcs,
+        crop_size=data.crop_size,
+        patch_size=data.patch_size,
+        tubelet_size=data.tubelet_size,
+        seed=cfg.train.seed,
+        global_batch=global_batch,
+        group_of=group_of,
         # Counters give every process the masks of its samples, so one can draw them all. The reference's stream belongs
         # to one process, and StepMasks says so where there are more.
         world_size=nproc if is_stream else 1,
@@ -128,16 +143,19 @@ def _group_of(cfg: Config, fpcs: list[int]) -> Callable[[np.ndarray], np.ndarray
     if len(fpcs) == 1:
         return np.zeros_like
     if not data.datasets:
-        raise ConfigError(f"data.dataset_fpcs is {data.dataset_fpcs}, and the datasets decide which clips have how "
-                          "many frames; name them in data.datasets, or give one number, as in data.dataset_fpcs=[16]")
+        raise ConfigError(
+            f"data.dataset_fpcs is {data.dataset_fpcs}, and the datasets decide which clips have how "
+            "many frames; name them in data.datasets, or give one number, as in data.dataset_fpcs=[16]"
+        )
     from vjepa_fast.data.generated.registry import GENERATED
     from vjepa_fast.data.manifest import read_manifest
     from vjepa_fast.data.sampling import choose_videos
 
     sizes = [GENERATED[name].num_train if name in GENERATED else len(read_manifest(name)[0]) for name in data.datasets]
     groups = np.array([fpcs.index(fpc) for fpc in data.dataset_fpcs])
-    return lambda ids: groups[choose_videos(
-        ids, sizes, data.datasets_weights, data.seed, data.shuffle, data.clips_per_video)[0]]
+    return lambda ids: groups[
+        choose_videos(ids, sizes, data.datasets_weights, data.seed, data.shuffle, data.clips_per_video)[0]
+    ]
 
 
 def _panel(cfg: Config, group: _Group, samples: int, video: Path | None, is_one_of_many: bool) -> Panel:
@@ -155,7 +173,7 @@ def _panel(cfg: Config, group: _Group, samples: int, video: Path | None, is_one_
         names=[picture.describe(spec) for spec in cfg.mask.masks],
         sample_ids=group.sample_ids[:shown].tolist(),
         # A token frame shows the first of its frames; an image has one of both.
-        frames=[clip[::cfg.data.tubelet_size] for clip in frames],
+        frames=[clip[:: cfg.data.tubelet_size] for clip in frames],
         tubelet_size=min(cfg.data.tubelet_size, group.fpc),
         heading=f"clips of {_frames(group.fpc)}" if is_one_of_many else "",
     )
@@ -180,8 +198,14 @@ def _read_clip(cfg: Config, video: Path, fpc: int, size: tuple[int, int]) -> np.
     data = cfg.data
     try:
         index = load_index(str(video), data.cache_dir)
-        step = clip_step(index.avg_fps, fpc, fps=data.fps, duration=data.duration, frame_step=data.frame_step,
-                         round_fps=data.round_fps)
+        step = clip_step(
+            index.avg_fps,
+            fpc,
+            fps=data.fps,
+            duration=data.duration,
+            frame_step=data.frame_step,
+            round_fps=data.round_fps,
+        )
         # In a video as long as the clip there is one place for it, the first.
         numbers = clip_frames(0, 0, min(index.num_frames, fpc * step), fpc, step, cfg.train.seed)
         scale = min(index.height / size[0], index.width / size[1])
@@ -199,7 +223,8 @@ def _facts(cfg: Config, nproc: int, global_batch: int, groups: list[_Group]) -> 
     height, width = cfg.data.crop_size
     grids = " and ".join(
         f"{group.masks.num_tokens} = {' x '.join(map(str, group.masks.grid))} ({group.fpc} x {height} x {width} pixels)"
-        for group in groups)
+        for group in groups
+    )
     batch = f"a step has {global_batch} clips" + (f" in {nproc} processes" if nproc > 1 else "")
     if cfg.mask.truncate == "none":
         rule = "nothing is truncated"

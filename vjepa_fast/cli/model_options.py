@@ -12,14 +12,26 @@ if TYPE_CHECKING:
     import torch
 
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")]
-WeightsOption = Annotated[str | None, typer.Option(
-    metavar="KEY", help="target_encoder or ema_encoder (the teacher), encoder (the student).",
-    show_default="the teacher if there is one; of a run on pixels the student")]
-WorkersOption = Annotated[int | None, typer.Option(
-    metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")]
-SetOption = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY=VALUE", help="A field of the model that the file does not say and shapes do not tell, as in "
-                                       "num_heads=12.", show_default=False)]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="target_encoder or ema_encoder (the teacher), encoder (the student).",
+        show_default="the teacher if there is one; of a run on pixels the student",
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Decoding processes.", show_default="by the cores there are")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A field of the model that the file does not say and shapes do not tell, as in num_heads=12.",
+        show_default=False,
+    ),
+]
 
 
 def usable_device(name: str) -> torch.device:

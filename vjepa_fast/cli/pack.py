@@ -38,37 +38,50 @@ _SECONDS_BETWEEN_FRAMES = 0.2
 
 def pack(
     manifest: Annotated[
-        str, typer.Argument(metavar="MANIFEST", show_default=False,
-                            help="Videos and images: a CSV, .npy, folder or glob, as for data.datasets. Labels are "
-                                 "kept."),
+        str,
+        typer.Argument(
+            metavar="MANIFEST",
+            show_default=False,
+            help="Videos and images: a CSV, .npy, folder or glob, as for data.datasets. Labels are kept.",
+        ),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the pack: new, or of the same command stopped before.",
-                           show_default=False),
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of the pack: new, or of the same command stopped before.", show_default=False
+        ),
     ],
     fps: Annotated[
-        float, typer.Option(metavar="F", help="Frames kept a second, the data.fps of training. A slower video keeps "
-                                              "all it has."),
+        float,
+        typer.Option(
+            metavar="F", help="Frames kept a second, the data.fps of training. A slower video keeps all it has."
+        ),
     ] = 4.0,
     two_phase: Annotated[
-        bool, typer.Option("--two-phase", help="Keep twice the frames: a clip can start half a period later, at "
-                                               "the same fps."),
+        bool,
+        typer.Option(
+            "--two-phase", help="Keep twice the frames: a clip can start half a period later, at the same fps."
+        ),
     ] = False,
     short_side: Annotated[
-        int, typer.Option(metavar="PX", help="Shorter side, a multiple of 32; the other is rounded to one. Nothing is "
-                                             "enlarged."),
+        int,
+        typer.Option(
+            metavar="PX", help="Shorter side, a multiple of 32; the other is rounded to one. Nothing is enlarged."
+        ),
     ] = 256,
     quality: Annotated[int, typer.Option(metavar="Q", min=1, max=95, help="Of the JPEG frames, 4:2:0.")] = 90,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of a shard, at most: 500MB, 2GB; a video is never split."),
+        str, typer.Option(metavar="SIZE", help="Of a shard, at most: 500MB, 2GB; a video is never split.")
     ] = "1GB",
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes. The pack is the same for any number.",
-                                 show_default="one a core"),
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Processes. The pack is the same for any number.", show_default="one a core"
+        ),
     ] = None,
     max_broken: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="Stop when more than this fraction of the videos is "
-                                                            "broken."),
+        float,
+        typer.Option(metavar="X", min=0, max=1, help="Stop when more than this fraction of the videos is broken."),
     ] = 0.1,
 ) -> None:
     """Keep videos as JPEG frames in WebDataset shards, which training reads at a fraction of the videos' CPU time.
@@ -94,8 +107,15 @@ def pack(
         settings = PackSettings(fps, short_side, quality, two_phase, shard_bytes)
         progress = _Progress()
         try:
-            summary = make_pack(paths, labels, out, settings, num_workers=workers or available_cores(),
-                                max_broken=max_broken, report=progress.show)
+            summary = make_pack(
+                paths,
+                labels,
+                out,
+                settings,
+                num_workers=workers or available_cores(),
+                max_broken=max_broken,
+                report=progress.show,
+            )
         except KeyboardInterrupt:
             progress.close()
             done = progress.counts
@@ -130,13 +150,17 @@ def _describe(summary: Summary, out: Path) -> str:
     source = ""
     if summary.source_bytes:
         source = f", {summary.num_bytes / summary.source_bytes:.2f} of the {_size(summary.source_bytes)} of the videos"
-    lines = [f"{out}: {summary.num_videos} videos, {summary.num_frames} frames, {summary.num_shards} "
-             f"{'shard' if summary.num_shards == 1 else 'shards'}, {_size(summary.num_bytes)}{source}"]
+    lines = [
+        f"{out}: {summary.num_videos} videos, {summary.num_frames} frames, {summary.num_shards} "
+        f"{'shard' if summary.num_shards == 1 else 'shards'}, {_size(summary.num_bytes)}{source}"
+    ]
     if summary.psnr is None:
         lines.append("it was finished before; nothing was done")
     else:
-        lines.append(f"PSNR {summary.psnr:.1f} dB over {summary.num_sampled} frames; {summary.core_ms:.0f} "
-                     f"core-milliseconds a video; {timedelta(seconds=round(summary.seconds))}")
+        lines.append(
+            f"PSNR {summary.psnr:.1f} dB over {summary.num_sampled} frames; {summary.core_ms:.0f} "
+            f"core-milliseconds a video; {timedelta(seconds=round(summary.seconds))}"
+        )
     return "\n".join(lines)
 
 
@@ -155,8 +179,12 @@ class _Progress:
         if self._console.is_terminal:
             # No thread of its own: workers are forked while the bar is shown.
             self._bar = Progress(
-                TextColumn("packed {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                TextColumn("{task.description}"), console=self._console, auto_refresh=False)
+                TextColumn("packed {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                console=self._console,
+                auto_refresh=False,
+            )
             self._task = self._bar.add_task("starting", total=None)
 
     def show(self, counts: Counts) -> None:

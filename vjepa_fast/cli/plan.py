@@ -39,25 +39,30 @@ def plan(
     gpu: Annotated[str, typer.Option(metavar="NAME", help="b200, h200, h100, a100-80gb, l40s, rtx4090, ...")] = "h200",
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many; each has its own batch.")] = 1,
     nodes: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Machines; then the exchange between GPUs is printed too."),
+        int | None, typer.Option(metavar="N", min=1, help="Machines; then the exchange between GPUs is printed too.")
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of each machine; 8 unless given."),
+        int | None, typer.Option(metavar="N", min=1, help="Of each machine; 8 unless given.")
     ] = None,
-    link: Annotated[str, typer.Option(
-        metavar="NAME", help="Between machines: ib400 (an adapter a GPU), eth100 or eth25 (one a machine), nvlink (all "
-        "in one domain), or adapters a machine and Gb/s of each, as in 8x400.")] = "ib400",
+    link: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Between machines: ib400 (an adapter a GPU), eth100 or eth25 (one a machine), nvlink (all "
+            "in one domain), or adapters a machine and Gb/s of each, as in 8x400.",
+        ),
+    ] = "ib400",
     price: Annotated[
-        float | None, typer.Option(metavar="X", min=0.0, help="Of one GPU for an hour; then the cost is printed."),
+        float | None, typer.Option(metavar="X", min=0.0, help="Of one GPU for an hour; then the cost is printed.")
     ] = None,
     videos: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="In the data; then how long it takes to go through them."),
+        int | None, typer.Option(metavar="N", min=1, help="In the data; then how long it takes to go through them.")
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measured rates of this GPU: gpu_run.json of benchmarks."),
+        Path | None, typer.Option(metavar="FILE", help="Measured rates of this GPU: gpu_run.json of benchmarks.")
     ] = None,
     loader_rate: Annotated[
-        float | None, typer.Option(metavar="X", min=0.001, help="Clips a second that the loader gives to one GPU."),
+        float | None, typer.Option(metavar="X", min=0.001, help="Clips a second that the loader gives to one GPU.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="On plain PyTorch instead of our kernels.")] = False,
 ) -> None:
@@ -85,8 +90,7 @@ def plan(
             raise ConfigError(f"{error}; --gpus says how many there are") from None
         steps = draw_masks(cfg, batch_size)
         prediction = predict(cfg, chosen, steps, kernels=not plain, loader_clips_per_s=loader_rate)
-        typer.echo(describe(
-            cfg, prediction, steps, num_gpus=gpus, price=price, num_videos=videos, kernels=not plain))
+        typer.echo(describe(cfg, prediction, steps, num_gpus=gpus, price=price, num_videos=videos, kernels=not plain))
         if cluster is not None:
             typer.echo(f"\n{as_table(cfg, prediction, cluster)}")
 

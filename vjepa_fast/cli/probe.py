@@ -43,82 +43,178 @@ _LRS, _DECAYS = "5e-3,3e-3,1e-3,3e-4,1e-4", "0.01,0.1,0.4,0.8"
 
 def probe(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Option(
-        metavar="PATH", show_default=False, help="A run folder, a checkpoint or released weights of Meta's, a "
-                                                 ".safetensors file, or a folder of Hugging Face.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            show_default=False,
+            help="A run folder, a checkpoint or released weights of Meta's, a "
+            ".safetensors file, or a folder of Hugging Face.",
+        ),
+    ],
     val: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to measure on.")],
-    train: Annotated[str | None, typer.Option(
-        metavar="CSV", show_default=False, help="Labelled videos to fit probes on; horizon and surprise fit nothing.",
-    )] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CSV",
+            show_default=False,
+            help="Labelled videos to fit probes on; horizon and surprise fit nothing.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("probe"),
-    probes: Annotated[str, typer.Option(
-        "--probe", metavar="KINDS", help="attentive, linear (ridge regression on mean features), knn (nearest "
-                                         "neighbours of mean features), separated by commas.")] = ",".join(KINDS),
-    task: Annotated[Literal["auto", "classification", "regression", "horizon", "surprise"], typer.Option(
-        help="auto: classification if all labels are whole numbers, else regression. horizon: error of predicted "
-             "future features by how far ahead. surprise: whether videos of label 1 are predicted worse than those of "
-             "label 0.")] = "auto",
-    targets: Annotated[str | None, typer.Option(
-        metavar="NAMES", help="Names of the columns of a regression, separated by commas.")] = None,
-    eval_config: Annotated[Path | None, typer.Option(
-        metavar="FILE", show_default=False, help="Meta's YAML of a video classification, for whatever is not said "
-                                                 "here: clips, probes, schedules.")] = None,
-    segments: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Clips of a video in time, whose tokens a probe sees together.")] = 1,
-    views: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Crops of a validation clip, whose answers are averaged.")] = 1,
-    augmented: Annotated[int, typer.Option(
-        metavar="N", min=0, help="Versions of each training video with the reference's augmentations, seen in turn, "
-                                 "epoch by epoch; 0: the plain clip.")] = 0,
-    frames: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16")] = None,
-    fps: Annotated[float | None, typer.Option(
-        metavar="F", min=0.001, help="Frames a second of a clip.",
-        show_default="that of the checkpoint, else 4")] = None,
-    frame_step: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="In place of --fps: every Nth frame, as Meta's evaluations have it (4).",
-        show_default=False)] = None,
-    context: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Frames of a clip that horizon and surprise see; the others are predicted.",
-        show_default="half")] = None,
-    stride: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Clip frames from one window of a video to the next, for horizon and surprise.",
-        show_default="one window; half a window for surprise")] = None,
-    pairs: Annotated[bool, typer.Option(
-        "--pairs", help="For surprise: every two lines of the manifest are a possible and an impossible version of the "
-                        "same.")] = False,
-    size: Annotated[int | None, typer.Option(
-        metavar="PX", min=1, help="Height and width of a clip.",
-        show_default="those of the checkpoint, else 256")] = None,
-    out_layers: Annotated[str | None, typer.Option(
-        metavar="LIST", help="Blocks of the encoder, from 0, whose tokens a probe sees together.",
-        show_default="the last")] = None,
-    depth: Annotated[int, typer.Option(
-        metavar="N", min=1, help="Blocks of an attentive probe, the last one cross-attention: 1 in V-JEPA 1, 4 in "
-                                 "V-JEPA 2.")] = 1,
-    probe_heads: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Attention heads of an attentive probe.",
-        show_default="16, or the encoder's with --style vjepa1 or where 16 does not divide its width")] = None,
-    lr: Annotated[str, typer.Option(
-        metavar="LIST", help="Learning rates; with every weight decay a probe, all trained at once.")] = _LRS,
+    probes: Annotated[
+        str,
+        typer.Option(
+            "--probe",
+            metavar="KINDS",
+            help="attentive, linear (ridge regression on mean features), knn (nearest "
+            "neighbours of mean features), separated by commas.",
+        ),
+    ] = ",".join(KINDS),
+    task: Annotated[
+        Literal["auto", "classification", "regression", "horizon", "surprise"],
+        typer.Option(
+            help="auto: classification if all labels are whole numbers, else regression. horizon: error of predicted "
+            "future features by how far ahead. surprise: whether videos of label 1 are predicted worse than those of "
+            "label 0."
+        ),
+    ] = "auto",
+    targets: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Names of the columns of a regression, separated by commas.")
+    ] = None,
+    eval_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Meta's YAML of a video classification, for whatever is not said here: clips, probes, schedules.",
+        ),
+    ] = None,
+    segments: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Clips of a video in time, whose tokens a probe sees together.")
+    ] = 1,
+    views: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Crops of a validation clip, whose answers are averaged.")
+    ] = 1,
+    augmented: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Versions of each training video with the reference's augmentations, seen in turn, "
+            "epoch by epoch; 0: the plain clip.",
+        ),
+    ] = 0,
+    frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
+        ),
+    ] = None,
+    frame_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="In place of --fps: every Nth frame, as Meta's evaluations have it (4).",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Frames of a clip that horizon and surprise see; the others are predicted.",
+            show_default="half",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Clip frames from one window of a video to the next, for horizon and surprise.",
+            show_default="one window; half a window for surprise",
+        ),
+    ] = None,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs",
+            help="For surprise: every two lines of the manifest are a possible and an impossible version of the same.",
+        ),
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
+        ),
+    ] = None,
+    out_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Blocks of the encoder, from 0, whose tokens a probe sees together.",
+            show_default="the last",
+        ),
+    ] = None,
+    depth: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Blocks of an attentive probe, the last one cross-attention: 1 in V-JEPA 1, 4 in V-JEPA 2.",
+        ),
+    ] = 1,
+    probe_heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Attention heads of an attentive probe.",
+            show_default="16, or the encoder's with --style vjepa1 or where 16 does not divide its width",
+        ),
+    ] = None,
+    lr: Annotated[
+        str, typer.Option(metavar="LIST", help="Learning rates; with every weight decay a probe, all trained at once.")
+    ] = _LRS,
     weight_decay: Annotated[str, typer.Option(metavar="LIST", help="Weight decays.")] = _DECAYS,
     warmup: Annotated[float, typer.Option(metavar="EPOCHS", min=0, help="Epochs in which lr rises from 0.")] = 0.0,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the training videos.")] = 20,
-    batch_size: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Videos of a step of attentive probes.",
-        show_default="an eighth of the training videos, 4 to 64")] = None,
-    style: Annotated[Literal["vjepa2", "vjepa1"], typer.Option(
-        help="vjepa1: biases and norms without weight decay, gradients clipped to a norm of 1.")] = "vjepa2",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Videos of a step of attentive probes.",
+            show_default="an eighth of the training videos, 4 to 64",
+        ),
+    ] = None,
+    style: Annotated[
+        Literal["vjepa2", "vjepa1"],
+        typer.Option(help="vjepa1: biases and norms without weight decay, gradients clipped to a norm of 1."),
+    ] = "vjepa2",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of weights, order and augmentations.")] = 0,
     weights: WeightsOption = None,
     config: ModelConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(
-        help="Of the encoder, of kept features, and of products in attentive probes.")] = "float32",
-    cache: Annotated[Path | None, typer.Option(
-        metavar="DIR", help="Where features are kept.", show_default="~/.cache/vjepa_fast/features")] = None,
-    encoder_batch: Annotated[int | None, typer.Option(
-        metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Of the encoder, of kept features, and of products in attentive probes."),
+    ] = "float32",
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where features are kept.", show_default="~/.cache/vjepa_fast/features"),
+    ] = None,
+    encoder_batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU"),
+    ] = None,
     workers: WorkersOption = None,
     option: SetOption = None,
 ) -> None:
@@ -175,8 +271,20 @@ def probe(
                 say("warning", note)
             rule = _rule(encoders[0], frames, fps, frame_step, size, 1, 1)
             pair = Prediction.of(*encoders, rule.frames, context)
-            run_prediction(task, pair, val, videos, rule, stride, pairs, target, batch, num_workers, out,
-                           {"checkpoint": str(opened.path), "dtype": dtype, "device": str(target)})
+            run_prediction(
+                task,
+                pair,
+                val,
+                videos,
+                rule,
+                stride,
+                pairs,
+                target,
+                batch,
+                num_workers,
+                out,
+                {"checkpoint": str(opened.path), "dtype": dtype, "device": str(target)},
+            )
             return
         if train is None:
             raise ConfigError("--train is missing; expected labelled videos to fit probes on")
@@ -185,8 +293,11 @@ def probe(
         for note in labels.notes:
             say("warning", note)
         if augmented and labels.task == "regression":
-            say("warning", "augmented clips are cropped, sheared and shifted: numbers that say where something is in "
-                           "the picture no longer fit them")
+            say(
+                "warning",
+                "augmented clips are cropped, sheared and shifted: numbers that say where something is in "
+                "the picture no longer fit them",
+            )
         model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=overrides)
         for note in model.assumed:
             say("warning", note)
@@ -195,28 +306,54 @@ def probe(
             probe_heads = 16 if width % 16 == 0 and style == "vjepa2" else model.encoder.num_heads
         if width % probe_heads:
             raise ConfigError(f"--probe-heads is {probe_heads}; expected a divisor of the encoder's width, {width}")
-        heads = grid or [HeadSetting(rate, decay, 0.0 if warmup else None, warmup=warmup,
-                                     final_weight_decay=1e-6 if style == "vjepa1" else None)
-                         for decay, rate in itertools.product(decays, rates)]
+        heads = grid or [
+            HeadSetting(
+                rate,
+                decay,
+                0.0 if warmup else None,
+                warmup=warmup,
+                final_weight_decay=1e-6 if style == "vjepa1" else None,
+            )
+            for decay, rate in itertools.product(decays, rates)
+        ]
         if batch_size is None:
             batch_size = max(4, min(64, len(labels.train.videos.paths) // 8))
-        settings = ProbeSettings(heads, depth, probe_heads, epochs, batch_size, style == "vjepa2",
-                                 1.0 if style == "vjepa1" else None, augmented, seed)
+        settings = ProbeSettings(
+            heads,
+            depth,
+            probe_heads,
+            epochs,
+            batch_size,
+            style == "vjepa2",
+            1.0 if style == "vjepa1" else None,
+            augmented,
+            seed,
+        )
         run = ProbeRun(model, labels, settings, target, out)
         rule = _rule(model, frames, fps, frame_step, size, segments, views, _layers(model, out_layers))
         run.features(cache, rule, kinds, batch, num_workers)
-        run.probe(kinds, {"checkpoint": str(opened.path), "weights": model.weights, "dtype": dtype,
-                          "command": sys.argv[1:]})
+        run.probe(
+            kinds, {"checkpoint": str(opened.path), "weights": model.weights, "dtype": dtype, "command": sys.argv[1:]}
+        )
 
 
-def _rule(model: InferenceModel, frames: int | None, fps: float | None, frame_step: int | None, size: int | None,
-          segments: int, views: int, layers: tuple[int, ...] | None = None) -> Any:
+def _rule(
+    model: InferenceModel,
+    frames: int | None,
+    fps: float | None,
+    frame_step: int | None,
+    size: int | None,
+    segments: int,
+    views: int,
+    layers: tuple[int, ...] | None = None,
+) -> Any:
     from vjepa_fast.evaluation.views import ClipRule
     from vjepa_fast.inference.videos import default_sampling
 
     sampling = default_sampling(model, frames, fps, size, 1)
-    return ClipRule(sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views,
-                    layers=layers)
+    return ClipRule(
+        sampling.frames, None if frame_step else sampling.fps, frame_step, sampling.size, segments, views, layers=layers
+    )
 
 
 def _is_default(ctx: typer.Context, name: str) -> bool:
@@ -235,8 +372,9 @@ def _layers(model: InferenceModel, text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"--out-layers is {text!r}; expected whole numbers, separated by commas") from None
     encoder = model.encoder
     try:
-        model.encode(torch.zeros(1, encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3, dtype=torch.uint8),
-                     layers)
+        model.encode(
+            torch.zeros(1, encoder.tubelet_size, encoder.patch_size, encoder.patch_size, 3, dtype=torch.uint8), layers
+        )
     except ValueError as error:
         raise ConfigError(f"--out-layers is {text!r}: {error}") from None
     return layers

@@ -51,11 +51,15 @@ class ProbeRun:
         if progress.broken:
             path, reason = next(iter(progress.broken.items()))
             several = len(progress.broken) > 1
-            say("warning", f"{len(progress.broken)} video{'s' if several else ''} could not be read and "
-                           f"{'are' if several else 'is'} left out ({path}: {reason}{', ...' if several else ''})")
+            say(
+                "warning",
+                f"{len(progress.broken)} video{'s' if several else ''} could not be read and "
+                f"{'are' if several else 'is'} left out ({path}: {reason}{', ...' if several else ''})",
+            )
         if progress.kept:
-            typer.echo(f"features of {progress.kept} of {progress.total} videos were there already: {store.folder}",
-                       err=True)
+            typer.echo(
+                f"features of {progress.kept} of {progress.total} videos were there already: {store.folder}", err=True
+            )
         self._store = store
 
     def probe(self, kinds: list[str], head: dict[str, Any]) -> None:
@@ -74,28 +78,50 @@ class ProbeRun:
             bar = Bar("trained", "epochs", self._settings.epochs)
             try:
                 results["attentive"] = run_probes.attentive(
-                    self._features, self._settings, self._device,
-                    lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"))
+                    self._features,
+                    self._settings,
+                    self._device,
+                    lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"),
+                )
             finally:
                 bar.close()
         with disk_errors(self._out, advice="give the command once more"):
             self._out.mkdir(parents=True, exist_ok=True)
-        best = max((name for name in results if name != "baseline"),
-                   key=lambda name: run_probes.main_score(results[name].scores))
+        best = max(
+            (name for name in results if name != "baseline"),
+            key=lambda name: run_probes.main_score(results[name].scores),
+        )
         if "attentive" in results:
-            report.draw_curves(self._out / report.CURVES, results["attentive"],
-                               "top1" if labels.task == "classification" else "r2")
+            report.draw_curves(
+                self._out / report.CURVES, results["attentive"], "top1" if labels.task == "classification" else "r2"
+            )
         if labels.task == "classification":
             report.draw_confusion(self._out / report.CONFUSION, labels, results[best].outputs, best)
         else:
             report.draw_scatter(self._out / report.SCATTER, labels, results[best].outputs, results[best].scores, best)
-        splits = {name: {"manifest": split.name, "videos": len(split.videos.paths)}
-                  for name, split in (("train", labels.train), ("val", labels.val))}
+        splits = {
+            name: {"manifest": split.name, "videos": len(split.videos.paths)}
+            for name, split in (("train", labels.train), ("val", labels.val))
+        }
         rule = {key: value for key, value in asdict(self._rule).items() if key not in ("version", "seed")}
-        report.write_results(self._out, {
-            **head, "encoder": self._store.hash, "device": str(self._device), "task": labels.task, **splits,
-            "classes": labels.classes, "targets": labels.targets, "clips": rule, "broken": self._features.broken,
-            "seed": self._settings.seed, "best": best}, labels, results)
+        report.write_results(
+            self._out,
+            {
+                **head,
+                "encoder": self._store.hash,
+                "device": str(self._device),
+                "task": labels.task,
+                **splits,
+                "classes": labels.classes,
+                "targets": labels.targets,
+                "clips": rule,
+                "broken": self._features.broken,
+                "seed": self._settings.seed,
+                "best": best,
+            },
+            labels,
+            results,
+        )
         _show(labels, results)
         typer.echo(f"{self._out}: {', '.join(sorted(path.name for path in self._out.iterdir()))}")
 
@@ -107,8 +133,10 @@ def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
     first = results["baseline"].scores
     names = [name for name, value in first.items() if isinstance(value, float)]
     by_target = labels.targets if labels.task == "regression" and len(labels.targets) <= 6 else []
-    table = Table(title=f"{len(labels.train.videos.paths)} training and {len(labels.val.videos.paths)} validation "
-                        "videos; 1 is perfect")
+    table = Table(
+        title=f"{len(labels.train.videos.paths)} training and {len(labels.val.videos.paths)} validation "
+        "videos; 1 is perfect"
+    )
     table.add_column("probe")
     for name in (*(name.replace("_", " ") for name in names), *(f"r2 of {target}" for target in by_target)):
         table.add_column(name, justify="right")
@@ -116,8 +144,10 @@ def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
     for name, result in results.items():
         if name == "attentive":
             one = result.details["heads"][result.details["best_head"]]
-            said[name] = (f"attentive, depth {result.details['depth']}, best of {len(result.details['heads'])} "
-                          f"(lr {one['lr']:g}, decay {one['weight_decay']:g})")
+            said[name] = (
+                f"attentive, depth {result.details['depth']}, best of {len(result.details['heads'])} "
+                f"(lr {one['lr']:g}, decay {one['weight_decay']:g})"
+            )
         elif name == "knn":
             said[name] = f"{result.details['neighbours']} nearest, mean features"
         values = [result.scores[key] for key in names]

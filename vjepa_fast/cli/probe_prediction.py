@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
 
 def run_prediction(
-    task: Literal["horizon", "surprise"], model: Prediction, name: str, videos: Videos, rule: ClipRule,
-    stride: int | None, pairs: bool, device: Any, batch_size: int, num_workers: int, out: Path, head: dict[str, Any],
+    task: Literal["horizon", "surprise"],
+    model: Prediction,
+    name: str,
+    videos: Videos,
+    rule: ClipRule,
+    stride: int | None,
+    pairs: bool,
+    device: Any,
+    batch_size: int,
+    num_workers: int,
+    out: Path,
+    head: dict[str, Any],
 ) -> None:
     """Measure, write and show.
 
@@ -50,21 +60,37 @@ def run_prediction(
     found: dict[int, Any] = {}
     try:
         for number, errors in errors_of_videos(
-                videos, rule, stride, lambda: model.to(device), batch_size, num_workers,
-                lambda done, broken: bar.show(done, f"{len(broken)} broken"), broken):
+            videos,
+            rule,
+            stride,
+            lambda: model.to(device),
+            batch_size,
+            num_workers,
+            lambda done, broken: bar.show(done, f"{len(broken)} broken"),
+            broken,
+        ):
             found[number] = errors if task == "horizon" else surprise.surprise(errors)
     finally:
         bar.close()
     if broken:
         path, reason = next(iter(broken.items()))
-        say("warning", f"{len(broken)} of {len(videos.paths)} videos were left out ({path}: {reason}"
-                       f"{', ...' if len(broken) > 1 else ''})")
+        say(
+            "warning",
+            f"{len(broken)} of {len(videos.paths)} videos were left out ({path}: {reason}"
+            f"{', ...' if len(broken) > 1 else ''})",
+        )
     order = sorted(found)
     clips = {key: value for key, value in asdict(rule).items() if key in ("frames", "fps", "frame_step", "size")}
     tubelet = model.context.encoder.tubelet_size
-    content = {**head, "command": sys.argv[1:], "task": task, "val": {"manifest": name, "videos": len(order)},
-               "clips": {**clips, "context": model.context_tubelets * tubelet, "stride": stride}, "broken": broken,
-               "encoders": {"context": model.context.weights, "target": model.target.weights}}
+    content = {
+        **head,
+        "command": sys.argv[1:],
+        "task": task,
+        "val": {"manifest": name, "videos": len(order)},
+        "clips": {**clips, "context": model.context_tubelets * tubelet, "stride": stride},
+        "broken": broken,
+        "encoders": {"context": model.context.weights, "target": model.target.weights},
+    }
     if task == "horizon":
         scores = horizon.horizon_scores([found[number] for number in order], tubelet / rule.fps if rule.fps else None)
     else:
@@ -72,8 +98,10 @@ def run_prediction(
         if pairs and broken:
             say("warning", "pairs are left out where videos are missing, as it is unknown which belong together")
         scores = surprise.surprise_scores([found[number] for number in order], labels, pairs and not broken)
-        content["by_video"] = {videos.names[number]: {"label": int(label), **found[number]}
-                               for number, label in zip(order, labels.tolist(), strict=True)}
+        content["by_video"] = {
+            videos.names[number]: {"label": int(label), **found[number]}
+            for number, label in zip(order, labels.tolist(), strict=True)
+        }
     with disk_errors(out, advice="give the command once more"):
         out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{task}.png"
@@ -93,13 +121,23 @@ def _show_horizon(scores: dict[str, Any]) -> None:
 
     table = Table(title=f"Future features of {scores['videos']} videos, L1 distance (0 is perfect)")
     rows = scores["by_horizon"]
-    for name in ("seconds ahead" if "seconds" in rows[0] else "tubelets ahead", "predicted", "last copied",
-                 "mean of the past", "predicted / copied", "videos nearer than copied"):
+    for name in (
+        "seconds ahead" if "seconds" in rows[0] else "tubelets ahead",
+        "predicted",
+        "last copied",
+        "mean of the past",
+        "predicted / copied",
+        "videos nearer than copied",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         ahead = f"{row['seconds']:.2f}" if "seconds" in row else str(row["tubelet"])
-        table.add_row(ahead, *(f"{row[key]:.4f}" for key in ("predicted", "copied", "averaged")),
-                      f"{row['ratio']:.3f}", f"{100 * row['share_nearer']:.0f} %")
+        table.add_row(
+            ahead,
+            *(f"{row[key]:.4f}" for key in ("predicted", "copied", "averaged")),
+            f"{row['ratio']:.3f}",
+            f"{100 * row['share_nearer']:.0f} %",
+        )
     table.add_row("all", "", "", "", f"{scores['ratio']:.3f}", f"{100 * scores['share_nearer']:.0f} %")
     Console().print(table)
 
@@ -110,15 +148,18 @@ def _show_surprise(scores: dict[str, Any]) -> None:
 
     from vjepa_fast.evaluation.surprise import REDUCTIONS
 
-    table = Table(title=f"{scores['anomalies']} of {scores['videos']} videos are impossible: area under the ROC curve "
-                        "(95 %), 0.5 is chance")
+    table = Table(
+        title=f"{scores['anomalies']} of {scores['videos']} videos are impossible: area under the ROC curve "
+        "(95 %), 0.5 is chance"
+    )
     table.add_column("error of")
     for how in REDUCTIONS:
         table.add_column(how, justify="right")
     for kind, name in (("predicted", "predicted features"), ("copied", "copied features (motion)")):
         own = scores["auc"][kind]
-        table.add_row(name, *(f"{own[how]['auc']:.3f} ({own[how]['low']:.2f} to {own[how]['high']:.2f})"
-                              for how in REDUCTIONS))
+        table.add_row(
+            name, *(f"{own[how]['auc']:.3f} ({own[how]['low']:.2f} to {own[how]['high']:.2f})" for how in REDUCTIONS)
+        )
         if own[REDUCTIONS[0]].get("paired_accuracy") is not None:
             table.add_row("  pairs told apart", *(f"{own[how]['paired_accuracy']:.3f}" for how in REDUCTIONS))
     Console().print(table)

@@ -50,8 +50,10 @@ def parse(text: str) -> dict[str, str | int]:
     for item in re.split(r",(?![^\[]*\])", text):
         key, equals, value = item.strip().partition("=")
         if not equals or not value:
-            raise ConfigError(f"--submit has {item!r}; expected key=value, separated by commas, as in "
-                              "partition=gpu,nodes=2,gpus_per_node=8,timeout_min=1440")
+            raise ConfigError(
+                f"--submit has {item!r}; expected key=value, separated by commas, as in "
+                "partition=gpu,nodes=2,gpus_per_node=8,timeout_min=1440"
+            )
         if key not in NUMBERS + TEXTS:
             near = get_close_matches(key, NUMBERS + TEXTS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -68,8 +70,10 @@ def parse(text: str) -> dict[str, str | int]:
     if cluster == "local" and int(found.get("nodes", 1)) > 1:
         raise ConfigError("--submit has nodes beside cluster=local, which is this machine alone; leave nodes out")
     if cluster == "slurm" and "timeout_min" not in found:
-        raise ConfigError("--submit has no timeout_min, the time limit of the job in minutes; a run that needs "
-                          "longer goes back into the queue then")
+        raise ConfigError(
+            "--submit has no timeout_min, the time limit of the job in minutes; a run that needs "
+            "longer goes back into the queue then"
+        )
     return found
 
 
@@ -107,8 +111,10 @@ def submit(cfg: Config, options: dict[str, str | int], resume: bool, profile: bo
     is_local = options.get("cluster") == "local"
     missing = [] if is_local else [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing:
-        raise UserError(f"--submit finds no {' and no '.join(missing)}; run it where SLURM's commands are, or add "
-                        "cluster=local to run the job on this machine")
+        raise UserError(
+            f"--submit finds no {' and no '.join(missing)}; run it where SLURM's commands are, or add "
+            "cluster=local to run the job on this machine"
+        )
     count = num_processes(options)
     try:
         cfg.data.per_process(count)
@@ -122,8 +128,10 @@ def submit(cfg: Config, options: dict[str, str | int], resume: bool, profile: bo
     if is_local:
         local = submitit.LocalExecutor(logs, max_num_timeout=MAX_TIMEOUTS)
         local.update_parameters(
-            timeout_min=options.get("timeout_min", _FOREVER), gpus_per_node=options.get("gpus_per_node", 0),
-            signal_delay_s=options.get("signal_delay_s", SIGNAL_DELAY))
+            timeout_min=options.get("timeout_min", _FOREVER),
+            gpus_per_node=options.get("gpus_per_node", 0),
+            signal_delay_s=options.get("signal_delay_s", SIGNAL_DELAY),
+        )
         # One task, which starts the others as --nproc does.
         job: Job[int] = local.submit(TrainingJob(cfg, count, profile))
         return job, folder
@@ -143,9 +151,14 @@ def slurm_parameters(cfg: Config, options: dict[str, str | int]) -> dict[str, An
         given["mem"] = f"{options['mem_gb']}GB"
     given.pop("tasks_per_node", None)
     # A task that dies must not leave the others waiting; a job that is preempted comes back.
-    return {"job_name": cfg.train.name, "signal_delay_s": SIGNAL_DELAY, **given,
-            "ntasks_per_node": _tasks_per_node(options), "srun_args": ["--kill-on-bad-exit=1"],
-            "additional_parameters": {"requeue": True}}
+    return {
+        "job_name": cfg.train.name,
+        "signal_delay_s": SIGNAL_DELAY,
+        **given,
+        "ntasks_per_node": _tasks_per_node(options),
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": {"requeue": True},
+    }
 
 
 class TrainingJob:

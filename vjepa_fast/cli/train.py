@@ -40,9 +40,12 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted, 143 preempted 
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", show_default=False,
-                       help="Dotted keys on top of the config, values in YAML: optimization.lr=1e-4. The reference's "
-                            "names (meta.seed=1) are accepted too. --print-config shows every key."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Dotted keys on top of the config, values in YAML: optimization.lr=1e-4. The reference's "
+            "names (meta.seed=1) are accepted too. --print-config shows every key.",
+        ),
     ] = None,
     recipe: RecipeOption = None,
     config: ConfigOption = None,
@@ -50,16 +53,19 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Training processes on this machine, one a GPU.")] = 1,
     max_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Stop after N steps; the schedules keep their length."),
+        int | None, typer.Option(metavar="N", min=0, help="Stop after N steps; the schedules keep their length.")
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole resolved config as YAML, and stop."),
+        bool, typer.Option("--print-config", help="Print the whole resolved config as YAML, and stop.")
     ] = False,
     submit: Annotated[
         str | None,
-        typer.Option("--submit", metavar="K=V,...",
-                     help="Run as a SLURM job that goes on by itself after its time limit: partition=gpu,nodes=2,"
-                          "gpus_per_node=8,timeout_min=1440. Or in the background of this machine: cluster=local."),
+        typer.Option(
+            "--submit",
+            metavar="K=V,...",
+            help="Run as a SLURM job that goes on by itself after its time limit: partition=gpu,nodes=2,"
+            "gpus_per_node=8,timeout_min=1440. Or in the background of this machine: cluster=local.",
+        ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Record where the time of a few steps goes.")] = False,
 ) -> None:
@@ -91,9 +97,13 @@ def _submit(cfg: Config, text: str, nproc: int, resume: bool, profile: bool) -> 
     from vjepa_fast.cli import submit
 
     if nproc > 1:
-        raise ConfigError("--nproc is for processes that this command starts; how many the job of --submit has, "
-                          "gpus_per_node or tasks_per_node says")
+        raise ConfigError(
+            "--nproc is for processes that this command starts; how many the job of --submit has, "
+            "gpus_per_node or tasks_per_node says"
+        )
     options = submit.parse(text)
     job, folder = submit.submit(cfg, options, resume, profile)
-    typer.echo(f"job {job.job_id} of {submit.num_processes(options)} processes is submitted\n"
-               f"run folder {folder}\noutput in {job.paths.stdout} and {job.paths.stderr}")
+    typer.echo(
+        f"job {job.job_id} of {submit.num_processes(options)} processes is submitted\n"
+        f"run folder {folder}\noutput in {job.paths.stdout} and {job.paths.stderr}"
+    )

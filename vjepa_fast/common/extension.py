@@ -54,8 +54,10 @@ def load() -> Extension:
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         return Extension(None, f"{LIBRARY} does not load: {str(error).splitlines()[0]}")
     if built["version"] != vjepa_fast.__version__:
-        return Extension(None, f"{LIBRARY} was built for vjepa-fast {built['version']}, this is "
-                               f"{vjepa_fast.__version__}: install again")
+        return Extension(
+            None,
+            f"{LIBRARY} was built for vjepa-fast {built['version']}, this is {vjepa_fast.__version__}: install again",
+        )
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.vjepa_fast, name)]
     if missing:
         return Extension(None, f"{LIBRARY} has no {', '.join(missing)}: it is older than the code, install again")

@@ -53,7 +53,11 @@ class Stream(IntEnum):
 def pack_tag(stream: int, *, group: int = 0, mask: int = 0, attempt: int = 0, block: int = 0) -> int:
     """The fourth counter word; every field must fit its width (see the module docstring)."""
     for name, value, bits in (
-        ("stream", stream, 4), ("group", group, 4), ("mask", mask, 6), ("attempt", attempt, 8), ("block", block, 10),
+        ("stream", stream, 4),
+        ("group", group, 4),
+        ("mask", mask, 6),
+        ("attempt", attempt, 8),
+        ("block", block, 10),
     ):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name}={value} does not fit the {bits} bits it has in the random counter")
@@ -76,8 +80,10 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
         product_0 = c0 * np.uint64(MULTIPLIER_0)
         product_1 = c2 * np.uint64(MULTIPLIER_1)
         c0, c1, c2, c3 = (
-            (product_1 >> _SHIFT) ^ c1 ^ np.uint64(k0), product_1 & _LOW,
-            (product_0 >> _SHIFT) ^ c3 ^ np.uint64(k1), product_0 & _LOW,
+            (product_1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            product_1 & _LOW,
+            (product_0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            product_0 & _LOW,
         )
         k0, k1 = (k0 + WEYL_0) & 0xFFFFFFFF, (k1 + WEYL_1) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)

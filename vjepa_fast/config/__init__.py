@@ -22,7 +22,9 @@ from vjepa_fast.config.schema import Config, MaskConfig
 __all__ = ["Config", "ConfigWarning", "contents", "dump", "load_config", "load_recipe", "recipe_names"]
 
 _COPIES = {
-    "model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"}, "data": {"seed"}}
+    "model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"},
+    "data": {"seed"},
+}
 """Keys that always equal a key of another section, which is the one to write."""
 
 
@@ -73,7 +75,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         base = raw.pop("base")
         if not isinstance(base, str):
             raise ConfigError(
-                f"{path}: base is {yaml_io.describe(base)}; expected a recipe: {', '.join(recipe_names())}")
+                f"{path}: base is {yaml_io.describe(base)}; expected a recipe: {', '.join(recipe_names())}"
+            )
         raw = _overrides.merge(_recipe(base), {name: value for name, value in raw.items() if value is not None})
     return _build(raw, str(path), overrides)
 

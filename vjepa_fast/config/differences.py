@@ -55,5 +55,8 @@ def _leaves_of(recipe: str) -> dict[str, Any]:
 
 
 def _differences(recipe: dict[str, Any], config: dict[str, Any]) -> list[Difference]:
-    return [Difference(key, recipe.get(key), config.get(key)) for key in dict.fromkeys([*recipe, *config])
-            if key not in _PLACES and recipe.get(key) != config.get(key)]
+    return [
+        Difference(key, recipe.get(key), config.get(key))
+        for key in dict.fromkeys([*recipe, *config])
+        if key not in _PLACES and recipe.get(key) != config.get(key)
+    ]

@@ -37,8 +37,11 @@ def _walk(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         annotation = field.annotation
         # A section that may be left out is one or None.
-        sections = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(
-            one, Section) and one is not MaskSpec]
+        sections = [
+            one
+            for one in (annotation, *get_args(annotation))
+            if isinstance(one, type) and issubclass(one, Section) and one is not MaskSpec
+        ]
         if sections:
             yield from _walk(sections[0], f"{prefix}{name}.")
         else:

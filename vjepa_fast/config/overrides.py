@@ -104,7 +104,8 @@ def _set(config: dict[str, Any], key: str, value: Any, text: str) -> None:
                 node = node[part]
         else:
             raise ConfigError(
-                f"override {text!r}: {path} is {describe(node)}, which has no keys below it{suggest(key)}")
+                f"override {text!r}: {path} is {describe(node)}, which has no keys below it{suggest(key)}"
+            )
 
 
 def apply(config: dict[str, Any], overrides: Iterable[str], default_masks: list[MaskSpec]) -> dict[str, str]:
@@ -127,8 +128,9 @@ def apply(config: dict[str, Any], overrides: Iterable[str], default_masks: list[
         if key in _NOT_OURS:
             raise ConfigError(f"override {text!r}: {_NOT_OURS[key]}")
         generic = ".".join("0" if part.isdecimal() else part for part in key.split("."))
-        if not any(f"{known}.".startswith(f"{generic}.") or f"{generic}.".startswith(f"{known}.")
-                   for known in known_keys()):
+        if not any(
+            f"{known}.".startswith(f"{generic}.") or f"{generic}.".startswith(f"{known}.") for known in known_keys()
+        ):
             raise ConfigError(f"override {text!r}: {key} is not a key{suggest(key, known_keys() + tuple(ALIASES))}")
         if key.startswith("mask.masks."):
             mask = config.get("mask")

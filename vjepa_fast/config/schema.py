@@ -19,9 +19,22 @@ from vjepa_fast.config.sections.model import MODEL_NAMES, LossConfig, ModelConfi
 from vjepa_fast.config.sections.run import OptimizationConfig, TrainConfig
 
 __all__ = [
-    "MODEL_NAMES", "AugmentationConfig", "Checkpointing", "Config", "DataConfig", "Dtype", "ImageDataConfig",
-    "LossConfig", "MaskConfig", "MaskSpec", "MaskStrategy", "ModelConfig", "OptimizationConfig", "Section",
-    "Switch", "TrainConfig",
+    "MODEL_NAMES",
+    "AugmentationConfig",
+    "Checkpointing",
+    "Config",
+    "DataConfig",
+    "Dtype",
+    "ImageDataConfig",
+    "LossConfig",
+    "MaskConfig",
+    "MaskSpec",
+    "MaskStrategy",
+    "ModelConfig",
+    "OptimizationConfig",
+    "Section",
+    "Switch",
+    "TrainConfig",
 ]
 
 
@@ -54,9 +67,12 @@ class Config(Section):
             elif own != value:
                 raise ValueError(f"model.{name} is {own} but the data section says {value}; set it in data only")
         if "return_all_tokens" in self.model.model_fields_set and (
-                self.model.return_all_tokens != self.loss.predict_all):
-            raise ValueError(f"model.return_all_tokens is {str(self.model.return_all_tokens).lower()} but "
-                             f"loss.predict_all is {str(self.loss.predict_all).lower()}; set it in loss only")
+            self.model.return_all_tokens != self.loss.predict_all
+        ):
+            raise ValueError(
+                f"model.return_all_tokens is {str(self.model.return_all_tokens).lower()} but "
+                f"loss.predict_all is {str(self.loss.predict_all).lower()}; set it in loss only"
+            )
         if self.loss.predict_all and self.model.n_output_distillation is None:
             raise ValueError("loss.predict_all is of V-JEPA 2.1; set model.n_output_distillation to 4 as well")
         self.model.return_all_tokens = self.loss.predict_all
@@ -74,12 +90,16 @@ class Config(Section):
             setattr(section, name, value)
         self._check_start()
         if self.train.shard_optimizer and self.train.dtype == "float16":
-            raise ValueError("train.shard_optimizer has no part in the loss scale of train.dtype=float16; set "
-                             "train.dtype=bfloat16, or train.shard_optimizer=false")
+            raise ValueError(
+                "train.shard_optimizer has no part in the loss scale of train.dtype=float16; set "
+                "train.dtype=bfloat16, or train.shard_optimizer=false"
+            )
         if self.mask.clips_per_mask not in (1, self.data.clips_per_video):
-            raise ValueError(f"mask.clips_per_mask is {self.mask.clips_per_mask}, but data.clips_per_video is "
-                             f"{self.data.clips_per_video}; expected that number, or 1 for masks of its own for every "
-                             "clip")
+            raise ValueError(
+                f"mask.clips_per_mask is {self.mask.clips_per_mask}, but data.clips_per_video is "
+                f"{self.data.clips_per_video}; expected that number, or 1 for masks of its own for every "
+                "clip"
+            )
         if self.mask.group_size is None:
             self.mask.group_size = self.data.batch_size or self.data.global_batch_size
         return self
@@ -87,30 +107,40 @@ class Config(Section):
     @property
     def _start(self) -> dict[str, Path]:
         """What a run starts from, by key."""
-        keys = {"train.init_weights": self.train.init_weights, "train.read_checkpoint": self.train.read_checkpoint,
-                "optimization.anneal_ckpt": self.optimization.anneal_ckpt}
+        keys = {
+            "train.init_weights": self.train.init_weights,
+            "train.read_checkpoint": self.train.read_checkpoint,
+            "optimization.anneal_ckpt": self.optimization.anneal_ckpt,
+        }
         return {key: path for key, path in keys.items() if path is not None}
 
     def _check_start(self) -> None:
         others = [key for key in self._start if key != "train.init_weights"]
         if self.train.init_weights is not None and others:
-            raise ValueError(f"train.init_weights and {others[0]} are both set, and a run starts from one of them; set "
-                             f"{others[0]}=null for the weights alone, with a new optimizer")
+            raise ValueError(
+                f"train.init_weights and {others[0]} are both set, and a run starts from one of them; set "
+                f"{others[0]}=null for the weights alone, with a new optimizer"
+            )
 
     def _check_images(self) -> None:
         if self.img_data is None:
             if self.img_mask is not None:
-                raise ValueError("img_mask is set but img_data is not; say in img_data what images to train on, or set "
-                                 "img_mask to null too")
+                raise ValueError(
+                    "img_mask is set but img_data is not; say in img_data what images to train on, or set "
+                    "img_mask to null too"
+                )
             return
         if self.model.img_temporal_dim_size is None:
-            raise ValueError("img_data needs a model that takes images beside videos; set model.img_temporal_dim_size "
-                             "to 1")
+            raise ValueError(
+                "img_data needs a model that takes images beside videos; set model.img_temporal_dim_size to 1"
+            )
         share = self.img_data.batch_size * self.img_data.rank_ratio
         if share != int(share) or share < 1:
-            raise ValueError(f"img_data.batch_size {self.img_data.batch_size} times rank_ratio "
-                             f"{self.img_data.rank_ratio:g} is {share:g} images for each process; expected a whole "
-                             "number, at least 1")
+            raise ValueError(
+                f"img_data.batch_size {self.img_data.batch_size} times rank_ratio "
+                f"{self.img_data.rank_ratio:g} is {share:g} images for each process; expected a whole "
+                "number, at least 1"
+            )
 
     @property
     def sharded_checkpoints(self) -> bool:
@@ -125,21 +155,29 @@ class Config(Section):
                 no weights to start from and the config needs some.
         """
         if self.train.needs_weights and not self._start:
-            raise ConfigError("train.init_weights is not set, and this config goes on from a trained model; say from "
-                              "which, as in train.init_weights=vitl.pt: Meta's ViT-L is at "
-                              "https://dl.fbaipublicfiles.com/vjepa2/vitl.pt, the README of facebookresearch/vjepa2 "
-                              "lists the others")
+            raise ConfigError(
+                "train.init_weights is not set, and this config goes on from a trained model; say from "
+                "which, as in train.init_weights=vitl.pt: Meta's ViT-L is at "
+                "https://dl.fbaipublicfiles.com/vjepa2/vitl.pt, the README of facebookresearch/vjepa2 "
+                "lists the others"
+            )
         if not self.data.datasets:
-            raise ConfigError("data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
-                              "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]")
+            raise ConfigError(
+                "data.datasets is empty; say what to train on: a CSV of `path label` lines, a folder of "
+                "videos, an .npy or a glob, as in data.datasets=[train_paths.csv]"
+            )
         if self.model.teacher_embed_dim is not None:
-            raise ConfigError(f"model.teacher_embed_dim is {self.model.teacher_embed_dim}: this model predicts the "
-                              "features of another one, which it was distilled from, and cannot be trained here; set "
-                              "it to null to train a model of its own")
+            raise ConfigError(
+                f"model.teacher_embed_dim is {self.model.teacher_embed_dim}: this model predicts the "
+                "features of another one, which it was distilled from, and cannot be trained here; set "
+                "it to null to train a model of its own"
+            )
         if self.img_data is not None and not self.img_data.datasets:
-            raise ConfigError("img_data.datasets is empty; say what images to train on: a CSV of their paths or a "
-                              "folder, as in img_data.datasets=[images.csv], or train on videos alone with "
-                              "img_data=null img_mask=null")
+            raise ConfigError(
+                "img_data.datasets is empty; say what images to train on: a CSV of their paths or a "
+                "folder, as in img_data.datasets=[images.csv], or train on videos alone with "
+                "img_data=null img_mask=null"
+            )
         if self.train.parallel == "fsdp":
             self._check_sharded()
 
@@ -148,13 +186,21 @@ class Config(Section):
         lengths = sorted(set(self.data.dataset_fpcs))
         refused = {
             "train.shard_optimizer is set, but the optimizer's state is sharded with the parameters": (
-                self.train.shard_optimizer, "leave it out"),
+                self.train.shard_optimizer,
+                "leave it out",
+            ),
             "train.dtype is float16, whose loss scale each process would choose for itself": (
-                self.train.dtype == "float16", "set train.dtype=bfloat16"),
+                self.train.dtype == "float16",
+                "set train.dtype=bfloat16",
+            ),
             "model.target_precision is float8, whose copies of weights are made of whole parameters": (
-                self.model.target_precision == "float8", "leave it out"),
+                self.model.target_precision == "float8",
+                "leave it out",
+            ),
             f"data.dataset_fpcs has clips of {lengths} frames, and a process may get none of one length": (
-                len(lengths) > 1, "train on clips of one length"),
+                len(lengths) > 1,
+                "train on clips of one length",
+            ),
         }
         for what, (is_so, advice) in refused.items():
             if is_so:

@@ -24,7 +24,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 if key in seen and key != "<<":
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is written twice", key_node.start_mark)
+                        None, None, f"the key {key!r} is written twice", key_node.start_mark
+                    )
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -32,7 +33,8 @@ class _Loader(yaml.SafeLoader):
 _INT = re.compile(r"^[-+]?(0x[0-9a-fA-F_]+|0o?[0-7_]+|[1-9][0-9_]*|0)$")
 _FLOAT = re.compile(
     r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$"
-    r"|^\.(nan|NaN|NAN)$")
+    r"|^\.(nan|NaN|NAN)$"
+)
 _REPLACED = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
@@ -99,7 +101,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is empty; expected sections such as `model:` and `data:`")
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path} holds {describe(value)}; expected sections such as `model:` and `data:` with keys below them")
+            f"{path} holds {describe(value)}; expected sections such as `model:` and `data:` with keys below them"
+        )
     return value
 
 

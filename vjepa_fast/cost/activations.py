@@ -117,7 +117,13 @@ class Stack:
 
 
 def stack_of(
-    net: Network, s: int, kernels: bool, checkpointing: Checkpointing, *, levels: int = 1, pixels: float = 0.0,
+    net: Network,
+    s: int,
+    kernels: bool,
+    checkpointing: Checkpointing,
+    *,
+    levels: int = 1,
+    pixels: float = 0.0,
     float8: bool = False,
 ) -> Stack:
     """The bytes of a network.
@@ -146,15 +152,25 @@ def stack_of(
         # The operand in one byte; on a CPU it passes through fp32.
         passing = max(passing, 6 * d + f + net.hidden * (1 if kernels else 12))
     return Stack(
-        width=net.width, depth=net.depth, element=s, levels=levels, checkpointing=checkpointing,
-        before_attention=wide + statistics + d + 3 * d, attention=attention,
-        after_attention=wide + statistics + d + mlp, rows=d,
-        kept_products=3 * d + d + lse, kept_products_after=2 * d + (2 * f if net.swiglu else f),
-        transient=passing, beside=2 * d + turning,
+        width=net.width,
+        depth=net.depth,
+        element=s,
+        levels=levels,
+        checkpointing=checkpointing,
+        before_attention=wide + statistics + d + 3 * d,
+        attention=attention,
+        after_attention=wide + statistics + d + mlp,
+        rows=d,
+        kept_products=3 * d + d + lse,
+        kept_products_after=2 * d + (2 * f if net.swiglu else f),
+        transient=passing,
+        beside=2 * d + turning,
         transient_backward=d + f + (f if net.swiglu else 0),
         # The gradient of the tokens, that of queries, keys and values, and its copy to be rotated.
         transient_attention=d + 6 * d + turning + (2 * d if not kernels else 0),
         embedding=(8 if kernels else s * pixels) + (0 if kernels or s == 4 else 2 * 4 * net.rotated),
         # PyTorch gathers the patches, normalises them in fp32 and rounds.
         patches=d if kernels else d + pixels * (1 + 4 + (s if s < 4 else 0)),
-        norm=wide + statistics + d, widest_weight=net.width * net.hidden)
+        norm=wide + statistics + d,
+        widest_weight=net.width * net.hidden,
+    )

@@ -33,8 +33,11 @@ def compare(predicted: Mapping[str, float], measured: Mapping[str, float]) -> li
         measured: the same, see vjepa_fast.train.speed.profiling.times_by_part; `other` is what lies outside all parts.
     """
     names = [*ORDER, *sorted((set(predicted) | set(measured)) - set(ORDER))]
-    rows = [Row(name, predicted.get(name, 0.0), measured.get(name, 0.0)) for name in names
-            if name in predicted or name in measured]
+    rows = [
+        Row(name, predicted.get(name, 0.0), measured.get(name, 0.0))
+        for name in names
+        if name in predicted or name in measured
+    ]
     return [*rows, Row("step", sum(row.predicted for row in rows), sum(row.measured for row in rows))]
 
 

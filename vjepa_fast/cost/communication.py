@@ -71,7 +71,7 @@ class Cluster:
     @classmethod
     def of(cls, gpu: str, nodes: int, gpus_per_node: int, link: str) -> Cluster:
         """Raises:
-            ConfigError: no such link.
+        ConfigError: no such link.
         """
         return cls(nodes, gpus_per_node, link, INSIDE.get(gpu, PCIE), _outside(link, gpus_per_node))
 
@@ -94,8 +94,9 @@ class Cluster:
         """Rings within machines, and rings between them; see the module."""
         if self.outside is None:
             return self.ring(num_bytes)
-        return (_ring(self.gpus_per_node, num_bytes, SHARE * self.inside, INSIDE_LATENCY)
-                + _ring(self.nodes, num_bytes, SHARE * self.outside, OUTSIDE_LATENCY))
+        return _ring(self.gpus_per_node, num_bytes, SHARE * self.inside, INSIDE_LATENCY) + _ring(
+            self.nodes, num_bytes, SHARE * self.outside, OUTSIDE_LATENCY
+        )
 
 
 def _ring(n: int, num_bytes: float, rate: float, latency: float) -> float:
@@ -108,8 +109,9 @@ def _outside(link: str, gpus_per_node: int) -> float | None:
         return None if found is None else (found[0] or gpus_per_node) * found[1] / 8
     adapters, _, speed = link.partition("x")
     if not (adapters.isdecimal() and speed.isdecimal() and int(adapters) and int(speed)):
-        raise ConfigError(f"--link is {link!r}; known are {', '.join(LINKS)}, or adapters a machine and Gb/s of each, "
-                          "as in 8x400")
+        raise ConfigError(
+            f"--link is {link!r}; known are {', '.join(LINKS)}, or adapters a machine and Gb/s of each, as in 8x400"
+        )
     return int(adapters) * int(speed) * 1e9 / 8
 
 
@@ -146,8 +148,9 @@ def _cut(cfg: Config, prediction: Prediction) -> _Work:
     half = 4 if cfg.model.dtype == "float32" else 2
 
     def units(parameters: float, depth: int, part: str) -> list[_Unit]:
-        times = (seconds.get(name, 0.0) / depth / cfg.optimization.grad_accumulation
-                 for name in (part, backward_of(part)))
+        times = (
+            seconds.get(name, 0.0) / depth / cfg.optimization.grad_accumulation for name in (part, backward_of(part))
+        )
         return [_Unit(parameters / depth, half * parameters / depth, *times)] * depth
 
     encoder, predictor = networks
@@ -157,7 +160,10 @@ def _cut(cfg: Config, prediction: Prediction) -> _Work:
         units(predictor_linear, predictor.depth, "predictor"),
         units(found.target_linear, encoder.depth, "context encoder"),
         units(found.target_linear, encoder.depth, "target encoder"),
-        [_Unit(count, 4 * count) for count in left], seconds.get("optimizer", 0.0), prediction.busy)
+        [_Unit(count, 4 * count) for count in left],
+        seconds.get("optimizer", 0.0),
+        prediction.busy,
+    )
 
 
 @dataclass(frozen=True)
@@ -217,19 +223,30 @@ def exchange(way: Way, cfg: Config, prediction: Prediction, cluster: Cluster) ->
         # All of that for every micro-batch.
         times = cfg.optimization.grad_accumulation
         return Exchange(
-            way, n, times * kept * (outside + sum(weights) + sum(again) + sum(gradients)), work.total,
+            way,
+            n,
+            times * kept * (outside + sum(weights) + sum(again) + sum(gradients)),
+            work.total,
             times * (first + sum(arriving) + sum(coming) + sum(sending)),
             times * (_ahead(backward_times, coming, leaving) + last),
-            times * (first + _ahead(forward_times, arriving, [0.0] * len(forward))), saved)
+            times * (first + _ahead(forward_times, arriving, [0.0] * len(forward))),
+            saved,
+        )
     if way == "ddp":
         exposed = _behind(backward_times, [2 * message for message in sending])
         return Exchange(way, n, 2 * kept * sum(gradients), work.total, 2 * sum(sending), exposed, 0.0, saved)
     outside = sum(unit.weight_bytes for unit in work.outside)
     first, arriving = cluster.pass_of(outside), [cluster.pass_of(unit.weight_bytes) for unit in forward]
     return Exchange(
-        way, n, kept * (sum(gradients) + outside + sum(unit.weight_bytes for unit in forward)), work.total,
-        sum(sending) + first + sum(arriving), _behind(backward_times, sending),
-        _in_order(forward_times, arriving, first), saved)
+        way,
+        n,
+        kept * (sum(gradients) + outside + sum(unit.weight_bytes for unit in forward)),
+        work.total,
+        sum(sending) + first + sum(arriving),
+        _behind(backward_times, sending),
+        _in_order(forward_times, arriving, first),
+        saved,
+    )
 
 
 def _behind(work: Sequence[float], messages: Sequence[float]) -> float:
@@ -261,19 +278,35 @@ def _ahead(work: Sequence[float], arriving: Sequence[float], leaving: Sequence[f
 def as_table(cfg: Config, prediction: Prediction, cluster: Cluster) -> str:
     """All three ways on a cluster, as text."""
     rows: list[tuple[str, ...]] = [
-        ("", "sent, GB", "busy, ms", "exposed in backward", "in forward", "update saved", "step, ms", "efficiency")]
+        ("", "sent, GB", "busy, ms", "exposed in backward", "in forward", "update saved", "step, ms", "efficiency")
+    ]
     for way in WAYS:
         x = exchange(way, cfg, prediction, cluster)
-        rows.append((NAMES[way], f"{x.sent / 1e9:.2f}", *(f"{1e3 * t:.1f}" for t in (
-            x.busy, x.exposed_backward, x.exposed_forward, x.saved, x.step)), f"{100 * x.efficiency:.1f} %"))
+        rows.append(
+            (
+                NAMES[way],
+                f"{x.sent / 1e9:.2f}",
+                *(f"{1e3 * t:.1f}" for t in (x.busy, x.exposed_backward, x.exposed_forward, x.saved, x.step)),
+                f"{100 * x.efficiency:.1f} %",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
     between = ""
     if cluster.nodes > 1 and cluster.outside is not None:
         between = f", {cluster.outside * 8 / 1e9:g} Gb/s a machine between them ({cluster.link})"
-    title = (f"On {cluster.num_gpus} GPUs ({cluster.nodes} x {cluster.gpus_per_node}; {cluster.inside / 1e9:g} GB/s "
-             f"a GPU within a machine{between}), each with its own batch, predicted:")
-    lines = ["".join(cell.rjust(width) if place else cell.ljust(width)
-                     for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    note = (f"Assumed, not measured: {100 * SHARE:.0f} % of the links' data sheets, {1e6 * INSIDE_LATENCY:g} and "
-            f"{1e6 * OUTSIDE_LATENCY:g} us a message (vjepa_fast/cost/communication.py).")
+    title = (
+        f"On {cluster.num_gpus} GPUs ({cluster.nodes} x {cluster.gpus_per_node}; {cluster.inside / 1e9:g} GB/s "
+        f"a GPU within a machine{between}), each with its own batch, predicted:"
+    )
+    lines = [
+        "".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    note = (
+        f"Assumed, not measured: {100 * SHARE:.0f} % of the links' data sheets, {1e6 * INSIDE_LATENCY:g} and "
+        f"{1e6 * OUTSIDE_LATENCY:g} us a message (vjepa_fast/cost/communication.py)."
+    )
     return "\n".join([title, "", *lines, "", note])

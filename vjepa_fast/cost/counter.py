@@ -35,13 +35,30 @@ from vjepa_fast.ops.triton_support import dispatch
 from vjepa_fast.train.step import TrainStep
 
 _NO_LAUNCH = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "alias",
-    "lift_fresh", "_reshape_alias", "view", "is_pinned", "_pin_memory", "promote_types",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_reshape_alias",
+    "view",
+    "is_pinned",
+    "_pin_memory",
+    "promote_types",
 }
 KERNELS_OF = {
     # Beyond one a call: factors before the update; folded weights; partial sums; a sum over rows, two copies.
-    "adamw_ema_": 2, "patch_embed_fwd": 2, "patch_embed_bwd": 3, "sum_of_squares": 2, "latent_loss_fwd": 2,
-    "layer_norm_bwd": 4, "variance_loss_fwd": 3,
+    "adamw_ema_": 2,
+    "patch_embed_fwd": 2,
+    "patch_embed_bwd": 3,
+    "sum_of_squares": 2,
+    "latent_loss_fwd": 2,
+    "layer_norm_bwd": 4,
+    "variance_loss_fwd": 3,
 }
 """Kernels that a call of one of our operators launches, where it is more than one."""
 
@@ -58,8 +75,12 @@ class Tally:
     """The part of num_bytes that is neither of matrix products nor of attention."""
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.launches + other.launches, self.num_bytes + other.num_bytes,
-                     self.operators + other.operators, self.elementwise_bytes + other.elementwise_bytes)
+        return Tally(
+            self.launches + other.launches,
+            self.num_bytes + other.num_bytes,
+            self.operators + other.operators,
+            self.elementwise_bytes + other.elementwise_bytes,
+        )
 
 
 def _returns_view(function: Any) -> bool:
@@ -174,8 +195,10 @@ def count_step(cfg: Config, masks: Sequence[MaskBatch], kernels: bool) -> dict[s
         step = TrainStep(model, cfg)
         images = [*image_groups(cfg), *[False] * len(masks)]
         clips = [
-            torch.empty((b.batch_size, b.grid[0] * (1 if image else cfg.model.tubelet_size), *cfg.model.crop_size, 3),
-                        dtype=torch.uint8)
+            torch.empty(
+                (b.batch_size, b.grid[0] * (1 if image else cfg.model.tubelet_size), *cfg.model.crop_size, 3),
+                dtype=torch.uint8,
+            )
             for b, image in zip(masks, images, strict=False)
         ]
         # From the second step on there are moments, and shadows that the optimizer wrote.

@@ -29,7 +29,12 @@ def attention(lengths: Sequence[int], width: int) -> int:
 
 
 def transformer(
-    lengths: Sequence[int], width: int, depth: int, mlp_ratio: float, swiglu: bool = False, wide_swiglu: bool = True,
+    lengths: Sequence[int],
+    width: int,
+    depth: int,
+    mlp_ratio: float,
+    swiglu: bool = False,
+    wide_swiglu: bool = True,
     last: int | None = None,
 ) -> int:
     """Forward of all blocks over packed sequences, the last one's projection and MLP for `last` tokens (None: all)."""
@@ -60,9 +65,7 @@ class StepFlops:
         return self.target_encoder + self.context_encoder + self.predictor
 
 
-def step_flops(
-    cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch], images: Sequence[bool] = ()
-) -> StepFlops:
+def step_flops(cfg: ModelConfig, masks: MaskBatch | Sequence[MaskBatch], images: Sequence[bool] = ()) -> StepFlops:
     """Operations of a step.
 
     Args:
@@ -95,13 +98,19 @@ def step_flops(
     predictor = (
         embed
         + transformer(
-            both, cfg.pred_embed_dim, cfg.pred_depth, 4.0, cfg.use_pred_silu, cfg.wide_silu,
-            None if all_tokens else sum(target))
+            both,
+            cfg.pred_embed_dim,
+            cfg.pred_depth,
+            4.0,
+            cfg.use_pred_silu,
+            cfg.wide_silu,
+            None if all_tokens else sum(target),
+        )
         + linear(sum(both) if all_tokens else sum(target), cfg.pred_embed_dim, levels * size.embed_dim)
     )
     return StepFlops(
         target_encoder=patches(whole, sum(b.batch_size * b.num_tokens for b in of_images)) + encoder(whole),
-        context_encoder=2 * patches(context, sum(n for b in of_images for n in b.context_lengths)) + (
-            3 * encoder(context)),
+        context_encoder=2 * patches(context, sum(n for b in of_images for n in b.context_lengths))
+        + (3 * encoder(context)),
         predictor=3 * predictor,
     )

@@ -161,15 +161,21 @@ def with_measured(gpu: Gpu, report: Mapping[str, Any]) -> Gpu:
     changes: dict[str, Any] = {}
     if limits:
         share = limits["flops_per_s"] / gpu.flops_per_s
-        changes = {"memory_share": limits["bytes_per_s"] / gpu.bytes_per_s, "matmul_share": share,
-                   "narrow_matmul_share": share}
+        changes = {
+            "memory_share": limits["bytes_per_s"] / gpu.bytes_per_s,
+            "matmul_share": share,
+            "narrow_matmul_share": share,
+        }
     attention = rates.pop("attention", [])
     unknown = set(rates) - {"matmul_share", "narrow_matmul_share", "launch_s"}
     if unknown or not (limits or rates or attention):
-        raise ConfigError(f"the rates file has {', '.join(sorted(unknown)) or 'no rates'}; expected limits, as gpu_run "
-                          "writes them, or rates (matmul_share, narrow_matmul_share, launch_s, attention)")
+        raise ConfigError(
+            f"the rates file has {', '.join(sorted(unknown)) or 'no rates'}; expected limits, as gpu_run "
+            "writes them, or rates (matmul_share, narrow_matmul_share, launch_s, attention)"
+        )
     changes |= rates
     if attention:
         changes["attention_flops_per_s"] = {
-            (entry["head_dim"], entry["phase"]): entry["flops_per_s"] for entry in attention}
+            (entry["head_dim"], entry["phase"]): entry["flops_per_s"] for entry in attention
+        }
     return replace(gpu, **changes, measured=tuple(changes))

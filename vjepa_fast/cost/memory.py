@@ -126,8 +126,14 @@ def _estimate(cfg: Config, loads: Loads, found: Parameters, num_processes: int, 
     shares = num_processes if cfg.train.shard_optimizer else of_all
     # Of several micro-batches they are added up whole, but for those of FSDP2.
     gradients = 4.0 * found.trained / (shares if num_micro == 1 else of_all)
-    base = Memory(4.0 * (found.trained + found.target) / of_all, gradients, 8.0 * found.trained / shares,
-                  0.0 if of_all > 1 else shadows, 0.0, "")
+    base = Memory(
+        4.0 * (found.trained + found.target) / of_all,
+        gradients,
+        8.0 * found.trained / shares,
+        0.0 if of_all > 1 else shadows,
+        0.0,
+        "",
+    )
     step = _step_of(cfg, loads.divided(num_micro), kernels)
     # The batches that the loader has ahead on a GPU, and this one.
     ahead = (cfg.data.device_prefetch or AHEAD) if kernels else 0
@@ -181,9 +187,15 @@ def _step_of(cfg: Config, loads: Loads, kernels: bool) -> _Step:
     return _Step(
         stack_of(encoder, s, kernels, kept, levels=levels, pixels=pixels, float8=model.target_precision == "float8"),
         stack_of(predictor, s, kernels, kept),
-        Tokens(loads.whole.tokens), Tokens(loads.context.tokens),
+        Tokens(loads.whole.tokens),
+        Tokens(loads.context.tokens),
         Tokens(loads.both.tokens, None if model.return_all_tokens else predicted),
-        predicted, clips, features + predictions, loss, embed)
+        predicted,
+        clips,
+        features + predictions,
+        loss,
+        embed,
+    )
 
 
 def _walk(account: _Account, step: _Step, found: Parameters, grad: float, whole: bool) -> None:
@@ -202,8 +214,9 @@ def _walk(account: _Account, step: _Step, found: Parameters, grad: float, whole:
     account.spike(tokens_of_clips * encoder.patches, "target encoder")
     # All levels, and then side by side.
     features = tokens_of_clips * s * encoder.width * encoder.levels
-    account.spike(features * (2 if encoder.levels > 1 else 1) + 2 * tokens_of_clips * s * encoder.width,
-                  "target encoder")
+    account.spike(
+        features * (2 if encoder.levels > 1 else 1) + 2 * tokens_of_clips * s * encoder.width, "target encoder"
+    )
     account.add(features)
     for name, stack, tokens in (("context encoder", encoder, step.context), ("predictor", predictor, step.both)):
         account.add(stack.kept_before(tokens.all))
@@ -218,8 +231,10 @@ def _walk(account: _Account, step: _Step, found: Parameters, grad: float, whole:
     account.spike(step.loss[1], "loss")
     account.add(-step.loss[0])
     account.spike(predictions + step.loss[0], "loss, backward")
-    networks = (("predictor, backward", predictor, step.both, found.predictor),
-                ("context encoder, backward", encoder, step.context, found.encoder))
+    networks = (
+        ("predictor, backward", predictor, step.both, found.predictor),
+        ("context encoder, backward", encoder, step.context, found.encoder),
+    )
     for name, stack, tokens, parameters in networks:
         account.add(-stack.kept_behind(tokens))
         share = parameters / stack.depth

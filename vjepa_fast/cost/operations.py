@@ -87,24 +87,38 @@ class Loads:
             steps: each a list of one MaskBatch a frames-per-clip group.
             images: which groups are of images, see image_groups; those behind its end are not.
         """
+
         def mean(lengths: str) -> Load:
             return Load.mean([Load.of(n for batch in step for n in getattr(batch, lengths)) for step in steps])
 
         clips = [sum(batch.batch_size for batch in step) for step in steps]
         whole = [Load.of(batch.num_tokens for batch in step for _ in range(batch.batch_size)) for step in steps]
         of_images = [batch for step in steps for batch, image in zip(step, images, strict=False) if image]
-        return cls(sum(clips) / len(steps), Load.mean(whole), mean("context_lengths"), mean("target_lengths"),
-                   mean("total_lengths"),
-                   sum(batch.batch_size * batch.num_tokens for batch in of_images) / len(steps),
-                   sum(sum(batch.context_lengths) for batch in of_images) / len(steps))
+        return cls(
+            sum(clips) / len(steps),
+            Load.mean(whole),
+            mean("context_lengths"),
+            mean("target_lengths"),
+            mean("total_lengths"),
+            sum(batch.batch_size * batch.num_tokens for batch in of_images) / len(steps),
+            sum(sum(batch.context_lengths) for batch in of_images) / len(steps),
+        )
 
     def divided(self, count: int) -> Loads:
         """The mean of so many parts."""
+
         def part(load: Load) -> Load:
             return Load(load.tokens / count, load.squares / count)
 
-        return Loads(self.clips / count, part(self.whole), part(self.context), part(self.target), part(self.both),
-                     self.image_tokens / count, self.image_context / count)
+        return Loads(
+            self.clips / count,
+            part(self.whole),
+            part(self.context),
+            part(self.target),
+            part(self.both),
+            self.image_tokens / count,
+            self.image_context / count,
+        )
 
 
 def image_groups(cfg: Config) -> list[bool]:
@@ -152,17 +166,35 @@ def networks_of(cfg: Config) -> tuple[Network, Network]:
         wide = int(width * ratio)
         return (int(2 * wide / 3) + 7) // 8 * 8 if swiglu and model.wide_silu else wide
 
-    encoder = Network(size.embed_dim, size.depth, size.num_heads,
-                      hidden(size.embed_dim, size.mlp_ratio, model.use_silu), model.use_silu, model.use_rope)
+    encoder = Network(
+        size.embed_dim,
+        size.depth,
+        size.num_heads,
+        hidden(size.embed_dim, size.mlp_ratio, model.use_silu),
+        model.use_silu,
+        model.use_rope,
+    )
     width = model.pred_embed_dim
-    return encoder, Network(width, model.pred_depth, model.pred_num_heads or size.num_heads,
-                            hidden(width, 4.0, model.use_pred_silu), model.use_pred_silu, model.use_rope)
+    return encoder, Network(
+        width,
+        model.pred_depth,
+        model.pred_num_heads or size.num_heads,
+        hidden(width, 4.0, model.use_pred_silu),
+        model.use_pred_silu,
+        model.use_rope,
+    )
 
 
 def _product(part: str, name: str, tokens: float, inputs: int, outputs: int, s: int, calls: int = 1) -> Operation:
     return Operation(
-        part, "matmul", name, calls * s * (tokens * (inputs + outputs) + inputs * outputs),
-        calls * 2.0 * tokens * inputs * outputs, calls, min(inputs, outputs))
+        part,
+        "matmul",
+        name,
+        calls * s * (tokens * (inputs + outputs) + inputs * outputs),
+        calls * 2.0 * tokens * inputs * outputs,
+        calls,
+        min(inputs, outputs),
+    )
 
 
 def _memory(part: str, name: str, num_bytes: float, launches: int = 1) -> Operation:
@@ -189,8 +221,18 @@ def blocks_forward(part: str, net: Network, load: Load, s: int, last: float | No
     out = [_product(part, name, rows, i, o, s, n) for name, i, o, rows in _linears(net, tokens, last)]
     out.append(_memory(part, "layer norm and residual", ((4 * n - 2) * tokens + 4 * n * after) * s * d, 2 * n))
     out.append(_memory(part, "activation", n * (3 if net.swiglu else 2) * s * net.hidden * after, n))
-    out.append(Operation(part, "attention", "attention", n * 4 * s * d * tokens, n * 4.0 * load.squares * d, n,
-                         net.head_dim, load.length))
+    out.append(
+        Operation(
+            part,
+            "attention",
+            "attention",
+            n * 4 * s * d * tokens,
+            n * 4.0 * load.squares * d,
+            n,
+            net.head_dim,
+            load.length,
+        )
+    )
     if net.rotated:
         out.append(_memory(part, "rope", n * (4 * net.num_heads * net.rotated * s + 4) * tokens, n))
     return out
@@ -206,9 +248,11 @@ def _in_float8(net: Network, tokens: float, s: int, operations: list[Operation])
 
 def _linear_backward(part: str, name: str, tokens: float, i: int, o: int, s: int, calls: int = 1) -> list[Operation]:
     """Gradients of input, weight and bias. A half-precision weight gradient is cast for its fp32 master."""
-    out = [_product(part, f"{name}, input", tokens, i, o, s, calls),
-           _product(part, f"{name}, weight", tokens, i, o, s, calls),
-           _memory(part, "bias gradients", calls * (s * tokens * o + 4 * o), calls)]
+    out = [
+        _product(part, f"{name}, input", tokens, i, o, s, calls),
+        _product(part, f"{name}, weight", tokens, i, o, s, calls),
+        _memory(part, "bias gradients", calls * (s * tokens * o + 4 * o), calls),
+    ]
     if s < 4:
         out.append(_memory(part, "weight gradient casts", calls * i * o * (s + 4), calls))
     return out
@@ -219,13 +263,24 @@ def blocks_backward(part: str, net: Network, load: Load, s: int, last: float | N
     tokens, d, n = load.tokens, net.width, net.depth
     last = tokens if last is None else last
     after = _mean_tokens(net, tokens, last)
-    out = [op for name, i, o, rows in _linears(net, tokens, last)
-           for op in _linear_backward(part, name, rows, i, o, s, n)]
+    out = [
+        op for name, i, o, rows in _linears(net, tokens, last) for op in _linear_backward(part, name, rows, i, o, s, n)
+    ]
     out.append(_memory(part, "layer norm and residual", n * 4 * s * d * (tokens + after), 2 * n * 4))
     out.append(_memory(part, "activation", n * (5 if net.swiglu else 3) * s * net.hidden * after, n))
     # Reads queries, keys, values, output and its gradient; writes the gradients of queries, keys and values.
-    out.append(Operation(part, "attention", "attention", n * 8 * s * d * tokens, n * 10.0 * load.squares * d, n,
-                         net.head_dim, load.length))
+    out.append(
+        Operation(
+            part,
+            "attention",
+            "attention",
+            n * 8 * s * d * tokens,
+            n * 10.0 * load.squares * d,
+            n,
+            net.head_dim,
+            load.length,
+        )
+    )
     if net.rotated:
         out.append(_memory(part, "rope", n * (6 * d * s + 4) * tokens, n))
     return out
@@ -235,14 +290,19 @@ def step_operations(cfg: Config, loads: Loads) -> list[Operation]:
     """Every operation of a training step on our kernels, with activation checkpointing and micro-batches where the
     config has them."""
     num_micro, parameters = cfg.optimization.grad_accumulation, count_parameters(cfg.model)
-    out = [replace(op, num_bytes=op.num_bytes * num_micro, flops=op.flops * num_micro, launches=op.launches * num_micro)
-           for op in _micro_batch(cfg, loads.divided(num_micro))]
+    out = [
+        replace(op, num_bytes=op.num_bytes * num_micro, flops=op.flops * num_micro, launches=op.launches * num_micro)
+        for op in _micro_batch(cfg, loads.divided(num_micro))
+    ]
     if num_micro > 1:
         # Two gradients are read and their sum is written, layer by layer: about 13 tensors a block.
         for name, count in (("context encoder", parameters.encoder), ("predictor", parameters.predictor)):
             depth = networks_of(cfg)[name == "predictor"].depth
-            out.append(_memory(backward_of(name), "sums of gradients", (num_micro - 1) * 12 * count,
-                               (num_micro - 1) * 13 * depth))
+            out.append(
+                _memory(
+                    backward_of(name), "sums of gradients", (num_micro - 1) * 12 * count, (num_micro - 1) * 13 * depth
+                )
+            )
     return out + optimizer_operations(parameters, 4 if cfg.model.dtype == "float32" else 2)
 
 
@@ -255,8 +315,19 @@ def _micro_batch(cfg: Config, loads: Loads) -> list[Operation]:
 
     def patches(part: str, tokens: float, of_images: float, launches: int) -> list[Operation]:
         counts = zip(pixel_values(cfg), (tokens - of_images, of_images), strict=True)
-        return [Operation(part, "matmul", "patch embedding", count * pixels + 4 * d * pixels + count * d * s,
-                          2.0 * count * pixels * d, launches, min(pixels, d)) for pixels, count in counts if count]
+        return [
+            Operation(
+                part,
+                "matmul",
+                "patch embedding",
+                count * pixels + 4 * d * pixels + count * d * s,
+                2.0 * count * pixels * d,
+                launches,
+                min(pixels, d),
+            )
+            for pixels, count in counts
+            if count
+        ]
 
     out = patches("patch embedding", loads.whole.tokens, loads.image_tokens, 2)
     out += patches("patch embedding", context.tokens, loads.image_context, 2)
@@ -301,8 +372,9 @@ def _micro_batch(cfg: Config, loads: Loads) -> list[Operation]:
             # Selectively, products and attention are kept; queries, keys and values are copied before they are turned.
             if model.checkpointing == "selective":
                 again = [op for op in again if op.kind == "memory"]
-                again.append(_memory(backward_of(name), "copies", 2 * 6 * s * net.width * net.depth * load.tokens,
-                                     2 * net.depth))
+                again.append(
+                    _memory(backward_of(name), "copies", 2 * 6 * s * net.width * net.depth * load.tokens, 2 * net.depth)
+                )
             out += [replace(op, name=f"{op.name}, again") for op in again]
     slope = 1 if cfg.loss.loss_exp == 1 else 4
     out.append(_memory("loss", "latent loss", predicted * levels * d * (2 * s + slope), 5 * len(heads)))
@@ -314,5 +386,7 @@ def optimizer_operations(parameters: Parameters, s: int) -> list[Operation]:
     """Norm of the gradients, AdamW, moving average and shadows."""
     shadows = (parameters.linear + parameters.target_linear) * s if s < 4 else 0
     moved = 28 * parameters.trained + 8 * parameters.target + shadows
-    return [_memory("optimizer", "norm of the gradients", 4 * parameters.trained, 3),
-            _memory("optimizer", "AdamW and moving average", moved, 10)]
+    return [
+        _memory("optimizer", "norm of the gradients", 4 * parameters.trained, 3),
+        _memory("optimizer", "AdamW and moving average", moved, 10),
+    ]

@@ -52,5 +52,9 @@ def _count(text: str) -> Parameters:
         return sum(p.numel() for m in module.modules() if isinstance(m, Linear) for p in m.parameters())
 
     return Parameters(
-        trained(model.encoder), trained(model.predictor), sum(p.numel() for p in model.target_encoder.parameters()),
-        linear(model.encoder) + linear(model.predictor), linear(model.target_encoder))
+        trained(model.encoder),
+        trained(model.predictor),
+        sum(p.numel() for p in model.target_encoder.parameters()),
+        linear(model.encoder) + linear(model.predictor),
+        linear(model.target_encoder),
+    )

@@ -63,8 +63,14 @@ def _human(value: float, units: Sequence[str] = ("", " k", " M", " G", " T", " P
 
 
 def describe(
-    cfg: Config, prediction: Prediction, steps: Sequence[Sequence[MaskBatch]], *, num_gpus: int = 1,
-    price: float | None = None, num_videos: int | None = None, kernels: bool = True,
+    cfg: Config,
+    prediction: Prediction,
+    steps: Sequence[Sequence[MaskBatch]],
+    *,
+    num_gpus: int = 1,
+    price: float | None = None,
+    num_videos: int | None = None,
+    kernels: bool = True,
 ) -> str:
     """The plan of a run.
 
@@ -96,26 +102,36 @@ def describe(
         f"tokens        {first.num_tokens} of a clip ({' x '.join(str(n) for n in first.grid)})"
         + (" in the first group" if len(steps[0]) > 1 else "")
         + f"; a step has {_human(loads.whole.tokens)} target-encoder, {_human(loads.context.tokens)} context, "
-          f"{_human(loads.target.tokens)} predicted (mean over {len(steps)} steps)",
+        f"{_human(loads.target.tokens)} predicted (mean over {len(steps)} steps)",
     ]
     share = sum(f.total for f in flops) / len(flops) / clips
     parts = ", ".join(
         f"{name.replace('_', ' ')} {_human(sum(getattr(f, name) for f in flops) / len(flops) / clips)}"
-        for name in ("target_encoder", "context_encoder", "predictor"))
+        for name in ("target_encoder", "context_encoder", "predictor")
+    )
     lines += [
         f"arithmetic    {_human(share)}FLOP a clip, forward and backward ({parts})",
         *_memory_lines(cfg, steps, gpu, num_gpus, kernels),
-        "", f"Milliseconds of a step on {gpu.name}, predicted:", "", prediction.as_table(), "",
+        "",
+        f"Milliseconds of a step on {gpu.name}, predicted:",
+        "",
+        prediction.as_table(),
+        "",
         f"step          {prediction.total * 1e3:.1f} ms, {prediction.clips_per_s:.1f} clips/s a GPU, "
         f"{prediction.flops / prediction.total / 1e12:.0f} model TFLOP/s"
         + (", waiting for the loader" if prediction.loader and prediction.loader > prediction.busy else ""),
     ]
     lines += _schedule(cfg, prediction, num_gpus, price, num_videos)
-    assumed = [name for name in ("matmul_share", "memory_share", "attention_flops_per_s", "launch_s")
-               if name not in gpu.measured]
+    assumed = [
+        name
+        for name in ("matmul_share", "memory_share", "attention_flops_per_s", "launch_s")
+        if name not in gpu.measured
+    ]
     if assumed:
-        lines += ["", f"Assumed, not measured: {', '.join(assumed)} (vjepa_fast/cost/gpus.py); --rates FILE takes "
-                      "measured ones."]
+        lines += [
+            "",
+            f"Assumed, not measured: {', '.join(assumed)} (vjepa_fast/cost/gpus.py); --rates FILE takes measured ones.",
+        ]
     return "\n".join(lines)
 
 
@@ -136,8 +152,10 @@ def _memory_lines(
         f"{memory.activations / GIB:.1f} GiB ({settings}; {memory.where})",
     ]
     limit = FITS * gpu.memory_bytes
-    room = (f"{memory.peak / GIB:.1f} GiB in all, in the largest of {len(steps)} steps: ", f"the {limit / GIB:.1f} GiB "
-            f"that can be used of the {gpu.memory_bytes / GIB:.1f} of {gpu.name}")
+    room = (
+        f"{memory.peak / GIB:.1f} GiB in all, in the largest of {len(steps)} steps: ",
+        f"the {limit / GIB:.1f} GiB that can be used of the {gpu.memory_bytes / GIB:.1f} of {gpu.name}",
+    )
     if memory.peak <= limit:
         return [*lines, f"              {room[0]}fits {room[1]}"]
     lines.append(f"              {room[0]}does not fit {room[1]}, by {(memory.peak - limit) / GIB:.1f} GiB")
@@ -160,11 +178,16 @@ def _schedule(
     if num_videos is not None:
         steps = max(1, int(num_videos * cfg.data.clips_per_video // clips_a_step))
         ipe = ipe or steps
-        lines.append(f"data          {_human(num_videos)} videos: once through them in {steps} steps, "
-                     + _duration(steps, prediction, num_gpus, price))
+        lines.append(
+            f"data          {_human(num_videos)} videos: once through them in {steps} steps, "
+            + _duration(steps, prediction, num_gpus, price)
+        )
     if ipe is None:
-        return [*lines, "schedule      as many steps an epoch as the data gives (optimization.ipe), so no duration; "
-                        "--videos says how many videos there are"]
+        return [
+            *lines,
+            "schedule      as many steps an epoch as the data gives (optimization.ipe), so no duration; "
+            "--videos says how many videos there are",
+        ]
     num_steps = opt.epochs * ipe
     num_steps = num_steps if cfg.train.max_steps is None else min(num_steps, cfg.train.max_steps)
     clips = _human(num_steps * prediction.clips * num_gpus)
@@ -176,5 +199,7 @@ def _duration(num_steps: int, prediction: Prediction, num_gpus: int, price: floa
     hours = num_steps * prediction.total / 3600
     days = f" ({hours / 24:.1f} days)" if hours >= 24 else ""
     cost = "" if price is None else f", cost {hours * num_gpus * price:.2f} at {price:g} a GPU-hour"
-    return (f"{hours:.2f} h{days} on {num_gpus} GPU{'s' * (num_gpus > 1)}, {hours * num_gpus:.1f} GPU-hours, without "
-            f"communication{cost}")
+    return (
+        f"{hours:.2f} h{days} on {num_gpus} GPU{'s' * (num_gpus > 1)}, {hours * num_gpus:.1f} GPU-hours, without "
+        f"communication{cost}"
+    )

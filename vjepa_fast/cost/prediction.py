@@ -79,11 +79,25 @@ class Prediction:
         """Milliseconds by part and kind."""
         rows: list[tuple[str, ...]] = [("part", "matmul", "attention", "memory", "launches", "launching", "total")]
         for part in self.parts:
-            rows.append((part.part, *(f"{1e3 * x:.2f}" for x in (part.matmul, part.attention, part.memory)),
-                         str(part.launches), f"{1e3 * part.launch:.2f}", f"{1e3 * part.total:.2f}"))
+            rows.append(
+                (
+                    part.part,
+                    *(f"{1e3 * x:.2f}" for x in (part.matmul, part.attention, part.memory)),
+                    str(part.launches),
+                    f"{1e3 * part.launch:.2f}",
+                    f"{1e3 * part.total:.2f}",
+                )
+            )
         sums = [1e3 * sum(getattr(part, kind) for part in self.parts) for kind in ("matmul", "attention", "memory")]
-        rows.append(("step", *(f"{x:.2f}" for x in sums), str(sum(part.launches for part in self.parts)),
-                     f"{1e3 * sum(part.launch for part in self.parts):.2f}", f"{1e3 * self.busy:.2f}"))
+        rows.append(
+            (
+                "step",
+                *(f"{x:.2f}" for x in sums),
+                str(sum(part.launches for part in self.parts)),
+                f"{1e3 * sum(part.launch for part in self.parts):.2f}",
+                f"{1e3 * self.busy:.2f}",
+            )
+        )
         if self.loader is not None:
             rows.append(("loader, beside it", "", "", "", "", "", f"{1e3 * self.loader:.2f}"))
         width = max(len(row[0]) for row in rows)
@@ -111,12 +125,19 @@ def add_up(operations: Iterable[Operation], gpu: Gpu) -> tuple[PartCost, ...]:
         kinds = times.setdefault(op.part, {"matmul": 0.0, "attention": 0.0, "memory": 0.0})
         kinds[op.kind] += seconds_of(op, gpu)
         launches[op.part] = launches.get(op.part, 0) + op.launches
-    return tuple(PartCost(part, **times[part], launch=launches[part] * gpu.launch_s, launches=launches[part])
-                 for part in ORDER if part in times)
+    return tuple(
+        PartCost(part, **times[part], launch=launches[part] * gpu.launch_s, launches=launches[part])
+        for part in ORDER
+        if part in times
+    )
 
 
 def predict(
-    cfg: Config, gpu: Gpu, steps: Sequence[Sequence[MaskBatch]], *, kernels: bool = True,
+    cfg: Config,
+    gpu: Gpu,
+    steps: Sequence[Sequence[MaskBatch]],
+    *,
+    kernels: bool = True,
     loader_clips_per_s: float | None = None,
 ) -> Prediction:
     """Time of a step.
@@ -133,15 +154,19 @@ def predict(
         ConfigError: float8 products on a GPU that has none.
     """
     if cfg.model.target_precision == "float8" and not gpu.float8_speed:
-        raise ConfigError(f"model.target_precision is float8, which {gpu.name} has no matrix units for; `same` works "
-                          "everywhere")
+        raise ConfigError(
+            f"model.target_precision is float8, which {gpu.name} has no matrix units for; `same` works everywhere"
+        )
     loads = Loads.of(steps, image_groups(cfg))
     operations = step_operations(cfg, loads)
     if not kernels:
         operations = plain_operations(cfg, operations, steps[0])
     # A multiply-add as two; the attention of a backward counts twice the forward, as in vjepa_fast.cost.flops.
-    flops = sum(op.flops * (0.8 if op.kind == "attention" and op.part.endswith("backward") else 1.0)
-                for op in operations if not op.name.endswith("again"))
+    flops = sum(
+        op.flops * (0.8 if op.kind == "attention" and op.part.endswith("backward") else 1.0)
+        for op in operations
+        if not op.name.endswith("again")
+    )
     units = replace(gpu, flops_per_s=gpu.fp32_flops_per_s) if cfg.model.dtype == "float32" else gpu
     return Prediction(gpu, loads.clips, add_up(operations, units), flops, loader_clips_per_s)
 
@@ -155,6 +180,13 @@ def plain_operations(cfg: Config, operations: Iterable[Operation], masks: Sequen
     rest = []
     for part, tally in count_step(cfg, masks, kernels=False).items():
         if part in ORDER:
-            rest.append(Operation(part, "memory", "elementwise", tally.elementwise_bytes,
-                                  launches=max(0, tally.launches - num_heavy.get(part, 0))))
+            rest.append(
+                Operation(
+                    part,
+                    "memory",
+                    "elementwise",
+                    tally.elementwise_bytes,
+                    launches=max(0, tally.launches - num_heavy.get(part, 0)),
+                )
+            )
     return heavy + rest

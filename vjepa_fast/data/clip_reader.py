@@ -84,8 +84,9 @@ class ClipReader:
 
     def choose(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Dataset and video, int64 [N] each, of global sample numbers."""
-        return sampling.choose_videos(samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle,
-                                      self.cfg.clips_per_video)
+        return sampling.choose_videos(
+            samples, self.sizes, self.cfg.datasets_weights, self.cfg.seed, self.cfg.shuffle, self.cfg.clips_per_video
+        )
 
     def __getitem__(self, step: int) -> RawBatch:
         try:
@@ -96,7 +97,7 @@ class ClipReader:
     def _note(self, dataset: int, video: int, since: float) -> None:
         worker = get_worker_info()
         if self.watch is not None and worker is not None:
-            self.watch[3 * worker.id:3 * worker.id + 3] = [dataset, video, since]
+            self.watch[3 * worker.id : 3 * worker.id + 3] = [dataset, video, since]
 
     def _read(self, step: int) -> RawBatch:
         count = self.cfg.per_process(self.world_size)
@@ -109,7 +110,8 @@ class ClipReader:
         chosen = zip(samples.tolist(), *(a.tolist() for a in self.choose(samples)), strict=True)
         # Clips of one video may also be the last of one process and the first of the next: each decodes its own.
         for (_, dataset, video), members in itertools.groupby(
-                chosen, lambda one: (one[0] // self.cfg.clips_per_video, *one[1:])):
+            chosen, lambda one: (one[0] // self.cfg.clips_per_video, *one[1:])
+        ):
             group = self.groups[dataset]
             own = [sample for sample, _, _ in members]
             for sample, found in zip(own, self._find_all(own, dataset, video, outcomes), strict=True):
@@ -120,18 +122,24 @@ class ClipReader:
                 videos.setdefault(group, []).append((dataset, found[1]))
         present = sorted(clips)
         return RawBatch(
-            step, present, [self.preparer.collate(clips[g]) for g in present], [torch.tensor(ids[g]) for g in present],
-            [videos[g] for g in present], outcomes, None)
+            step,
+            present,
+            [self.preparer.collate(clips[g]) for g in present],
+            [torch.tensor(ids[g]) for g in present],
+            [videos[g] for g in present],
+            outcomes,
+            None,
+        )
 
-    def _find_all(self, samples: list[int], dataset: int, video: int, outcomes: list[Outcome],
-                  ) -> Iterator[tuple[Any, int] | None]:
+    def _find_all(
+        self, samples: list[int], dataset: int, video: int, outcomes: list[Outcome]
+    ) -> Iterator[tuple[Any, int] | None]:
         """`find` for samples of one video, which is decoded once if it can be."""
         if len(samples) > 1:
             self._note(dataset, video, time.monotonic())
             try:
                 opened: dict[int, Source] = {}
-                clips = self.preparer.prepare_together(
-                    [self.request(one, dataset, video, opened) for one in samples])
+                clips = self.preparer.prepare_together([self.request(one, dataset, video, opened) for one in samples])
             except DecodeError:
                 # One by one below, so that a clip and its replacement depend on nothing but the sample number.
                 pass
@@ -142,8 +150,9 @@ class ClipReader:
         for sample in samples:
             yield self.find(sample, dataset, video, outcomes)
 
-    def find(self, sample: int, dataset: int, video: int, outcomes: list[Outcome], after: int | None = None,
-             ) -> tuple[Any, int] | None:
+    def find(
+        self, sample: int, dataset: int, video: int, outcomes: list[Outcome], after: int | None = None
+    ) -> tuple[Any, int] | None:
         """The first clip that can be had for a sample.
 
         Args:
@@ -192,8 +201,14 @@ class ClipReader:
         numbers = np.zeros(fpc, dtype=np.int64)
         if not source.is_image:
             try:
-                step = sampling.clip_step(source.avg_fps, fpc, fps=cfg.fps, duration=cfg.duration,
-                                          frame_step=cfg.frame_step, round_fps=cfg.round_fps)
+                step = sampling.clip_step(
+                    source.avg_fps,
+                    fpc,
+                    fps=cfg.fps,
+                    duration=cfg.duration,
+                    frame_step=cfg.frame_step,
+                    round_fps=cfg.round_fps,
+                )
             except ValueError as error:
                 raise DecodeError(str(error)) from error
             if cfg.filter_short_videos and source.num_frames < step * fpc:
@@ -203,7 +218,14 @@ class ClipReader:
             if length == 0:
                 raise DecodeError(f"it has {source.num_frames} frames for {num_parts} clips")
             numbers = sample % num_parts * length + sampling.clip_frames(sample, epoch, length, fpc, step, cfg.seed)
-        box = sampling.crop_box(sample, epoch, source.height, source.width, cfg.aug.random_resize_scale,
-                                cfg.aug.random_resize_aspect_ratio, cfg.seed)
+        box = sampling.crop_box(
+            sample,
+            epoch,
+            source.height,
+            source.width,
+            cfg.aug.random_resize_scale,
+            cfg.aug.random_resize_aspect_ratio,
+            cfg.seed,
+        )
         flip = cfg.aug.horizontal_flip and sampling.is_flipped(sample, epoch, cfg.seed)
         return ClipRequest(source, numbers, box, cfg.crop_size, flip)

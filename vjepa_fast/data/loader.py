@@ -65,8 +65,9 @@ class BrokenVideo:
 class Loader:
     """An iterable of batches. A second iteration goes on where the first one stopped."""
 
-    def __init__(self, reader: ClipReader, finisher: Finisher, device: torch.device, step: int,
-                 num_steps: int | None) -> None:
+    def __init__(
+        self, reader: ClipReader, finisher: Finisher, device: torch.device, step: int, num_steps: int | None
+    ) -> None:
         cfg = reader.cfg
         self._reader = reader
         self._finisher = finisher
@@ -227,8 +228,15 @@ class Loader:
             ((_, reason),) = finished.failed
 
 
-def build_loader(cfg: DataConfig, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", *,
-                 start_step: int = 0, num_steps: int | None = None) -> Loader:
+def build_loader(
+    cfg: DataConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    *,
+    start_step: int = 0,
+    num_steps: int | None = None,
+) -> Loader:
     """The clips of one process.
 
     Args:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"})
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
+)
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 _NUM_PROBED = 32
 _EXPECTED = 'expected lines of the form "path label" or "path::label"'
@@ -72,7 +73,7 @@ class PathList(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(bytes(self._blob[start:int(self._ends[index])]))
+        return os.fsdecode(bytes(self._blob[start : int(self._ends[index])]))
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,7 @@ def read_manifest(name: str) -> tuple[Sequence[str], list[Any]]:
         paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         expected = "the glob matches no file"
     elif not os.path.exists(name):
-        raise UserError(f"dataset {name!r} does not exist; expected a CSV, a .npy file, a folder, a glob "
-                        "or a pack")
+        raise UserError(f"dataset {name!r} does not exist; expected a CSV, a .npy file, a folder, a glob or a pack")
     elif extension == ".npy":
         paths, expected = _read_npy(name), "the array is empty"
     elif extension in MEDIA_EXTENSIONS:
@@ -179,11 +179,13 @@ def _read_npy(name: str) -> list[str]:
     except (ValueError, OSError, EOFError) as error:
         raise UserError(
             f"dataset {name!r} cannot be read as an array of strings ({error}); pickled arrays are refused because "
-            "loading one can run code. Write it with np.save(file, np.array(paths, dtype=str))") from error
+            "loading one can run code. Write it with np.save(file, np.array(paths, dtype=str))"
+        ) from error
     if array.ndim != 1 or array.dtype.kind not in "US":
         raise UserError(
             f"dataset {name!r} holds an array of shape {array.shape} and dtype {array.dtype}; expected one dimension "
-            "of strings, as written by np.save(file, np.array(paths, dtype=str))")
+            "of strings, as written by np.save(file, np.array(paths, dtype=str))"
+        )
     return [os.fsdecode(path) for path in array.tolist()]
 
 
@@ -216,10 +218,10 @@ def _read_csv(name: str) -> tuple[list[str], list[Any]]:
 def _split_line(line: str, folder: str) -> tuple[str, str | None]:
     if line[0] == '"':
         end = line.find('"', 1)
-        while end != -1 and line[end + 1:end + 2] == '"':
+        while end != -1 and line[end + 1 : end + 2] == '"':
             end = line.find('"', end + 2)
         if end != -1:
-            rest = line[end + 1:].strip()
+            rest = line[end + 1 :].strip()
             return line[1:end].replace('""', '"'), rest.removeprefix("::").strip() or None
     if "::" in line:
         path, _, label = line.partition("::")

@@ -81,7 +81,8 @@ class Pool:
                     with contextlib.suppress(OSError):
                         worker.connection.send(task)
             busy: dict[Any, int] = {
-                worker.connection: place for place, worker in enumerate(self._workers) if worker.tasks}
+                worker.connection: place for place, worker in enumerate(self._workers) if worker.tasks
+            }
             if not busy:
                 return
             for connection in wait(list(busy)):

@@ -77,7 +77,8 @@ class ThreadedPrefetcher:
         self._stop = threading.Event()
         # A daemon: an interpreter that ends without closing the loader must not wait for it.
         self._thread = threading.Thread(
-            target=_run, args=(take, finisher, self._slots, self._queue, self._stop), name="prefetch", daemon=True)
+            target=_run, args=(take, finisher, self._slots, self._queue, self._stop), name="prefetch", daemon=True
+        )
         self._thread.start()
 
     def take(self) -> Pending | None:
@@ -99,8 +100,13 @@ class ThreadedPrefetcher:
             self._thread.join()
 
 
-def _run(take: Take, finisher: Finisher, slots: threading.Semaphore,
-         out: queue.SimpleQueue[Pending | BaseException | None], stop: threading.Event) -> None:
+def _run(
+    take: Take,
+    finisher: Finisher,
+    slots: threading.Semaphore,
+    out: queue.SimpleQueue[Pending | BaseException | None],
+    stop: threading.Event,
+) -> None:
     try:
         while True:
             slots.acquire()

@@ -63,8 +63,9 @@ class Box(NamedTuple):
     width: int
 
 
-def permute(position: np.ndarray, size: int, seed: int, epoch: int | np.ndarray, stream: Stream = Stream.VIDEO,
-            group: int = 0) -> np.ndarray:
+def permute(
+    position: np.ndarray, size: int, seed: int, epoch: int | np.ndarray, stream: Stream = Stream.VIDEO, group: int = 0
+) -> np.ndarray:
     """A random permutation of range(size), evaluated at some positions.
 
     Args:
@@ -100,8 +101,14 @@ def permute(position: np.ndarray, size: int, seed: int, epoch: int | np.ndarray,
     return value
 
 
-def choose_videos(samples: np.ndarray, sizes: Sequence[int], weights: Sequence[float] | None, seed: int,
-                  shuffle: bool = True, clips_per_video: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def choose_videos(
+    samples: np.ndarray,
+    sizes: Sequence[int],
+    weights: Sequence[float] | None,
+    seed: int,
+    shuffle: bool = True,
+    clips_per_video: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
     """Dataset and video of each global sample number.
 
     Args:
@@ -149,8 +156,15 @@ def replacements(sample: int, video: int, size: int, seed: int) -> Iterator[int]
     yield from first[first != video][:MAX_REPLACEMENTS].tolist()
 
 
-def clip_step(avg_fps: float, num_clip_frames: int, *, fps: float | None = None, duration: float | None = None,
-              frame_step: int | None = None, round_fps: bool = True) -> int:
+def clip_step(
+    avg_fps: float,
+    num_clip_frames: int,
+    *,
+    fps: float | None = None,
+    duration: float | None = None,
+    frame_step: int | None = None,
+    round_fps: bool = True,
+) -> int:
     """Source frames per clip frame, at least 1. Exactly one of fps, duration (seconds), frame_step is given.
 
     With `round_fps` the video's rate is rounded up first.
@@ -217,8 +231,9 @@ def choose_phase(sample: int, epoch: int, num_phases: int, seed: int) -> int:
     return int(below(random_words(seed, sample, epoch, pack_tag(Stream.FRAMES))[1], num_phases))
 
 
-def crop_box(sample: int, epoch: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
-             seed: int) -> Box:
+def crop_box(
+    sample: int, epoch: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], seed: int
+) -> Box:
     """Random resized crop of a frame.
 
     Args:
@@ -236,8 +251,12 @@ def crop_box(sample: int, epoch: int, height: int, width: int, scale: tuple[floa
         aspect = math.exp(low + (high - low) * float(unit(ratio_word)))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            return Box(int(below(top_word, height - box_height + 1)), int(below(left_word, width - box_width + 1)),
-                       box_height, box_width)
+            return Box(
+                int(below(top_word, height - box_height + 1)),
+                int(below(left_word, width - box_width + 1)),
+                box_height,
+                box_width,
+            )
     box_height, box_width = height, width
     if width / height < ratio[0]:
         box_height = max(1, round(width / ratio[0]))

@@ -28,11 +28,15 @@ _DEATH_SECONDS = 10.0
 _STUCK_SECONDS = 60.0
 _MAX_RESTARTS = 3
 _FORGET_AFTER = 100
-_ADVICE = ("Most often memory ran out: lower data.num_workers (now {}) or data.prefetch, or give the container more "
-           "shared memory (docker run --shm-size=16g); data.num_workers=0 decodes in the training process")
-_NO_START = ("the decoding processes cannot be started ({}): lower data.num_workers (now {}), or raise the limits of "
-             "memory, open files (ulimit -n) and processes (ulimit -u); data.num_workers=0 decodes in the training "
-             "process")
+_ADVICE = (
+    "Most often memory ran out: lower data.num_workers (now {}) or data.prefetch, or give the container more "
+    "shared memory (docker run --shm-size=16g); data.num_workers=0 decodes in the training process"
+)
+_NO_START = (
+    "the decoding processes cannot be started ({}): lower data.num_workers (now {}), or raise the limits of "
+    "memory, open files (ulimit -n) and processes (ulimit -u); data.num_workers=0 decodes in the training "
+    "process"
+)
 
 
 class _Loader(DataLoader[Any]):
@@ -88,11 +92,21 @@ class Feed:
             self._closing = context.Event()
             self._watch = context.RawArray("d", 3 * self._num_workers)
             reader = dataclasses.replace(reader, watch=self._watch)
-            options = {"prefetch_factor": reader.cfg.prefetch, "multiprocessing_context": context,
-                       "worker_init_fn": WorkerInit(self._closing), "timeout": _POLL_SECONDS}
+            options = {
+                "prefetch_factor": reader.cfg.prefetch,
+                "multiprocessing_context": context,
+                "worker_init_fn": WorkerInit(self._closing),
+                "timeout": _POLL_SECONDS,
+            }
         steps = itertools.count(self._step) if self._end is None else range(self._step, self._end)
-        return _Loader(reader, batch_size=None, sampler=steps, collate_fn=_as_is,  # type: ignore[arg-type]
-                       num_workers=self._num_workers, **options)
+        return _Loader(
+            reader,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=steps,
+            collate_fn=_as_is,  # type: ignore[arg-type]
+            num_workers=self._num_workers,
+            **options,
+        )
 
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
@@ -145,8 +159,11 @@ class Feed:
             ) from error
         self._num_restarts += 1
         self._num_since = 0
-        warnings.warn(f"a decoding process died ({how}); all of them are started again and no clip is lost. {advice}",
-                      RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"a decoding process died ({how}); all of them are started again and no clip is lost. {advice}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         self.close()
         self._start()
 
@@ -160,7 +177,7 @@ class Feed:
 
     def _held(self, number: int) -> tuple[str, float] | None:
         """The file that a process reads and since when; None if it reads none, or is just going over to the next."""
-        entry, again = (list(self._watch[3 * number:3 * number + 3]) for _ in range(2))
+        entry, again = (list(self._watch[3 * number : 3 * number + 3]) for _ in range(2))
         dataset, video, since = entry
         paths = self._reader.datasets[int(dataset)].paths
         # Written without a lock: half of an entry may be new, also for good where the process died over it.
@@ -174,9 +191,12 @@ class Feed:
             if held is not None and now - held[1] > _STUCK_SECONDS and held not in self._reported:
                 self._reported.add(held)
                 path, since = held
-                warnings.warn(f"a decoding process has been busy with {path} for {now - since:.0f} s, and training "
-                              "waits for it; if that does not end, look whether the file can be read, and leave it out",
-                              RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"a decoding process has been busy with {path} for {now - since:.0f} s, and training "
+                    "waits for it; if that does not end, look whether the file can be read, and leave it out",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def close(self) -> None:
         """Ends the processes; nobody may be in `take`."""

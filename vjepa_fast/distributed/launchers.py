@@ -94,24 +94,40 @@ def _of_torchrun(environment: Mapping[str, str]) -> Place:
     missing = [name for name in needed if name not in environment]
     if missing:
         there = [name for name in needed if name in environment]
-        raise ConfigError(f"the environment has {', '.join(there)} but not {', '.join(missing)}; start the processes "
-                          "with torchrun or srun, which set all of them, or unset what is left of an earlier launch")
-    return _checked(Place(
-        "torchrun", _number(environment, "RANK"), _number(environment, "WORLD_SIZE"),
-        _number(environment, "LOCAL_RANK"), environment["MASTER_ADDR"], _number(environment, "MASTER_PORT"),
-        _number(environment, "LOCAL_WORLD_SIZE", 1), _number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-        environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"))
+        raise ConfigError(
+            f"the environment has {', '.join(there)} but not {', '.join(missing)}; start the processes "
+            "with torchrun or srun, which set all of them, or unset what is left of an earlier launch"
+        )
+    return _checked(
+        Place(
+            "torchrun",
+            _number(environment, "RANK"),
+            _number(environment, "WORLD_SIZE"),
+            _number(environment, "LOCAL_RANK"),
+            environment["MASTER_ADDR"],
+            _number(environment, "MASTER_PORT"),
+            _number(environment, "LOCAL_WORLD_SIZE", 1),
+            _number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    )
 
 
 def _of_srun(environment: Mapping[str, str]) -> Place:
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
     hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
-    return _checked(Place(
-        "srun", _number(environment, "SLURM_PROCID"), _number(environment, size),
-        _number(environment, "SLURM_LOCALID"), environment.get("MASTER_ADDR", hosts[0]),
-        _number(environment, "MASTER_PORT", _FIRST_PORT + (job + step) % _NUM_PORTS),
-        _tasks_here(environment, len(hosts))))
+    return _checked(
+        Place(
+            "srun",
+            _number(environment, "SLURM_PROCID"),
+            _number(environment, size),
+            _number(environment, "SLURM_LOCALID"),
+            environment.get("MASTER_ADDR", hosts[0]),
+            _number(environment, "MASTER_PORT", _FIRST_PORT + (job + step) % _NUM_PORTS),
+            _tasks_here(environment, len(hosts)),
+        )
+    )
 
 
 def _tasks_here(environment: Mapping[str, str], num_hosts: int) -> int:
@@ -131,8 +147,9 @@ def _tasks_here(environment: Mapping[str, str], num_hosts: int) -> int:
 def _checked(place: Place) -> Place:
     if not place.rank < place.world_size:
         names = "RANK and WORLD_SIZE" if place.launcher == "torchrun" else "SLURM_PROCID and the number of tasks"
-        raise ConfigError(f"{names} are {place.rank} and {place.world_size}; expected a rank from 0 to "
-                          f"{max(0, place.world_size - 1)}")
+        raise ConfigError(
+            f"{names} are {place.rank} and {place.world_size}; expected a rank from 0 to {max(0, place.world_size - 1)}"
+        )
     if not 0 < place.port < 65536:
         raise ConfigError(f"MASTER_PORT is {place.port}; expected a port from 1 to 65535")
     return place

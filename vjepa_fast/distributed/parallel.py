@@ -42,11 +42,11 @@ def data_parallel(model: VJEPA, cfg: Config, num_groups: int) -> DistributedData
     if cfg.train.shard_optimizer:
         return None
     # Nobody must wait for a gradient that never comes.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, without_gradient(model, cfg, num_groups))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, without_gradient(model, cfg, num_groups))
     # The search for unused parameters walks through the graph at each step.
     wrapped = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=bool(optional(model, cfg, num_groups)))
+        model, gradient_as_bucket_view=True, find_unused_parameters=bool(optional(model, cfg, num_groups))
+    )
     if cfg.train.grad_dtype == "bfloat16":
         # Under its own name torch takes this hook with NCCL only, though gloo adds bfloat16 up too.
         wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(None, bucket))  # type: ignore[arg-type]
@@ -58,8 +58,11 @@ def optimizer_of(model: VJEPA, cfg: Config, num_groups: int) -> Callable[..., Ad
     if not cfg.train.shard_optimizer:
         return AdamWEMA
     return partial(
-        ShardedAdamWEMA, without_gradient=without_gradient(model, cfg, num_groups),
-        optional=optional(model, cfg, num_groups), grad_dtype=getattr(torch, cfg.train.grad_dtype))
+        ShardedAdamWEMA,
+        without_gradient=without_gradient(model, cfg, num_groups),
+        optional=optional(model, cfg, num_groups),
+        grad_dtype=getattr(torch, cfg.train.grad_dtype),
+    )
 
 
 def optional(model: VJEPA, cfg: Config, num_groups: int) -> list[str]:
@@ -110,10 +113,14 @@ def without_gradient(model: VJEPA, cfg: Config, num_groups: int) -> list[str]:
     used = len(cfg.mask.masks) if cfg.model.mask_token_by == "mask" else num_groups
     unused = [f"predictor.mask_tokens.{index}" for index in range(used, len(model.predictor.mask_tokens))]
     if cfg.img_data is None:
-        unused += [name for name, _ in model.named_parameters() if "img_mod_embed" in name or (
-            "patch_embed_img" in name)]
+        unused += [
+            name for name, _ in model.named_parameters() if "img_mod_embed" in name or ("patch_embed_img" in name)
+        ]
     if cfg.model.n_output_distillation is not None:
         norms = {id(parameter) for norm in model.encoder.level_norms for parameter in norm.parameters()}
-        unused += [f"encoder.norms_block.{name}" for name, parameter in
-                   model.encoder.norms_block.named_parameters() if id(parameter) not in norms]
+        unused += [
+            f"encoder.norms_block.{name}"
+            for name, parameter in model.encoder.norms_block.named_parameters()
+            if id(parameter) not in norms
+        ]
     return unused

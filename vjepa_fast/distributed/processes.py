@@ -41,9 +41,11 @@ class Processes:
         self.distributed = dist.is_available() and dist.is_initialized()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and not self.distributed:
-            raise ConfigError(f"WORLD_SIZE is {started}, but no process group exists; call "
-                              "torch.distributed.init_process_group first, or start the run with `vjepa-fast train`, "
-                              "which does it")
+            raise ConfigError(
+                f"WORLD_SIZE is {started}, but no process group exists; call "
+                "torch.distributed.init_process_group first, or start the run with `vjepa-fast train`, "
+                "which does it"
+            )
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         # Flags and counts are exchanged between hosts' memories, without waiting for a device.
@@ -80,8 +82,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         ConfigError: CUDA was asked for and torch cannot use it.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false); "
-                          "set train.device=cpu")
+        raise ConfigError(
+            "train.device is cuda, but torch finds no usable GPU (torch.cuda.is_available() is false); "
+            "set train.device=cpu"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
@@ -89,8 +93,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if num_gpus == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
-        raise ConfigError(f"process {local_rank} of this machine has no GPU of its own: torch sees {num_gpus}; start "
-                          f"at most {num_gpus} a machine (--nproc, --nproc-per-node, --ntasks-per-node)")
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU of its own: torch sees {num_gpus}; start "
+            f"at most {num_gpus} a machine (--nproc, --nproc-per-node, --ntasks-per-node)"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -140,8 +146,10 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Failure:
         lost = isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
         if lost or isinstance(error, dist.DistError):
-            error = UserError("the connection to another process is lost; most likely it was killed, and its own "
-                              "output says more. Continue with --resume")
+            error = UserError(
+                "the connection to another process is lost; most likely it was killed, and its own "
+                "output says more. Continue with --resume"
+            )
         user_error = isinstance(error, UserError)
         text = str(error) if user_error else "".join(traceback.format_exception(error))
         return cls(rank, user_error, error.exit_code if isinstance(error, UserError) else 1, text)
@@ -257,8 +265,10 @@ def _raise_failure(processes: list[Any], killed: set[int], store: dist.TCPStore)
         if (process.exitcode or 0) < 0 and rank not in killed:
             name = signal.Signals(-process.exitcode).name
             hint = "; most often memory ran out" if name == "SIGKILL" else ""
-            raise UserError(f"training process {rank} of {len(processes)} was ended by {name}{hint}; the others were "
-                            "stopped. Continue with --resume")
+            raise UserError(
+                f"training process {rank} of {len(processes)} was ended by {name}{hint}; the others were "
+                "stopped. Continue with --resume"
+            )
     if not store.check([_FAILURE]):
         failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (0, 130, 143)]
         if failed:

@@ -30,21 +30,30 @@ def connect(place: Place, seconds: float) -> dist.TCPStore:
     where = f"{place.host}:{place.port}"
     try:
         return dist.TCPStore(
-            place.host, place.port, None if place.store_exists else place.world_size, is_master=holds,
-            timeout=timedelta(seconds=seconds), multi_tenant=holds)
+            place.host,
+            place.port,
+            None if place.store_exists else place.world_size,
+            is_master=holds,
+            timeout=timedelta(seconds=seconds),
+            multi_tenant=holds,
+        )
     except (dist.DistError, RuntimeError) as error:
         text = str(error)
         if "EADDRINUSE" in text or "address already in use" in text:
-            raise UserError(f"port {place.port} of {socket.gethostname()} is in use by another program; set "
-                            "MASTER_PORT to a free one, the same for all processes") from error
+            raise UserError(
+                f"port {place.port} of {socket.gethostname()} is in use by another program; set "
+                "MASTER_PORT to a free one, the same for all processes"
+            ) from error
         if holds:
             raise UserError(
                 f"not all {place.world_size} processes came to {where} within {seconds:g} s. Look at the output of the "
-                "others, and whether as many were started; train.connect_timeout sets the time") from error
+                "others, and whether as many were started; train.connect_timeout sets the time"
+            ) from error
         raise UserError(
             f"process {place.rank} of {place.world_size} got no answer from {where} within {seconds:g} s. The first "
             "process has to run there: check MASTER_ADDR and MASTER_PORT, and that no firewall is between; "
-            "train.connect_timeout sets the time") from error
+            "train.connect_timeout sets the time"
+        ) from error
 
 
 def join(main: Callable[[int], int], place: Place, seconds: float) -> int:
@@ -64,8 +73,11 @@ def join(main: Callable[[int], int], place: Place, seconds: float) -> int:
         UserError: as connect.
     """
     os.environ.update(
-        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank),
-        LOCAL_WORLD_SIZE=str(_sharers(place)))
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(_sharers(place)),
+    )
     if place.world_size == 1:
         return main(0)
     if place.local_world_size == place.world_size:

@@ -31,8 +31,14 @@ class Phase(IntEnum):
 
     @property
     def text(self) -> str:
-        return ("waiting for clips", "waiting for the other processes", "in the training step", "writing its log",
-                "writing a checkpoint", "waiting for the others after a checkpoint")[self]
+        return (
+            "waiting for clips",
+            "waiting for the other processes",
+            "in the training step",
+            "writing its log",
+            "writing a checkpoint",
+            "waiting for the others after a checkpoint",
+        )[self]
 
 
 class Watchdog:
@@ -79,7 +85,8 @@ class Watchdog:
             # Fires only if this thread cannot run any more.
             if sys.__stderr__ is not None:
                 faulthandler.dump_traceback_later(
-                    2 * self._seconds + 4 * _ANSWER_SECONDS, exit=True, file=sys.__stderr__)
+                    2 * self._seconds + 4 * _ANSWER_SECONDS, exit=True, file=sys.__stderr__
+                )
             if time.monotonic() - self._since > self._seconds:
                 self._end()
 
@@ -87,12 +94,18 @@ class Watchdog:
         rank, (step, phase) = self._processes.rank, self._place
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-        sys.stderr.write(f"process {rank} of {self._processes.world_size} has been at step {step}, {phase.text}, for "
-                         f"{time.monotonic() - self._since:.0f} s:\n{stack}")
+        sys.stderr.write(
+            f"process {rank} of {self._processes.world_size} has been at step {step}, {phase.text}, for "
+            f"{time.monotonic() - self._since:.0f} s:\n{stack}"
+        )
         sys.stderr.flush()
-        distributed.leave(rank, UserError(
-            f"no progress for {self._seconds:g} s (train.watchdog): {self._who(step, phase)}. The stacks are above; "
-            "continue with --resume"))
+        distributed.leave(
+            rank,
+            UserError(
+                f"no progress for {self._seconds:g} s (train.watchdog): {self._who(step, phase)}. The stacks are "
+                "above; continue with --resume"
+            ),
+        )
 
     def _who(self, step: int, phase: Phase) -> str:
         """Names the processes that the others wait for."""
@@ -106,8 +119,10 @@ class Watchdog:
         behind = [rank for rank, place in places.items() if place == last]
         if len(behind) == len(places):
             return f"all processes are at step {step}, {phase.text}"
-        return (f"stuck at step {last[0]}, {Phase(last[1]).text}: {_names(behind)} of {self._processes.world_size}, "
-                "for which the others wait")
+        return (
+            f"stuck at step {last[0]}, {Phase(last[1]).text}: {_names(behind)} of {self._processes.world_size}, "
+            "for which the others wait"
+        )
 
     def _places(self, step: int, phase: Phase) -> dict[int, tuple[int, int]]:
         store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())

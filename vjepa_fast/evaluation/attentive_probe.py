@@ -65,7 +65,8 @@ class GridAdamW:
     def __init__(self, grid: HeadGrid, decay_all: bool = True, clip_norm: float | None = None) -> None:
         self.grid, self.clip_norm = grid, clip_norm
         self._decayed = {
-            name: decay_all or ("bias" not in name and value.ndim > 2) for name, value in grid.parameters.items()}
+            name: decay_all or ("bias" not in name and value.ndim > 2) for name, value in grid.parameters.items()
+        }
         self._mean = {name: torch.zeros_like(value) for name, value in grid.parameters.items()}
         self._square = {name: torch.zeros_like(value) for name, value in grid.parameters.items()}
         self._step = 0
@@ -79,8 +80,11 @@ class GridAdamW:
         """
         self._step += 1
         if self.clip_norm is not None:
-            squares = [value.grad.flatten(1).square().sum(1) for value in self.grid.parameters.values()
-                       if value.grad is not None]
+            squares = [
+                value.grad.flatten(1).square().sum(1)
+                for value in self.grid.parameters.values()
+                if value.grad is not None
+            ]
             share = (self.clip_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1.0)
         for name, value in self.grid.parameters.items():
             assert value.grad is not None
@@ -124,8 +128,15 @@ def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def train_grid(
-    grid: HeadGrid, settings: Sequence[HeadSetting], load: Callable[[int, Sequence[int]], Tensor], labels: Tensor,
-    epochs: int, batch_size: int, seed: int, optimizer: GridAdamW, after_epoch: Callable[[int, list[float]], None],
+    grid: HeadGrid,
+    settings: Sequence[HeadSetting],
+    load: Callable[[int, Sequence[int]], Tensor],
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    optimizer: GridAdamW,
+    after_epoch: Callable[[int, list[float]], None],
     together: int | None = None,
 ) -> None:
     """Train all heads at once.
@@ -149,10 +160,11 @@ def train_grid(
         total = torch.zeros(len(grid), device=device)
         for numbers in shuffled_batches(len(labels), batch_size, seed, epoch):
             step += 1
-            rates = torch.tensor([one.at(step, epochs * steps_per_epoch, steps_per_epoch) for one in settings],
-                                 dtype=torch.float64).T.to(device)
+            rates = torch.tensor(
+                [one.at(step, epochs * steps_per_epoch, steps_per_epoch) for one in settings], dtype=torch.float64
+            ).T.to(device)
             part = together or len(numbers)
-            for own in (numbers[start:start + part] for start in range(0, len(numbers), part)):
+            for own in (numbers[start : start + part] for start in range(0, len(numbers), part)):
                 losses = loss_of(grid(load(epoch, own)), labels[own])
                 (losses.sum() * (len(own) / len(numbers))).backward()
                 total += losses.detach() * len(own)
@@ -168,8 +180,9 @@ def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iter
 
 
 @torch.no_grad()
-def predict(grid: HeadGrid, load: Callable[[Sequence[int]], Tensor], count: int, batch_size: int,
-            probabilities: bool) -> Tensor:
+def predict(
+    grid: HeadGrid, load: Callable[[Sequence[int]], Tensor], count: int, batch_size: int, probabilities: bool
+) -> Tensor:
     """Outputs of every head, fp32 [K, N, C] on the CPU: the mean over the views.
 
     Args:

@@ -34,11 +34,13 @@ _Change = Callable[[Picture], Picture]
 
 def _affine(matrix: tuple[float, float, float, float, float, float]) -> _Change:
     return lambda picture: picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY)
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY
+    )
 
 
 def _shift(share: float, axis: int) -> _Change:
     """By a share of the width (axis 0) or the height (axis 1)."""
+
     def apply(picture: Picture) -> Picture:
         pixels = share * picture.size[axis]
         return _affine((1, 0, pixels if axis == 0 else 0, 0, 1, pixels if axis == 1 else 0))(picture)
@@ -59,8 +61,9 @@ OPERATIONS: dict[str, Callable[[float, float], _Change]] = {
     "AutoContrast": lambda level, sign: ImageOps.autocontrast,
     "Equalize": lambda level, sign: ImageOps.equalize,
     "Invert": lambda level, sign: ImageOps.invert,
-    "Rotate": lambda level, sign: lambda picture: picture.rotate(
-        sign * level * 30, Image.Resampling.BICUBIC, fillcolor=_GREY),
+    "Rotate": lambda level, sign: (
+        lambda picture: picture.rotate(sign * level * 30, Image.Resampling.BICUBIC, fillcolor=_GREY)
+    ),
     "Posterize": lambda level, sign: _posterize(4 - int(level * 4)),
     "Solarize": lambda level, sign: lambda picture: ImageOps.solarize(picture, 256 - int(level * 256)),
     "SolarizeAdd": lambda level, sign: _lighten_dark(int(level * 110)),
@@ -91,7 +94,7 @@ def rand_augment(frames: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 def crop_and_resize(frames: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
     """Bilinear, without antialiasing, as the reference's; uint8 [T, *size, 3]."""
-    own = frames[:, box.top:box.top + box.height, box.left:box.left + box.width]
+    own = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
     pixels = torch.from_numpy(np.ascontiguousarray(own)).permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     return small.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -111,7 +114,8 @@ def erase(clip: Tensor, draw: np.random.Generator) -> Tensor:
             top, left = int(draw.integers(height - tall + 1)), int(draw.integers(width - wide + 1))
             noise = draw.standard_normal((num_frames, tall, wide, 3)) * STD + MEAN
             clip = clip.clone()
-            clip[:, top:top + tall, left:left + wide] = torch.from_numpy(
-                (255 * noise).round().clip(0, 255).astype(np.uint8))
+            clip[:, top : top + tall, left : left + wide] = torch.from_numpy(
+                (255 * noise).round().clip(0, 255).astype(np.uint8)
+            )
             break
     return clip

@@ -58,8 +58,14 @@ def read_split(manifest: Path, cfg: DataConfig) -> LabelledClips:
     clips, positions, velocities, classes = [], [], [], []
     for path in read_manifest(str(manifest))[0]:
         index = load_index(path, cfg.cache_dir)
-        step = clip_step(index.avg_fps, num_frames, fps=cfg.fps, duration=cfg.duration, frame_step=cfg.frame_step,
-                         round_fps=cfg.round_fps)
+        step = clip_step(
+            index.avg_fps,
+            num_frames,
+            fps=cfg.fps,
+            duration=cfg.duration,
+            frame_step=cfg.frame_step,
+            round_fps=cfg.round_fps,
+        )
         first = max(0, (index.num_frames - num_frames * step) // 2)
         frames = np.minimum(first + step * np.arange(num_frames), index.num_frames - 1)
         whole = Box(0, 0, index.height, index.width)
@@ -94,7 +100,8 @@ def pooled_pixels(clips: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
         clips: uint8 [N, T, H, W, 3], T a multiple of tubelet_size, H and W of patch_size.
     """
     tubelets = rearrange(
-        clips, "n (t a) (h b) (w c) rgb -> n (t h w) (a b c rgb)", a=tubelet_size, b=patch_size, c=patch_size)
+        clips, "n (t a) (h b) (w c) rgb -> n (t h w) (a b c rgb)", a=tubelet_size, b=patch_size, c=patch_size
+    )
     return tubelets.float().mean(1)
 
 

@@ -43,8 +43,10 @@ def read_eval_yaml(path: Path) -> EvalYaml:
     if name not in (None, "video_classification_frozen"):
         raise ConfigError(f"{path} is of {name}; expected an evaluation of video_classification_frozen")
     if not {"experiment", "pretrain"} & content.keys():
-        raise ConfigError(f"{path} has neither experiment (V-JEPA 2) nor pretrain (V-JEPA 1); expected a file of "
-                          "Meta's configs/eval or configs/evals")
+        raise ConfigError(
+            f"{path} has neither experiment (V-JEPA 2) nor pretrain (V-JEPA 1); expected a file of "
+            "Meta's configs/eval or configs/evals"
+        )
     source = _Source(path, content)
     found = _read_v2(source) if "experiment" in content else _read_v1(source)
     gpus = source.number("nodes", 1) * source.number("tasks_per_node", 1)
@@ -53,8 +55,10 @@ def read_eval_yaml(path: Path) -> EvalYaml:
     if gpus > 1:
         found.notes.append(f"{path}: {per_gpu} videos on each of {gpus} GPUs are a step of {per_gpu * gpus} here")
     epochs = found.options["epochs"]
-    found.notes.append(f"{path}: the reference augments every video anew in each of the {epochs} epochs, which "
-                       f"--augmented {epochs} does here; without --augmented the plain clips are seen")
+    found.notes.append(
+        f"{path}: the reference augments every video anew in each of the {epochs} epochs, which "
+        f"--augmented {epochs} does here; without --augmented the plain clips are seen"
+    )
     return found
 
 
@@ -73,8 +77,10 @@ class _Source:
         value = self.get(key, default)
         fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         if not fits or value < 0 or (kind is int and value < 1):
-            raise ConfigError(f"{self._path}: {key} is {value!r}; expected a "
-                              f"{'positive whole number' if kind is int else 'number of at least 0'}")
+            raise ConfigError(
+                f"{self._path}: {key} is {value!r}; expected a "
+                f"{'positive whole number' if kind is int else 'number of at least 0'}"
+            )
         return value
 
     def refuse(self, key: str, what: str) -> None:
@@ -84,14 +90,20 @@ class _Source:
     def head(self, prefix: str, final_decay: float | None = None) -> HeadSetting:
         lr, decay = (self.number(f"{prefix}.{key}", kind=float) for key in ("lr", "weight_decay"))
         return HeadSetting(
-            lr, decay, self.number(f"{prefix}.start_lr", lr, float), self.number(f"{prefix}.final_lr", 0.0, float),
+            lr,
+            decay,
+            self.number(f"{prefix}.start_lr", lr, float),
+            self.number(f"{prefix}.final_lr", 0.0, float),
             self.number(f"{prefix}.final_weight_decay", decay, float) if final_decay is None else final_decay,
-            self.number(f"{prefix}.warmup", 0.0, float))
+            self.number(f"{prefix}.warmup", 0.0, float),
+        )
 
     def clips(self, prefix: str) -> dict[str, Any]:
-        return {"frames": self.number(f"{prefix}.frames_per_clip", 16),
-                "segments": self.number(f"{prefix}.num_segments", 1),
-                "views": self.number(f"{prefix}.num_views_per_segment", 1)}
+        return {
+            "frames": self.number(f"{prefix}.frames_per_clip", 16),
+            "segments": self.number(f"{prefix}.num_segments", 1),
+            "views": self.number(f"{prefix}.num_views_per_segment", 1),
+        }
 
     def each(self, key: str) -> list[_Source]:
         value = self.get(key)
@@ -101,8 +113,10 @@ class _Source:
 
 
 def _read_v2(source: _Source) -> EvalYaml:
-    for key, what in (("experiment.data.clip_duration", "clips of a length in seconds"),
-                      ("model_kwargs.wrapper_kwargs.use_pos_embed", "positions of segments")):
+    for key, what in (
+        ("experiment.data.clip_duration", "clips of a length in seconds"),
+        ("model_kwargs.wrapper_kwargs.use_pos_embed", "positions of segments"),
+    ):
         source.refuse(key, what)
     heads = [one.head("multihead_kwargs") for one in source.each("experiment.optimization.multihead_kwargs")]
     options = source.clips("experiment.data") | {
@@ -111,7 +125,9 @@ def _read_v2(source: _Source) -> EvalYaml:
         "depth": source.number("experiment.classifier.num_probe_blocks", 1),
         "probe_heads": source.number("experiment.classifier.num_heads", 16),
         "epochs": source.number("experiment.optimization.num_epochs"),
-        "batch_size": source.number("experiment.optimization.batch_size"), "style": "vjepa2"}
+        "batch_size": source.number("experiment.optimization.batch_size"),
+        "style": "vjepa2",
+    }
     if layers := source.get("model_kwargs.wrapper_kwargs.out_layers"):
         options["out_layers"] = ",".join(map(str, layers))
     if key := source.get("model_kwargs.pretrain_kwargs.encoder.checkpoint_key"):
@@ -123,12 +139,18 @@ def _read_v1(source: _Source) -> EvalYaml:
     source.refuse("pretrain.clip_duration", "clips of a length in seconds")
     options = source.clips("data") | {
         # Not that of `data`, which its files have and it does not read.
-        "frame_step": source.number("pretrain.frame_step", 4), "size": source.number("optimization.resolution", 224),
-        "depth": 1, "epochs": source.number("optimization.num_epochs"),
-        "batch_size": source.number("optimization.batch_size"), "style": "vjepa1"}
+        "frame_step": source.number("pretrain.frame_step", 4),
+        "size": source.number("optimization.resolution", 224),
+        "depth": 1,
+        "epochs": source.number("optimization.num_epochs"),
+        "batch_size": source.number("optimization.batch_size"),
+        "style": "vjepa1",
+    }
     if options["segments"] > 1 and not source.get("optimization.attend_across_segments", False):
-        raise ConfigError("optimization.attend_across_segments: false (segments one by one) is not supported; set it "
-                          "to true, or data.num_segments to 1")
+        raise ConfigError(
+            "optimization.attend_across_segments: false (segments one by one) is not supported; set it "
+            "to true, or data.num_segments to 1"
+        )
     if key := source.get("pretrain.checkpoint_key"):
         options["weights"] = key
     return EvalYaml(options, [source.head("optimization", _V1_FINAL_DECAY)])

@@ -74,8 +74,12 @@ def entries_of(videos: Videos, rules: Sequence[ClipRule]) -> list[list[Entry]]:
     found = []
     for rule in rules:
         text = json.dumps(asdict(rule))
-        found.append([Entry(videos, number, rule, hashlib.sha256(f"{text}\0".encode() + file).hexdigest()[:40])
-                      for number, file in enumerate(files)])
+        found.append(
+            [
+                Entry(videos, number, rule, hashlib.sha256(f"{text}\0".encode() + file).hexdigest()[:40])
+                for number, file in enumerate(files)
+            ]
+        )
     return found
 
 
@@ -125,8 +129,12 @@ class FeatureStore:
         with disk_errors(self.folder, "features to", _AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_old_leftovers(self.folder)
-        write_text(self.folder / "encoder.json", json.dumps(
-            {"hash": self.hash, "weights": model.weights, "config": model.cfg.model_dump(mode="json")}, indent=1))
+        write_text(
+            self.folder / "encoder.json",
+            json.dumps(
+                {"hash": self.hash, "weights": model.weights, "config": model.cfg.model_dump(mode="json")}, indent=1
+            ),
+        )
         # Names with a dot are still being written.
         for part in sorted(self.folder.glob("[!.]*.safetensors")):
             self._open(part)
@@ -173,8 +181,14 @@ class FeatureStore:
         self._open(part)
 
     def fill(
-        self, entries: Sequence[Entry], model: InferenceModel, device: torch.device, tokens: Sequence[bool],
-        batch_size: int, num_workers: int, report: Callable[[FillProgress], None],
+        self,
+        entries: Sequence[Entry],
+        model: InferenceModel,
+        device: torch.device,
+        tokens: Sequence[bool],
+        batch_size: int,
+        num_workers: int,
+        report: Callable[[FillProgress], None],
     ) -> FillProgress:
         """Compute what is missing.
 
@@ -192,8 +206,11 @@ class FeatureStore:
         """
         progress = FillProgress(len(entries))
         keys = [entry.key for entry in entries]
-        left = [number for number, (key, whole) in enumerate(zip(keys, tokens, strict=True)) if not (
-            f"{MEAN}.{key}" in self and (not whole or f"{TOKENS}.{key}" in self))]
+        left = [
+            number
+            for number, (key, whole) in enumerate(zip(keys, tokens, strict=True))
+            if not (f"{MEAN}.{key}" in self and (not whole or f"{TOKENS}.{key}" in self))
+        ]
         progress.done = progress.kept = len(entries) - len(left)
         if not left:
             model.to(device)
@@ -227,7 +244,8 @@ class FeatureStore:
                         if not mean.isfinite().all():
                             raise UserError(
                                 f"the features of {entry.videos.paths[entry.number]} are not finite numbers; most "
-                                "likely the training of this encoder has diverged: give an earlier checkpoint")
+                                "likely the training of this encoder has diverged: give an earlier checkpoint"
+                            )
                         self.keep(f"{MEAN}.{keys[number]}", mean)
                         if tokens[number]:
                             self.keep(f"{TOKENS}.{keys[number]}", features)
@@ -239,9 +257,11 @@ class FeatureStore:
     def _check_room(self, features: Tensor, count: int) -> None:
         needed, free = features.numel() * features.element_size() * count, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise UserError(f"the features of {count} videos take {needed / 2**30:.1f} GiB, and {self.folder} has "
-                            f"{free / 2**30:.1f} GiB left; name a --cache with more room, take --dtype bfloat16, fewer "
-                            "segments, views or --augmented, or --probe linear,knn, which keeps means only")
+            raise UserError(
+                f"the features of {count} videos take {needed / 2**30:.1f} GiB, and {self.folder} has "
+                f"{free / 2**30:.1f} GiB left; name a --cache with more room, take --dtype bfloat16, fewer "
+                "segments, views or --augmented, or --probe linear,knn, which keeps means only"
+            )
 
 
 def _remove_old_leftovers(folder: Path) -> None:

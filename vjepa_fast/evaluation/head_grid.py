@@ -43,7 +43,8 @@ class HeadGrid:
     def __init__(self, states: Sequence[Mapping[str, Tensor]], num_heads: int) -> None:
         self.num_heads = num_heads
         self.parameters = {
-            name: torch.stack([state[name].detach() for state in states]).requires_grad_() for name in states[0]}
+            name: torch.stack([state[name].detach() for state in states]).requires_grad_() for name in states[0]
+        }
         self.depth = 1 + sum(name.endswith("attn.qkv.weight") for name in self.parameters)
 
     @classmethod
@@ -55,8 +56,9 @@ class HeadGrid:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls([AttentiveClassifier(dim, num_heads, num_outputs, depth).state_dict() for _ in range(count)],
-                       num_heads)
+            return cls(
+                [AttentiveClassifier(dim, num_heads, num_outputs, depth).state_dict() for _ in range(count)], num_heads
+            )
 
     def __len__(self) -> int:
         return len(self.parameters["linear.bias"])
@@ -115,7 +117,7 @@ class HeadGrid:
         if len(x) == 1:
             scores = (normed[0] @ probe.flatten(0, 1).T).view(num_clips, num_tokens, len(self) * heads)
             share = _wide(scores).softmax(1).to(x.dtype)
-            mean = (share.transpose(1, 2) @ normed.view(num_clips, num_tokens, dim))
+            mean = share.transpose(1, 2) @ normed.view(num_clips, num_tokens, dim)
             mean = mean.view(num_clips, len(self), heads, dim).transpose(0, 1)
         else:
             scores = (normed @ probe.transpose(1, 2)).view(len(self), num_clips, num_tokens, heads)

@@ -51,9 +51,12 @@ def horizon_scores(errors: list[dict[str, Tensor]], seconds: float | None) -> di
         row["share_nearer"] = float((own["predicted"] < own["copied"]).double().mean())
         rows.append(row)
     means = {kind: values.mean(1) for kind, values in by_video.items()}
-    return {"videos": len(errors), "by_horizon": rows,
-            "ratio": float(means["predicted"].mean() / means["copied"].mean()),
-            "share_nearer": float((means["predicted"] < means["copied"]).double().mean())}
+    return {
+        "videos": len(errors),
+        "by_horizon": rows,
+        "ratio": float(means["predicted"].mean() / means["copied"].mean()),
+        "share_nearer": float((means["predicted"] < means["copied"]).double().mean()),
+    }
 
 
 def draw_horizon(path: Path, scores: dict[str, Any]) -> None:
@@ -71,8 +74,15 @@ def draw_horizon(path: Path, scores: dict[str, Any]) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in KINDS:
-        left.errorbar(ahead, [row[kind] for row in rows], [row[f"{kind}_standard_error"] for row in rows],
-                      color=COLOURS[kind], marker="o", capsize=3, label=NAMES[kind])
+        left.errorbar(
+            ahead,
+            [row[kind] for row in rows],
+            [row[f"{kind}_standard_error"] for row in rows],
+            color=COLOURS[kind],
+            marker="o",
+            capsize=3,
+            label=NAMES[kind],
+        )
     left.set(ylabel="L1 distance to the features that come", ylim=(0, None))
     left.legend(loc="lower right")
     right.plot(ahead, [row["ratio"] for row in rows], color=COLOURS["predicted"], marker="o")

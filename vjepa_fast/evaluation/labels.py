@@ -40,9 +40,12 @@ class Split:
         kept = [number for number, path in enumerate(self.videos.paths) if path not in gone]
         if not kept:
             raise UserError(f"none of the {len(self.videos.paths)} videos of {self.name!r} could be read")
-        videos = Videos([self.videos.paths[i] for i in kept], [self.videos.names[i] for i in kept],
-                        [self.videos.labels[i] for i in kept],
-                        {new: self.videos.places[old] for new, old in enumerate(kept) if old in self.videos.places})
+        videos = Videos(
+            [self.videos.paths[i] for i in kept],
+            [self.videos.names[i] for i in kept],
+            [self.videos.labels[i] for i in kept],
+            {new: self.videos.places[old] for new, old in enumerate(kept) if old in self.videos.places},
+        )
         return Split(self.name, videos, self.labels[torch.tensor(kept)])
 
 
@@ -89,13 +92,16 @@ class Labels:
             if len(left.train.labels.unique()) < 2:
                 raise UserError(f"the videos of {train!r} that can be read are all of one class")
             if unknown := sorted(set(left.val.labels.tolist()) - set(left.train.labels.tolist())):
-                raise UserError(f"no video of class {self.classes[unknown[0]]} of {train!r} can be read, so that no "
-                                f"probe can know the class; leave it out of {left.val.name!r}")
+                raise UserError(
+                    f"no video of class {self.classes[unknown[0]]} of {train!r} can be read, so that no "
+                    f"probe can know the class; leave it out of {left.val.name!r}"
+                )
             return left
         for split in (left.train, left.val):
             if flat := left.constant(split):
-                raise UserError(f"dataset {split.name!r}: {flat} for every video that can be read; there is nothing to "
-                                "predict")
+                raise UserError(
+                    f"dataset {split.name!r}: {flat} for every video that can be read; there is nothing to predict"
+                )
         return left
 
 
@@ -119,39 +125,50 @@ def read_labels(train: str, val: str, task: Task | None = None, names: Sequence[
     notes = []
     both = sorted(set(videos[train].paths) & set(videos[val].paths))
     if both:
-        notes.append(f"{len(both)} of the {len(videos[val].paths)} videos of {val!r} are in {train!r} too, such as "
-                     f"{both[0]}: what is measured on them is memory")
+        notes.append(
+            f"{len(both)} of the {len(videos[val].paths)} videos of {val!r} are in {train!r} too, such as "
+            f"{both[0]}: what is measured on them is memory"
+        )
     if task == "regression":
         return _regression(train, val, videos, names, notes)
     if names:
-        raise ConfigError(f"--targets {','.join(names)} names columns of numbers, but the labels of {train!r} are "
-                          "class numbers; expected labels such as 0.25,-1.5, or --task regression")
-    numbers = {name: [_class_number(label, name, path) for label, path in zip(one.labels, one.paths, strict=True)]
-               for name, one in videos.items()}
+        raise ConfigError(
+            f"--targets {','.join(names)} names columns of numbers, but the labels of {train!r} are "
+            "class numbers; expected labels such as 0.25,-1.5, or --task regression"
+        )
+    numbers = {
+        name: [_class_number(label, name, path) for label, path in zip(one.labels, one.paths, strict=True)]
+        for name, one in videos.items()
+    }
     classes = sorted(set(numbers[train]))
     if len(classes) == 1:
-        raise UserError(f"all {len(numbers[train])} videos of {train!r} are of class {classes[0]}; expected at least "
-                        "two classes" + (" (a line is \"path label\", and without a label it is 0)"
-                                         if classes == [0] else ""))
+        raise UserError(
+            f"all {len(numbers[train])} videos of {train!r} are of class {classes[0]}; expected at least "
+            "two classes" + (' (a line is "path label", and without a label it is 0)' if classes == [0] else "")
+        )
     if unknown := sorted(set(numbers[val]) - set(classes)):
         count = sum(number in unknown for number in numbers[val])
         raise UserError(
             f"{count} of the {len(numbers[val])} videos of {val!r} are of {_listing(unknown)}, of which {train!r} has "
             f"no video, so that no probe can know {'it' if len(unknown) == 1 else 'them'}; leave them out of {val!r}, "
-            f"or add videos to {train!r}")
+            f"or add videos to {train!r}"
+        )
     if absent := sorted(set(classes) - set(numbers[val])):
-        notes.append(f"{val!r} has no video of {_listing(absent)}: nothing is measured on "
-                     f"{'it' if len(absent) == 1 else 'them'}, and means over classes are over the others")
+        notes.append(
+            f"{val!r} has no video of {_listing(absent)}: nothing is measured on "
+            f"{'it' if len(absent) == 1 else 'them'}, and means over classes are over the others"
+        )
     place = {number: index for index, number in enumerate(classes)}
-    splits = [Split(name, videos[name], torch.tensor([place[number] for number in numbers[name]]))
-              for name in (train, val)]
+    splits = [
+        Split(name, videos[name], torch.tensor([place[number] for number in numbers[name]])) for name in (train, val)
+    ]
     return Labels("classification", splits[0], splits[1], classes, [], notes)
 
 
 def _listed(name: str) -> Videos:
     videos = list_videos([name], one_label=True)
     if not videos.paths:
-        raise UserError(f"dataset {name!r} is empty; expected lines of the form \"path label\" or \"path::label\"")
+        raise UserError(f'dataset {name!r} is empty; expected lines of the form "path label" or "path::label"')
     return videos
 
 
@@ -162,8 +179,10 @@ def _listing(classes: Sequence[int]) -> str:
 
 def _class_number(label: Any, name: str, path: str) -> int:
     if not isinstance(label, int):
-        raise UserError(f"dataset {name!r}: the label of {path} is {label!r}; expected a class number"
-                        + (", or --task regression" if _numbers(label) else ""))
+        raise UserError(
+            f"dataset {name!r}: the label of {path} is {label!r}; expected a class number"
+            + (", or --task regression" if _numbers(label) else "")
+        )
     if label < 0:
         raise UserError(f"dataset {name!r}: the label of {path} is {label}; class numbers start at 0")
     return label
@@ -186,13 +205,16 @@ def _regression(train: str, val: str, videos: dict[str, Videos], names: Sequence
         for path, label in zip(one.paths, one.labels, strict=True):
             numbers = _numbers(label)
             if numbers is None:
-                raise UserError(f"dataset {name!r}: the label of {path} is {label!r}; expected numbers, separated by "
-                                "commas")
+                raise UserError(
+                    f"dataset {name!r}: the label of {path} is {label!r}; expected numbers, separated by commas"
+                )
             width = width or len(numbers)
             if len(numbers) != width:
-                raise UserError(f"dataset {name!r}: the label of {path} has {len(numbers)} "
-                                f"{'number' if len(numbers) == 1 else 'numbers'}, the first one {width}; expected as "
-                                "many for every video")
+                raise UserError(
+                    f"dataset {name!r}: the label of {path} has {len(numbers)} "
+                    f"{'number' if len(numbers) == 1 else 'numbers'}, the first one {width}; expected as "
+                    "many for every video"
+                )
             columns[name].append(numbers)
     assert width is not None
     if names and len(names) != width:
@@ -204,6 +226,7 @@ def _regression(train: str, val: str, videos: dict[str, Videos], names: Sequence
     labels = Labels("regression", splits[0], splits[1], [], targets, notes)
     for split in splits:
         if flat := labels.constant(split):
-            raise UserError(f"dataset {split.name!r}: {flat} for every video; there is nothing to predict. Leave the "
-                            "column out")
+            raise UserError(
+                f"dataset {split.name!r}: {flat} for every video; there is nothing to predict. Leave the column out"
+            )
     return labels

@@ -29,7 +29,7 @@ def nearest(x: Tensor, x_test: Tensor, k: int, excluded: bool = False) -> tuple[
     train, test = (F.normalize((one - mean) / scale, dim=1) for one in (x, x_test))
     found = []
     for start in range(0, len(test), _BLOCK):
-        similarity = test[start:start + _BLOCK] @ train.T
+        similarity = test[start : start + _BLOCK] @ train.T
         if excluded:
             own = torch.arange(len(similarity))
             similarity[own, own + start] = float("-inf")

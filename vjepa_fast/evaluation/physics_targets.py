@@ -37,8 +37,14 @@ HORIZON = 1.0
 """Seconds ahead in which a contact is asked for."""
 _HIDDEN = 0.5
 
-BEHIND = ("nothing hidden", "main behind other", "other behind main", "main behind screen", "other behind screen",
-          "both hidden")
+BEHIND = (
+    "nothing hidden",
+    "main behind other",
+    "other behind main",
+    "main behind screen",
+    "other behind screen",
+    "both hidden",
+)
 """Classes of `behind`."""
 
 FRONT = ("main in front", "other in front")
@@ -115,7 +121,7 @@ def _track(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
 
 
 def _velocity(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
-    found: list[float] = entry["velocity"][frames[0]:frames[-1] + 1, _MAIN].mean(0).tolist()
+    found: list[float] = entry["velocity"][frames[0] : frames[-1] + 1, _MAIN].mean(0).tolist()
     return found
 
 
@@ -130,11 +136,18 @@ def _hidden(entry: dict[str, Any], frames: np.ndarray) -> Numbers:
 
 
 TARGETS: dict[str, Callable[[dict[str, Any], np.ndarray], Numbers]] = {
-    "position": _position, "track": _track, "velocity": _velocity, "contact": _contact, "hidden": _hidden}
+    "position": _position,
+    "track": _track,
+    "velocity": _velocity,
+    "contact": _contact,
+    "hidden": _hidden,
+}
 """Numbers of a video by its labels and the frames of the clip; None leaves it out."""
 
 CLASSES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], np.ndarray], int | None]]] = {
-    "behind": (BEHIND, lambda entry, frames: behind(entry, frames[-1])), "front": (FRONT, front)}
+    "behind": (BEHIND, lambda entry, frames: behind(entry, frames[-1])),
+    "front": (FRONT, front),
+}
 """Names of classes, and the class of a video, as TARGETS."""
 
 
@@ -178,8 +191,11 @@ def write_targets(manifest: Path, rule: ClipRule) -> dict[str, Written]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m vjepa_fast.evaluation.physics_targets", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m vjepa_fast.evaluation.physics_targets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("manifests", nargs="+", type=Path, metavar="CSV")
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="of a clip (default 8)")
     parser.add_argument("--fps", type=float, default=6.0, metavar="F", help="frames a second of a clip (default 6)")

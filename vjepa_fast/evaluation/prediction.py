@@ -64,8 +64,10 @@ class Prediction:
         tubelet = context.encoder.tubelet_size
         seen = max(tubelet, frames // 2 // tubelet * tubelet) if seen is None else seen
         if frames % tubelet or seen % tubelet or not 0 < seen < frames:
-            raise ConfigError(f"--frames {frames} with --context {seen}: expected multiples of {tubelet}, a tubelet of "
-                              "this model, and more frames than are seen")
+            raise ConfigError(
+                f"--frames {frames} with --context {seen}: expected multiples of {tubelet}, a tubelet of "
+                "this model, and more frames than are seen"
+            )
         return cls(context, target, seen // tubelet)
 
     @torch.no_grad()
@@ -84,20 +86,25 @@ class Prediction:
         length, height, width = self.context.grid_of(clips)
         seen, per_tubelet = self.context_tubelets, height * width
         ids = torch.arange(length * per_tubelet, device=self.context.device)
-        predicted = self.context.predict(clips, ids[seen * per_tubelet:], ids[:seen * per_tubelet])
-        future = self._features(clips)[:, seen * per_tubelet:]
-        past = self._features(clips[:, :seen * self.context.encoder.tubelet_size])
+        predicted = self.context.predict(clips, ids[seen * per_tubelet :], ids[: seen * per_tubelet])
+        future = self._features(clips)[:, seen * per_tubelet :]
+        past = self._features(clips[:, : seen * self.context.encoder.tubelet_size])
         past = past.unflatten(1, (seen, per_tubelet))
         levels = future.shape[2]
         guesses = {
             "predicted": predicted.float().unflatten(-1, (levels, -1)),
             "copied": past[:, -1].repeat(1, length - seen, 1, 1),
-            "averaged": past.mean(1).repeat(1, length - seen, 1, 1)}
-        errors = {kind: (guess - future).abs().mean((2, 3)).unflatten(1, (length - seen, per_tubelet)).cpu()
-                  for kind, guess in guesses.items()}
+            "averaged": past.mean(1).repeat(1, length - seen, 1, 1),
+        }
+        errors = {
+            kind: (guess - future).abs().mean((2, 3)).unflatten(1, (length - seen, per_tubelet)).cpu()
+            for kind, guess in guesses.items()
+        }
         if not all(error.isfinite().all() for error in errors.values()):
-            raise UserError("predictions or features of this model are not finite numbers; most likely its training "
-                            "has diverged: give an earlier checkpoint")
+            raise UserError(
+                "predictions or features of this model are not finite numbers; most likely its training "
+                "has diverged: give an earlier checkpoint"
+            )
         return errors
 
     def _features(self, clips: Tensor) -> Tensor:
@@ -123,19 +130,28 @@ def load_encoders(opened: Checkpoint, dtype: Any, overrides: dict[str, Any]) -> 
         UserError: no predictor, or one that predicts pixels or another model's features.
     """
     if opened.predictor is None:
-        raise UserError(f"checkpoint {opened.path} has no predictor, which this task asks; give a training checkpoint "
-                        "or released weights with one")
-    context = build(opened, weights="encoder" if "encoder" in opened.encoders else None, dtype=dtype,
-                    overrides=overrides)
+        raise UserError(
+            f"checkpoint {opened.path} has no predictor, which this task asks; give a training checkpoint "
+            "or released weights with one"
+        )
+    context = build(
+        opened, weights="encoder" if "encoder" in opened.encoders else None, dtype=dtype, overrides=overrides
+    )
     if not context.cfg.use_mask_tokens:
-        raise UserError(f"the predictor of checkpoint {opened.path} was trained with noised targets in place of mask "
-                        "tokens (use_mask_tokens: false), so that it predicts nothing without them")
+        raise UserError(
+            f"the predictor of checkpoint {opened.path} was trained with noised targets in place of mask "
+            "tokens (use_mask_tokens: false), so that it predicts nothing without them"
+        )
     if context.cfg.objective == "pixels":
-        raise UserError(f"the predictor of checkpoint {opened.path} predicts pixels (model.objective=pixels), and this "
-                        "task compares features; give a checkpoint of model.objective=latent")
+        raise UserError(
+            f"the predictor of checkpoint {opened.path} predicts pixels (model.objective=pixels), and this "
+            "task compares features; give a checkpoint of model.objective=latent"
+        )
     if context.cfg.teacher_embed_dim is not None:
-        raise UserError(f"the model of checkpoint {opened.path} was distilled: it predicts the features of its teacher "
-                        "(model.teacher_embed_dim), which the file does not hold")
+        raise UserError(
+            f"the model of checkpoint {opened.path} was distilled: it predicts the features of its teacher "
+            "(model.teacher_embed_dim), which the file does not hold"
+        )
     if opened.choose() == context.weights:
         return context, context
     return context, build(opened, dtype=dtype, predictor=False, overrides=overrides)
@@ -171,8 +187,11 @@ def read_windows(source: Source, rule: ClipRule, stride: int | None) -> tuple[Te
     # The last frame of a clip is the last but `step` of its window at the latest.
     if source.num_frames < length - step + 1:
         raise DecodeError(f"it has {source.num_frames} frames, fewer than a window of {length}")
-    starts = ([max(0, source.num_frames - length) // 2] if stride is None
-              else window_starts(source.num_frames, length, stride * step))
+    starts = (
+        [max(0, source.num_frames - length) // 2]
+        if stride is None
+        else window_starts(source.num_frames, length, stride * step)
+    )
     size = len(starts) * rule.frames * rule.size[0] * rule.size[1] * 3
     if size > _MAX_BYTES:
         raise DecodeError(f"its {len(starts)} windows take {size / 2**30:.1f} GiB; give a larger --stride, or cut it")
@@ -183,8 +202,14 @@ def read_windows(source: Source, rule: ClipRule, stride: int | None) -> tuple[Te
 
 
 def errors_of_videos(
-    videos: Videos, rule: ClipRule, stride: int | None, make: Callable[[], Prediction], batch_size: int,
-    num_workers: int, report: Callable[[int, dict[str, str]], None], broken: dict[str, str],
+    videos: Videos,
+    rule: ClipRule,
+    stride: int | None,
+    make: Callable[[], Prediction],
+    batch_size: int,
+    num_workers: int,
+    report: Callable[[int, dict[str, str]], None],
+    broken: dict[str, str],
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Number of a video, and its errors [windows, F, S] by kind, in the order they are done.
 

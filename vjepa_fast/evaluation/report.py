@@ -35,13 +35,19 @@ def write_results(folder: Path, head: Mapping[str, Any], labels: Labels, probes:
     for result in probes.values():
         if result.states:
             path = folder / PROBE
-            own = {"config": {}, "probe_heads": result.details["num_heads"], "best_head": result.details["best_head"],
-                   "targets": labels.targets, "output_scale": result.details["output_scale"],
-                   "output_shift": result.details["output_shift"],
-                   "labels": {str(place): str(number) for place, number in enumerate(labels.classes)}}
+            own = {
+                "config": {},
+                "probe_heads": result.details["num_heads"],
+                "best_head": result.details["best_head"],
+                "targets": labels.targets,
+                "output_scale": result.details["output_scale"],
+                "output_shift": result.details["output_shift"],
+                "labels": {str(place): str(number) for place, number in enumerate(labels.classes)},
+            }
             with disk_errors(path, advice="give the command once more"), atomic_path(path) as temporary:
-                torch.save({"classifiers": result.states, "epoch": result.details["epochs"], "vjepa_fast": own},
-                           temporary)
+                torch.save(
+                    {"classifiers": result.states, "epoch": result.details["epochs"], "vjepa_fast": own}, temporary
+                )
     content = {**head, "probes": {name: {"scores": one.scores, **one.details} for name, one in probes.items()}}
     write_json(folder, content)
 
@@ -103,12 +109,21 @@ def draw_curves(path: Path, result: ProbeResult, score: str) -> None:
         right.set_ylim(max(-1.0, float(low) - 0.05), 1.02)
     else:
         right.set_ylim(0, 1.02)
-    lines = [Line2D([], [], color="tab:red", linewidth=2.2,
-                    label=f"best at the end: lr {heads[best]['lr']:g}, decay {heads[best]['weight_decay']:g}")]
+    lines = [
+        Line2D(
+            [],
+            [],
+            color="tab:red",
+            linewidth=2.2,
+            label=f"best at the end: lr {heads[best]['lr']:g}, decay {heads[best]['weight_decay']:g}",
+        )
+    ]
     lines += [Line2D([], [], color=shades[rate], label=f"lr {rate:g}") for rate in rates]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), fontsize=8)
-    figure.suptitle(f"{len(heads)} attentive {'probe' if len(heads) == 1 else 'probes'} of depth "
-                    f"{result.details['depth']}", fontsize=11)
+    figure.suptitle(
+        f"{len(heads)} attentive {'probe' if len(heads) == 1 else 'probes'} of depth {result.details['depth']}",
+        fontsize=11,
+    )
     save_figure(figure, path)
 
 
@@ -136,8 +151,15 @@ def draw_confusion(path: Path, labels: Labels, outputs: Tensor, name: str) -> No
             getattr(axes, f"set_{axis}ticks")(range(len(counts)), labels.classes)
     if len(counts) <= _MAX_NUMBERED:
         for row, column in np.argwhere(counts > 0):
-            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=9,
-                      color="white" if shares[row, column] > 0.55 else "black")
+            axes.text(
+                column,
+                row,
+                counts[row, column],
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if shares[row, column] > 0.55 else "black",
+            )
     axes.set_title(f"{name}: {np.trace(counts)} of {counts.sum()} right", fontsize=11)
     save_figure(figure, path)
 
@@ -168,7 +190,7 @@ def draw_scatter(path: Path, labels: Labels, outputs: Tensor, scores: Mapping[st
         axes.set_title(f"{target}: R2 {scores['r2_by_target'][target]:.2f}", fontsize=10)
         axes.set(xlabel="true", ylabel="predicted")
         axes.grid(alpha=0.3)
-    for axes in panels[len(shown):]:
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
     left_out = len(labels.targets) - len(shown)
     figure.suptitle(name + (f" ({left_out} more targets in {RESULTS})" if left_out else ""), fontsize=11)

@@ -91,15 +91,23 @@ class FrozenFeatures:
     def __init__(self, store: FeatureStore, labels: Labels, rule: ClipRule, settings: ProbeSettings) -> None:
         self.store, self.labels = store, labels
         plain = replace(rule, views=1)
-        rules = [plain] if settings.augmented == 0 else [
-            replace(plain, version=version, seed=settings.seed) for version in range(settings.augmented)]
+        rules = (
+            [plain]
+            if settings.augmented == 0
+            else [replace(plain, version=version, seed=settings.seed) for version in range(settings.augmented)]
+        )
         self._plain, *versions = entries_of(labels.train.videos, [plain, *rules])
         self._train = versions
         (self._val,) = entries_of(labels.val.videos, [rule])
         self.broken: dict[str, str] = {}
 
     def fill(
-        self, model: InferenceModel, device: torch.device, kinds: Sequence[str], batch_size: int, num_workers: int,
+        self,
+        model: InferenceModel,
+        device: torch.device,
+        kinds: Sequence[str],
+        batch_size: int,
+        num_workers: int,
         report: Callable[[FillProgress], None],
     ) -> FillProgress:
         """Compute what is missing for some kinds of probes; see FeatureStore.fill.
@@ -115,8 +123,9 @@ class FrozenFeatures:
             whole = set(entries)
         if set(kinds) != {"attentive"}:
             entries |= {entry.key: entry for own in (self._plain, self._val) for entry in own}
-        progress = self.store.fill(list(entries.values()), model, device, [key in whole for key in entries], batch_size,
-                                   num_workers, report)
+        progress = self.store.fill(
+            list(entries.values()), model, device, [key in whole for key in entries], batch_size, num_workers, report
+        )
         self.broken = progress.broken
         self.labels = self.labels.without(set(self.broken))
         self._train, self._plain = [self._readable(own) for own in self._train], self._readable(self._plain)
@@ -150,8 +159,11 @@ def scores_of(labels: Labels, outputs: Tensor) -> dict[str, Any]:
         return classification_scores(outputs, labels.val.labels)
     each = r2_scores(outputs, labels.val.labels)
     error = (outputs.double() - labels.val.labels).abs().mean(0)
-    return {"r2": float(each.mean()), "r2_by_target": dict(zip(labels.targets, each.tolist(), strict=True)),
-            "mean_absolute_error": dict(zip(labels.targets, error.tolist(), strict=True))}
+    return {
+        "r2": float(each.mean()),
+        "r2_by_target": dict(zip(labels.targets, each.tolist(), strict=True)),
+        "mean_absolute_error": dict(zip(labels.targets, error.tolist(), strict=True)),
+    }
 
 
 def main_score(scores: dict[str, Any]) -> float:
@@ -189,8 +201,9 @@ def knn(features: FrozenFeatures) -> ProbeResult:
     return ProbeResult(scores_of(labels, outputs), outputs, details)
 
 
-def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.device,
-              report: Callable[[int, float], None]) -> ProbeResult:
+def attentive(
+    features: FrozenFeatures, settings: ProbeSettings, device: torch.device, report: Callable[[int, float], None]
+) -> ProbeResult:
     """A grid of attentive probes.
 
     Args:
@@ -206,8 +219,9 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
         centre, spread = own.float().mean(0), own.float().std(0, unbiased=False)
         own = (own.float() - centre) / spread
     num_tokens, dim = features.train_tokens(0, [0]).shape[1:]
-    grid = HeadGrid.start(len(settings.heads), dim, settings.num_heads, labels.num_outputs, settings.depth,
-                          settings.seed).to(device)
+    grid = HeadGrid.start(
+        len(settings.heads), dim, settings.num_heads, labels.num_outputs, settings.depth, settings.seed
+    ).to(device)
     together = grid.samples_together(num_tokens, device)
     history = History()
     best: list[dict[str, Any]] = []
@@ -218,8 +232,13 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
 
     def after_epoch(epoch: int, losses: list[float]) -> None:
         nonlocal best, outputs
-        outputs = predict(grid, lambda numbers: features.val_tokens(numbers).to(device), len(labels.val.labels),
-                          together, labels.task == "classification")
+        outputs = predict(
+            grid,
+            lambda numbers: features.val_tokens(numbers).to(device),
+            len(labels.val.labels),
+            together,
+            labels.task == "classification",
+        )
         outputs = outputs if labels.task == "classification" else outputs * spread + centre
         best = [scores_of(labels, one) for one in outputs]
         history.train_loss.append(losses)
@@ -227,18 +246,40 @@ def attentive(features: FrozenFeatures, settings: ProbeSettings, device: torch.d
         report(epoch + 1, max(history.val_score[-1]))
 
     optimizer = GridAdamW(grid, settings.decay_all, settings.clip_norm)
-    train_grid(grid, settings.heads, load, own.to(device), settings.epochs, settings.batch_size, settings.seed,
-               optimizer, after_epoch, together)
+    train_grid(
+        grid,
+        settings.heads,
+        load,
+        own.to(device),
+        settings.epochs,
+        settings.batch_size,
+        settings.seed,
+        optimizer,
+        after_epoch,
+        together,
+    )
     winner = max(range(len(grid)), key=lambda head: history.val_score[-1][head])
-    heads = [{"lr": one.lr, "weight_decay": one.weight_decay, "train_loss": loss, "scores": scores}
-             for one, loss, scores in zip(settings.heads, history.train_loss[-1], best, strict=True)]
-    details = {"depth": settings.depth, "num_heads": settings.num_heads, "epochs": settings.epochs,
-               "batch_size": settings.batch_size, "augmented": settings.augmented, "best_head": winner, "heads": heads,
-               "output_scale": spread.tolist(), "output_shift": centre.tolist(),
-               "note": "the best head is chosen on the validation set after the last epoch, as in the reference",
-               "train_loss_by_epoch": history.train_loss, "val_score_by_epoch": history.val_score}
-    return ProbeResult(best[winner], outputs[winner], details, history,
-                       [grid.state_dict(head) for head in range(len(grid))])
+    heads = [
+        {"lr": one.lr, "weight_decay": one.weight_decay, "train_loss": loss, "scores": scores}
+        for one, loss, scores in zip(settings.heads, history.train_loss[-1], best, strict=True)
+    ]
+    details = {
+        "depth": settings.depth,
+        "num_heads": settings.num_heads,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "augmented": settings.augmented,
+        "best_head": winner,
+        "heads": heads,
+        "output_scale": spread.tolist(),
+        "output_shift": centre.tolist(),
+        "note": "the best head is chosen on the validation set after the last epoch, as in the reference",
+        "train_loss_by_epoch": history.train_loss,
+        "val_score_by_epoch": history.val_score,
+    }
+    return ProbeResult(
+        best[winner], outputs[winner], details, history, [grid.state_dict(head) for head in range(len(grid))]
+    )
 
 
 def confusion_of(labels: Labels, outputs: Tensor) -> Tensor:

@@ -37,12 +37,16 @@ def read_anomalies(name: str, videos: Videos) -> Tensor:
     """
     for path, label in zip(videos.paths, videos.labels, strict=True):
         if label not in (0, 1):
-            raise UserError(f"dataset {name!r}: the label of {path} is {label!r}; expected 0 (as it should be) or 1 "
-                            "(something impossible happens)")
+            raise UserError(
+                f"dataset {name!r}: the label of {path} is {label!r}; expected 0 (as it should be) or 1 "
+                "(something impossible happens)"
+            )
     labels = torch.tensor([bool(label) for label in videos.labels])
     if bool(labels.all()) or not bool(labels.any()):
-        raise UserError(f"all {len(labels)} videos of {name!r} have label {int(labels[0])}; expected some with 0 (as "
-                        "it should be) and some with 1 (something impossible happens)")
+        raise UserError(
+            f"all {len(labels)} videos of {name!r} have label {int(labels[0])}; expected some with 0 (as "
+            "it should be) and some with 1 (something impossible happens)"
+        )
     return labels
 
 
@@ -112,9 +116,7 @@ def roc(scores: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
     return false, true
 
 
-def surprise_scores(
-    by_video: list[dict[str, dict[str, float]]], labels: Tensor, pairs: bool = False
-) -> dict[str, Any]:
+def surprise_scores(by_video: list[dict[str, dict[str, float]]], labels: Tensor, pairs: bool = False) -> dict[str, Any]:
     """Area under the ROC curve of every measure, with its 95 % interval.
 
     Args:
@@ -139,8 +141,9 @@ def surprise_scores(
     return found
 
 
-def draw_surprise(path: Path, by_video: list[dict[str, dict[str, float]]], labels: Tensor,
-                  scores: dict[str, Any]) -> None:
+def draw_surprise(
+    path: Path, by_video: list[dict[str, dict[str, float]]], labels: Tensor, scores: dict[str, Any]
+) -> None:
     """ROC curves, and the scores of both kinds of videos.
 
     Args:
@@ -157,8 +160,9 @@ def draw_surprise(path: Path, by_video: list[dict[str, dict[str, float]]], label
     for kind, colour in zip(MEASURED, ("tab:blue", "tab:orange"), strict=True):
         own = torch.tensor([one[kind][how] for one in by_video], dtype=torch.float64)
         auc = scores["auc"][kind][how]
-        left.plot(*roc(own, labels), color=colour,
-                  label=f"{kind}: {auc['auc']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})")
+        left.plot(
+            *roc(own, labels), color=colour, label=f"{kind}: {auc['auc']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})"
+        )
         if kind == "predicted":
             bins = np.linspace(float(own.min()), float(own.max()), 25).tolist()
             right.hist(own[~labels].numpy(), bins, alpha=0.6, color="tab:grey", label="as it should be (0)")

@@ -46,8 +46,12 @@ class InferenceModel(nn.Module):
     predictor: Predictor | None
 
     def __init__(
-        self, encoder: VisionTransformer, predictor: Predictor | None, data: dict[str, Any] | None = None,
-        weights: str = "encoder", assumed: Sequence[str] = (),
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor | None,
+        data: dict[str, Any] | None = None,
+        weights: str = "encoder",
+        assumed: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.encoder, self.predictor, self.cfg = encoder, predictor, encoder.cfg
@@ -66,7 +70,7 @@ class InferenceModel(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, clips: Tensor, out_layers: Sequence[int] | None = None, pool: Literal["mean"] | None = None,
+        self, clips: Tensor, out_layers: Sequence[int] | None = None, pool: Literal["mean"] | None = None
     ) -> Any:
         """Features of clips.
 
@@ -108,9 +112,7 @@ class InferenceModel(nn.Module):
         return [outputs[number] for number in numbers]
 
     @torch.no_grad()
-    def predict(
-        self, clips: Tensor, positions: Tensor, context: Tensor | None = None, mask_token: int = 0,
-    ) -> Tensor:
+    def predict(self, clips: Tensor, positions: Tensor, context: Tensor | None = None, mask_token: int = 0) -> Tensor:
         """Predicted features of some tokens of clips, from the others.
 
         The predictor was trained to give the target encoder's features after a layer norm without weights:
@@ -176,9 +178,11 @@ class InferenceModel(nn.Module):
         future = -(-num_frames // self.encoder.tubelet_size)
         if predictor.predictor_pos_embed is not None and past + future > predictor.grid[0]:
             tubelet = self.encoder.tubelet_size
-            raise ValueError(f"{past * tubelet} frames and {future * tubelet} predicted ones are more than the "
-                             f"{predictor.grid[0] * tubelet} that this predictor's positions are for; give fewer "
-                             "frames, such as the last ones of the clip")
+            raise ValueError(
+                f"{past * tubelet} frames and {future * tubelet} predicted ones are more than the "
+                f"{predictor.grid[0] * tubelet} that this predictor's positions are for; give fewer "
+                "frames, such as the last ones of the clip"
+            )
         features, _ = self.encoder.forward_packed([clips])
         ids = torch.arange((past + future) * height * width, device=clips.device).expand(len(clips), -1)
         seen = past * height * width
@@ -194,11 +198,15 @@ class InferenceModel(nn.Module):
 
     def _needed_predictor(self) -> Predictor:
         if self.predictor is None:
-            raise UserError("this model has no predictor: its file holds an encoder alone, or it was left out when the "
-                            "file was converted or loaded. Load a checkpoint with a key `predictor` to predict")
+            raise UserError(
+                "this model has no predictor: its file holds an encoder alone, or it was left out when the "
+                "file was converted or loaded. Load a checkpoint with a key `predictor` to predict"
+            )
         if not self.cfg.use_mask_tokens:
-            raise UserError("this model's predictor was trained with noised targets in place of mask tokens "
-                            "(use_mask_tokens: false), so that it predicts nothing without them")
+            raise UserError(
+                "this model's predictor was trained with noised targets in place of mask tokens "
+                "(use_mask_tokens: false), so that it predicts nothing without them"
+            )
         return self.predictor
 
     def _ids(self, given: Tensor, name: str, grid: Grid, batch_size: int) -> Tensor:
@@ -211,12 +219,16 @@ class InferenceModel(nn.Module):
         if given.ndim == 1:
             given = given.expand(batch_size, -1)
         if given.is_floating_point() or given.ndim != 2 or len(given) != batch_size or given.shape[1] == 0:
-            raise ValueError(f"{name} has shape {list(given.shape)} and dtype {given.dtype}; expected token ids [K] or "
-                             f"[{batch_size}, K], or bool {list(grid)}")
+            raise ValueError(
+                f"{name} has shape {list(given.shape)} and dtype {given.dtype}; expected token ids [K] or "
+                f"[{batch_size}, K], or bool {list(grid)}"
+            )
         num_tokens = grid[0] * grid[1] * grid[2]
         if int(given.min()) < 0 or int(given.max()) >= num_tokens:
-            raise ValueError(f"{name} holds ids {int(given.min())} to {int(given.max())}; clips of {tuple(grid)} have "
-                             f"tokens 0 to {num_tokens - 1}")
+            raise ValueError(
+                f"{name} holds ids {int(given.min())} to {int(given.max())}; clips of {tuple(grid)} have "
+                f"tokens 0 to {num_tokens - 1}"
+            )
         return given.long()
 
     def _prepare(self, clips: Tensor, image: bool = True) -> Tensor:
@@ -234,16 +246,19 @@ class InferenceModel(nn.Module):
         if clips.ndim == 5 and clips.shape[-1] != 3 and clips.shape[1] != 3 and clips.shape[2] == 3:
             clips = clips.transpose(1, 2)
         if clips.ndim not in (4, 5) or (clips.shape[-1] != 3 and clips.shape[1] != 3):
-            raise ValueError(f"clips have shape {shape}; expected [B, T, H, W, 3], [B, 3, T, H, W] or [B, T, 3, H, W], "
-                             "or images [B, H, W, 3] or [B, 3, H, W]")
+            raise ValueError(
+                f"clips have shape {shape}; expected [B, T, H, W, 3], [B, 3, T, H, W] or [B, T, 3, H, W], "
+                "or images [B, H, W, 3] or [B, 3, H, W]"
+            )
         if clips.shape[-1] != 3:
             clips = clips.movedim(1, -1)
         if clips.ndim == 4:
             clips = clips[:, None]
         patch, tubelet = self.encoder.patch_size, self.encoder.tubelet_size
         if min(clips.shape[2:4]) < patch or 0 in clips.shape:
-            raise ValueError(f"clips have shape {shape}; expected at least one frame of at least {patch} x {patch} "
-                             "pixels, a patch")
+            raise ValueError(
+                f"clips have shape {shape}; expected at least one frame of at least {patch} x {patch} pixels, a patch"
+            )
         height, width = (side // patch * patch for side in clips.shape[2:4])
         clips = clips[:, :, :height, :width]
         missing = -clips.shape[1] % tubelet
@@ -253,14 +268,24 @@ class InferenceModel(nn.Module):
         if not self._warned and clips.is_floating_point():
             self._warned = True
             if bool((clips >= 0).all()):
-                warnings.warn("float clips are taken as normalised by ImageNet's mean and deviation, but these have no "
-                              "negative value; pass raw pixels as uint8", CheckpointWarning, stacklevel=3)
+                warnings.warn(
+                    "float clips are taken as normalised by ImageNet's mean and deviation, but these have no "
+                    "negative value; pass raw pixels as uint8",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
         return clips
 
 
 def load(
-    path: str | Path, *, weights: str | None = None, device: str | torch.device = "cpu", dtype: Dtype = "float32",
-    predictor: bool = True, config: str | Path | None = None, **overrides: Any,
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "float32",
+    predictor: bool = True,
+    config: str | Path | None = None,
+    **overrides: Any,
 ) -> InferenceModel:
     """A pretrained model out of any file or folder that vjepa_fast.checkpoints.open.open_checkpoint reads.
 
@@ -294,8 +319,13 @@ def load(
 
 
 def build(
-    checkpoint: Checkpoint, *, weights: str | None = None, device: str | torch.device = "cpu",
-    dtype: Dtype = "float32", predictor: bool = True, overrides: dict[str, Any] | None = None,
+    checkpoint: Checkpoint,
+    *,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "float32",
+    predictor: bool = True,
+    overrides: dict[str, Any] | None = None,
 ) -> InferenceModel:
     """The model of an opened checkpoint; arguments and errors as `load`."""
     if dtype not in COMPUTE_DTYPES:
@@ -303,8 +333,10 @@ def build(
     if not predictor:
         checkpoint = replace(checkpoint, predictor=None)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {str(device)!r}, but torch finds no usable GPU (torch.cuda.is_available() is "
-                          "false); expected 'cpu'")
+        raise ConfigError(
+            f"device is {str(device)!r}, but torch finds no usable GPU (torch.cuda.is_available() is "
+            "false); expected 'cpu'"
+        )
     key = checkpoint.choose(weights)
     cfg, assumed = model_config(checkpoint, key, overrides or {}, dtype)
     modules = check_fit(checkpoint, key, cfg)
@@ -346,16 +378,23 @@ def model_config(
     unknown = [name for name in overrides if name not in ModelConfig.model_fields]
     if unknown:
         near = get_close_matches(unknown[0], ModelConfig.model_fields, n=1, cutoff=0.5)
-        raise ConfigError(f"{unknown[0]} is not a field of the model's config" + (
-            f"; did you mean {near[0]}?" if near else ", as num_heads, pred_num_heads, crop_size or rope_style are"))
+        raise ConfigError(
+            f"{unknown[0]} is not a field of the model's config"
+            + (f"; did you mean {near[0]}?" if near else ", as num_heads, pred_num_heads, crop_size or rope_style are")
+        )
     # What training alone uses has no place here.
     fixed = {"dtype": dtype, "compile_model": False, "target_precision": "same"}
     cfg, assumed = infer_config.guess(
-        checkpoint.encoders[weights], checkpoint.predictor, checkpoint.model | fixed, overrides,
-        f"{weights} of {checkpoint.path}")
+        checkpoint.encoders[weights],
+        checkpoint.predictor,
+        checkpoint.model | fixed,
+        overrides,
+        f"{weights} of {checkpoint.path}",
+    )
     if checkpoint.action_predictor is not None:
-        assumed.append("the file holds an action-conditioned predictor, which cannot be run yet: the encoder is loaded "
-                       "alone")
+        assumed.append(
+            "the file holds an action-conditioned predictor, which cannot be run yet: the encoder is loaded alone"
+        )
     return cfg, assumed
 
 
@@ -374,8 +413,10 @@ def check_fit(checkpoint: Checkpoint, weights: str, cfg: ModelConfig) -> dict[st
         assert state is not None
         if differences := infer_config.differences(module.state_dict(), _read(module, state)):
             fits = infer_config.fitting(checkpoint.encoders[weights], checkpoint.predictor)
-            raise UserError(f"the {name} in checkpoint {checkpoint.path} does not fit the model: {differences}"
-                            + (f". A config that fits it has {fits}" if fits else ""))
+            raise UserError(
+                f"the {name} in checkpoint {checkpoint.path} does not fit the model: {differences}"
+                + (f". A config that fits it has {fits}" if fits else "")
+            )
     return modules
 
 

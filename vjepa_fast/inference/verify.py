@@ -45,7 +45,8 @@ def build_classifier(state: Mapping[str, Tensor], num_heads: int) -> AttentiveCl
     state = {key: value for key, value in state.items() if ".xattn.proj." not in key}
     if "linear.weight" not in state or "pooler.query_tokens" not in state:
         raise UserError(
-            f"an attentive probe has no linear.weight or pooler.query_tokens; it has {meta_format.shorten(state)}")
+            f"an attentive probe has no linear.weight or pooler.query_tokens; it has {meta_format.shorten(state)}"
+        )
     num_classes, dim = state["linear.weight"].shape
     with torch.device("meta"):
         probe = AttentiveClassifier(dim, num_heads, num_classes, infer_config.num_blocks(state, "pooler.blocks") + 1)
@@ -106,8 +107,12 @@ def against_hf(folder: Path) -> Differences:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-    unloaded = [key for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[name]
-                if checkpoint.predictor is not None or ".predictor." not in f".{key}"]
+    unloaded = [
+        key
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[name]
+        if checkpoint.predictor is not None or ".predictor." not in f".{key}"
+    ]
     if unloaded:
         raise UserError(f"transformers does not load {meta_format.shorten(map(str, unloaded))} of {folder}")
     theirs = theirs.float().eval()
@@ -166,7 +171,8 @@ def against_meta(path: Path, root: Path) -> Differences:
             expected = theirs["predictor"](theirs["encoder"](pixels, [context], **options), context, target)
             found["predictor"] = difference(
                 model.predict(clip, target, context, _MASK_TOKEN),
-                expected[0] if isinstance(expected, tuple) else expected)
+                expected[0] if isinstance(expected, tuple) else expected,
+            )
         for number, state in enumerate(checkpoint.classifiers):
             heads = probe_heads(checkpoint)
             depth = infer_config.num_blocks(state, "pooler.blocks") + 1
@@ -188,27 +194,48 @@ def reference_modules(cfg: ModelConfig, root: Path) -> dict[str, Callable[..., A
     size = size_of(cfg)
     assert cfg.crop_size is not None
     shared: dict[str, Any] = {
-        "img_size": cfg.crop_size[0], "patch_size": cfg.patch_size, "num_frames": cfg.num_frames,
-        "tubelet_size": cfg.tubelet_size, "uniform_power": cfg.uniform_power, "use_rope": cfg.use_rope,
-        "wide_silu": cfg.wide_silu, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "img_size": cfg.crop_size[0],
+        "patch_size": cfg.patch_size,
+        "num_frames": cfg.num_frames,
+        "tubelet_size": cfg.tubelet_size,
+        "uniform_power": cfg.uniform_power,
+        "use_rope": cfg.use_rope,
+        "wide_silu": cfg.wide_silu,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
     }
     of_predictor: dict[str, Any] = {}
     package = "src.models"
     if cfg.n_output_distillation is not None:
         package = "app.vjepa_2_1.models"
-        shared |= {"interpolate_rope": cfg.interpolate_rope, "img_temporal_dim_size": cfg.img_temporal_dim_size,
-                   "modality_embedding": cfg.modality_embedding, "n_output_distillation": cfg.n_output_distillation}
+        shared |= {
+            "interpolate_rope": cfg.interpolate_rope,
+            "img_temporal_dim_size": cfg.img_temporal_dim_size,
+            "modality_embedding": cfg.modality_embedding,
+            "n_output_distillation": cfg.n_output_distillation,
+        }
         of_predictor = {"teacher_embed_dim": cfg.teacher_embed_dim, "return_all_tokens": cfg.return_all_tokens}
     with importing(root, package):
         vit = importlib.import_module(f"{package}.vision_transformer")
         predictors = importlib.import_module(f"{package}.predictor")
     encoder = vit.VisionTransformer(
-        embed_dim=size.embed_dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio,
-        use_silu=cfg.use_silu, **shared).eval()
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        mlp_ratio=size.mlp_ratio,
+        use_silu=cfg.use_silu,
+        **shared,
+    ).eval()
     predictor = predictors.VisionTransformerPredictor(
-        embed_dim=size.embed_dim, predictor_embed_dim=cfg.pred_embed_dim, depth=cfg.pred_depth,
-        num_heads=cfg.pred_num_heads or size.num_heads, use_silu=cfg.use_pred_silu, use_mask_tokens=cfg.use_mask_tokens,
-        num_mask_tokens=cfg.num_mask_tokens or 1, **of_predictor, **shared).eval()
+        embed_dim=size.embed_dim,
+        predictor_embed_dim=cfg.pred_embed_dim,
+        depth=cfg.pred_depth,
+        num_heads=cfg.pred_num_heads or size.num_heads,
+        use_silu=cfg.use_pred_silu,
+        use_mask_tokens=cfg.use_mask_tokens,
+        num_mask_tokens=cfg.num_mask_tokens or 1,
+        **of_predictor,
+        **shared,
+    ).eval()
     return {"encoder": encoder, "predictor": _V1Predictor(predictor) if _is_v1(root) else predictor}
 
 
@@ -245,8 +272,10 @@ def importing(root: Path, package: str = "src.models") -> AbstractContextManager
     path = Path(*package.split(".")) / "vision_transformer.py"
     if not (root / path).is_file():
         version = " with V-JEPA 2.1 (of 2026-03-23 or later)" if "2_1" in package else ""
-        raise UserError(f"--reference: {root} has no {path}; give a checkout of facebookresearch/jepa or "
-                        f"facebookresearch/vjepa2{version}")
+        raise UserError(
+            f"--reference: {root} has no {path}; give a checkout of facebookresearch/jepa or "
+            f"facebookresearch/vjepa2{version}"
+        )
     return import_environment(root.resolve())
 
 

@@ -103,8 +103,10 @@ def list_videos(names: Iterable[str], one_label: bool = False) -> Videos:
         for place, (path, label) in enumerate(zip(paths, labels, strict=True)):
             if path in known:
                 if one_label and known[path] != label:
-                    raise UserError(f"dataset {name!r}: {path} is there twice, with label {known[path]!r} and with "
-                                    f"{label!r}; expected one label a video")
+                    raise UserError(
+                        f"dataset {name!r}: {path} is there twice, with label {known[path]!r} and with "
+                        f"{label!r}; expected one label a video"
+                    )
                 continue
             known[path] = label
             if pack is not None:
@@ -130,13 +132,20 @@ def read_clips(source: Source, sampling: Sampling) -> Tensor:
             raise DecodeError("its frame rate is unknown") from error
         spare = max(0, source.num_frames - sampling.frames * step)
         # One clip lies in the middle, several begin at the beginning and end at the end.
-        starts = ([spare // 2] if sampling.clips == 1
-                  else np.linspace(0, spare, sampling.clips).astype(int).tolist())
+        starts = [spare // 2] if sampling.clips == 1 else np.linspace(0, spare, sampling.clips).astype(int).tolist()
     box = middle_box(source.height, source.width, *sampling.size)
     requests = [
-        ClipRequest(source, np.zeros(sampling.frames, dtype=np.int64) if source.is_image
-                    else window_frames(start, source.num_frames, sampling.frames, step), box, sampling.size, False)
-        for start in starts]
+        ClipRequest(
+            source,
+            np.zeros(sampling.frames, dtype=np.int64)
+            if source.is_image
+            else window_frames(start, source.num_frames, sampling.frames, step),
+            box,
+            sampling.size,
+            False,
+        )
+        for start in starts
+    ]
     return torch.stack(HostPreparer().prepare_together(requests))
 
 
@@ -185,8 +194,10 @@ class EmbedJob:
         for name, value in self.settings.items():
             if before.get(name) != value:
                 what = "other videos" if name == "videos" else f"{name}={before.get(name)}, now {value}"
-                raise ConfigError(f"an unfinished job for {self.out} had {what}; give what it had to go on, another "
-                                  f"--out, or remove {self.folder}")
+                raise ConfigError(
+                    f"an unfinished job for {self.out} had {what}; give what it had to go on, another "
+                    f"--out, or remove {self.folder}"
+                )
         self._parts = sorted(self.folder.glob("*.safetensors"))
         for part in self._parts:
             self._done |= read_safetensors(part)[0].keys()
@@ -194,8 +205,12 @@ class EmbedJob:
             self.broken = json.loads((self.folder / _BROKEN_FILE).read_text(encoding="utf-8"))
 
     def run(
-        self, model: Callable[[], InferenceModel], encode: Callable[[InferenceModel, Tensor], Tensor], batch_size: int,
-        num_workers: int, report: Callable[[Progress], None],
+        self,
+        model: Callable[[], InferenceModel],
+        encode: Callable[[InferenceModel, Tensor], Tensor],
+        batch_size: int,
+        num_workers: int,
+        report: Callable[[Progress], None],
     ) -> Tensor | None:
         """Embed what is left, and write the file.
 
@@ -212,8 +227,11 @@ class EmbedJob:
         Raises:
             UserError: the disk is full, or somebody else has changed the parts.
         """
-        left = [number for number, path in enumerate(self.videos.names)
-                if path not in self._done and path not in self.broken]
+        left = [
+            number
+            for number, path in enumerate(self.videos.names)
+            if path not in self._done and path not in self.broken
+        ]
         with disk_errors(self.out, "", _AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / _SETTINGS_FILE, json.dumps(self.settings))
@@ -233,8 +251,12 @@ class EmbedJob:
             return Failed(str(error))
 
     def _embed(
-        self, results: Iterator[tuple[int, Any]], make: Callable[[], InferenceModel],
-        encode: Callable[[InferenceModel, Tensor], Tensor], batch_size: int, report: Callable[[Progress], None],
+        self,
+        results: Iterator[tuple[int, Any]],
+        make: Callable[[], InferenceModel],
+        encode: Callable[[InferenceModel, Tensor], Tensor],
+        batch_size: int,
+        report: Callable[[Progress], None],
     ) -> None:
         model = make()
         batch: list[tuple[int, Tensor]] = []
@@ -245,7 +267,7 @@ class EmbedJob:
                 return
             features = encode(model, torch.cat([clips for _, clips in batch])).cpu()
             for place, (number, _) in enumerate(batch):
-                own = features[place * self.sampling.clips:(place + 1) * self.sampling.clips]
+                own = features[place * self.sampling.clips : (place + 1) * self.sampling.clips]
                 self._keep(self.videos.names[number], own[0] if self.sampling.clips == 1 else own)
                 self.progress.done += 1
                 report(self.progress)
@@ -287,9 +309,11 @@ class EmbedJob:
         features = {name: features[name] for name in self.videos.names if name in features}
         lost = [name for name in self.videos.names if name not in features and name not in self.broken]
         if lost:
-            raise UserError(f"{self.folder} lacks {len(lost)} videos that were done, such as {lost[0]}: another "
-                            "process writes there too, or parts were deleted. See to it that nobody does, and "
-                            f"{_AGAIN}")
+            raise UserError(
+                f"{self.folder} lacks {len(lost)} videos that were done, such as {lost[0]}: another "
+                "process writes there too, or parts were deleted. See to it that nobody does, and "
+                f"{_AGAIN}"
+            )
         first = next(iter(features.values()), None)
         if first is not None:
             with disk_errors(self.out, "features", _AGAIN), atomic_path(self.out) as temporary:
@@ -310,8 +334,9 @@ class EmbedJob:
                     with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
                         np.lib.format.write_array(file, array)
             return
-        labels = {name: label for name, label in zip(self.videos.names, self.videos.labels, strict=True)
-                  if name in features}
+        labels = {
+            name: label for name, label in zip(self.videos.names, self.videos.labels, strict=True) if name in features
+        }
         save_file(dict(features), path, {"settings": json.dumps(self.settings), "labels": json.dumps(labels)})
 
     @property

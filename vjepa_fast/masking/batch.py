@@ -67,17 +67,19 @@ class MaskBatch:
         for name in ("context_lengths", "target_lengths", "loss_weights", "context_loss_weights"):
             value = getattr(self, name)
             if value is not None and len(value) != num_sequences:
-                raise ValueError(f"{name} has {len(value)} entries; expected one for each of the "
-                                 f"{self.num_masks} masks x {self.batch_size} clips")
+                raise ValueError(
+                    f"{name} has {len(value)} entries; expected one for each of the "
+                    f"{self.num_masks} masks x {self.batch_size} clips"
+                )
         totals = sum(self.context_lengths), sum(self.target_lengths)
-        for ids, total, size in zip(
-            (self.context_ids, self.target_ids), totals, self.capacity or totals, strict=True
-        ):
+        for ids, total, size in zip((self.context_ids, self.target_ids), totals, self.capacity or totals, strict=True):
             if total > size:
                 raise ValueError(f"{total} tokens do not fit a capacity of {size}")
             if ids.numel() != size:
-                raise ValueError(f"{ids.numel()} packed ids but " + (
-                    f"a capacity of {size}" if self.capacity else f"lengths that sum to {size}"))
+                raise ValueError(
+                    f"{ids.numel()} packed ids but "
+                    + (f"a capacity of {size}" if self.capacity else f"lengths that sum to {size}")
+                )
         shape = (3, num_sequences + 1)
         if self.offsets is not None and tuple(self.offsets.shape) != shape:
             raise ValueError(f"offsets has shape {list(self.offsets.shape)}; expected {list(shape)}")
@@ -169,12 +171,15 @@ class MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""
         if self.loss_weights is None:
             target, context = (
-                self._mean_over_tokens(num_groups, lengths) for lengths in (self.target_lengths, self.context_lengths))
+                self._mean_over_tokens(num_groups, lengths) for lengths in (self.target_lengths, self.context_lengths)
+            )
             return replace(self, loss_weights=target, context_loss_weights=context)
         if self.context_loss_weights is None:
             lengths = zip(self.loss_weights, self.target_lengths, self.context_lengths, strict=True)
-            return replace(self, context_loss_weights=tuple(
-                weight * target / max(1, context) for weight, target, context in lengths))
+            return replace(
+                self,
+                context_loss_weights=tuple(weight * target / max(1, context) for weight, target, context in lengths),
+            )
         return self
 
     def scaled(self, factor: float) -> MaskBatch:
@@ -182,8 +187,10 @@ class MaskBatch:
         weighed = self.with_weights()
         assert weighed.loss_weights is not None and weighed.context_loss_weights is not None
         return replace(
-            weighed, loss_weights=tuple(factor * weight for weight in weighed.loss_weights),
-            context_loss_weights=tuple(factor * weight for weight in weighed.context_loss_weights))
+            weighed,
+            loss_weights=tuple(factor * weight for weight in weighed.loss_weights),
+            context_loss_weights=tuple(factor * weight for weight in weighed.context_loss_weights),
+        )
 
     def _mean_over_tokens(self, num_groups: int, lengths: Sequence[int]) -> tuple[float, ...]:
         weights: list[float] = []
@@ -209,8 +216,10 @@ class MaskBatch:
         """
         totals = sum(self.context_lengths), sum(self.target_lengths)
         if totals[0] > capacity[0] or totals[1] > capacity[1]:
-            raise ValueError(f"{totals[0]} context and {totals[1]} target tokens do not fit a capacity of "
-                             f"{capacity[0]} and {capacity[1]}")
+            raise ValueError(
+                f"{totals[0]} context and {totals[1]} target tokens do not fit a capacity of "
+                f"{capacity[0]} and {capacity[1]}"
+            )
         ids = (
             F.pad(own[:total], (0, size - total))
             for own, total, size in zip((self.context_ids, self.target_ids), totals, capacity, strict=True)
@@ -220,8 +229,8 @@ class MaskBatch:
     def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Context and target ids of each sequence."""
         context, target = (
-            ids[: sum(lengths)].split(list(lengths)) for ids, lengths in
-            ((self.context_ids, self.context_lengths), (self.target_ids, self.target_lengths))
+            ids[: sum(lengths)].split(list(lengths))
+            for ids, lengths in ((self.context_ids, self.context_lengths), (self.target_ids, self.target_lengths))
         )
         return context, target
 
@@ -237,8 +246,9 @@ class MaskBatch:
             context_lengths=tuple(self.context_lengths[s] for s in keep),
             target_lengths=tuple(self.target_lengths[s] for s in keep),
             loss_weights=None if self.loss_weights is None else tuple(self.loss_weights[s] for s in keep),
-            context_loss_weights=None if self.context_loss_weights is None else tuple(
-                self.context_loss_weights[s] for s in keep),
+            context_loss_weights=None
+            if self.context_loss_weights is None
+            else tuple(self.context_loss_weights[s] for s in keep),
             offsets=None,
             capacity=None,
         )
@@ -256,16 +266,20 @@ class MaskBatch:
             ValueError: the lists differ in length, or an id lies outside the grid.
         """
         if len(masks_enc) != len(masks_pred) or not masks_enc:
-            raise ValueError(f"{len(masks_enc)} context masks and {len(masks_pred)} prediction masks; "
-                             "expected the same number, at least one")
+            raise ValueError(
+                f"{len(masks_enc)} context masks and {len(masks_pred)} prediction masks; "
+                "expected the same number, at least one"
+            )
         batch_size = masks_enc[0].shape[0]
         num_tokens = grid[0] * grid[1] * grid[2]
         for ids in (*masks_enc, *masks_pred):
             if ids.ndim != 2 or ids.shape[0] != batch_size:
                 raise ValueError(f"a mask has shape {list(ids.shape)}; expected [{batch_size}, K]")
             if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < num_tokens):
-                raise ValueError(f"a mask holds ids {int(ids.min())} to {int(ids.max())}; "
-                                 f"a grid of {grid} has tokens 0 to {num_tokens - 1}")
+                raise ValueError(
+                    f"a mask holds ids {int(ids.min())} to {int(ids.max())}; "
+                    f"a grid of {grid} has tokens 0 to {num_tokens - 1}"
+                )
         context_lengths = tuple(ids.shape[1] for ids in masks_enc for _ in range(batch_size))
         target_lengths = tuple(ids.shape[1] for ids in masks_pred for _ in range(batch_size))
         return cls(
@@ -291,8 +305,10 @@ class MaskBatch:
             for m in range(self.num_masks):
                 own = lengths[m * self.batch_size : (m + 1) * self.batch_size]
                 if len(set(own)) != 1:
-                    raise ValueError(f"clips of mask {m} keep {min(own)} to {max(own)} tokens; index lists need one "
-                                     "length a mask (use truncate: batch_min)")
+                    raise ValueError(
+                        f"clips of mask {m} keep {min(own)} to {max(own)} tokens; index lists need one "
+                        "length a mask (use truncate: batch_min)"
+                    )
                 rows.append(ids[offset : offset + sum(own)].view(self.batch_size, own[0]).long())
                 offset += sum(own)
             out.append(rows)
@@ -341,6 +357,11 @@ class MaskBatch:
             raise ValueError("a clip has no context token left")
         ids = [x.reshape(-1, num_tokens).nonzero()[:, 1].to(torch.int32) for x in (context, target)]
         return cls(
-            grid=grid, num_masks=num_masks, batch_size=batch_size, context_ids=ids[0], target_ids=ids[1],
-            context_lengths=lengths[0], target_lengths=lengths[1],
+            grid=grid,
+            num_masks=num_masks,
+            batch_size=batch_size,
+            context_ids=ids[0],
+            target_ids=ids[1],
+            context_lengths=lengths[0],
+            target_lengths=lengths[1],
         )

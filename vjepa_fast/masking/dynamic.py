@@ -73,15 +73,23 @@ class DynamicMasks(MaskBatch):
         """Buffers for masks of this kind, on their device, to be filled."""
         num_sequences, device = masks.num_masks * masks.batch_size, masks.device
         context_ids, target_ids = (
-            torch.zeros(size, dtype=torch.int32, device=device) for size in (room.context, room.target))
+            torch.zeros(size, dtype=torch.int32, device=device) for size in (room.context, room.target)
+        )
         return cls(
-            grid=masks.grid, num_masks=masks.num_masks, batch_size=masks.batch_size, context_ids=context_ids,
-            target_ids=target_ids, context_lengths=(room.longest_context,) * num_sequences,
-            target_lengths=(room.longest_target,) * num_sequences, mask_token=masks.mask_token,
+            grid=masks.grid,
+            num_masks=masks.num_masks,
+            batch_size=masks.batch_size,
+            context_ids=context_ids,
+            target_ids=target_ids,
+            context_lengths=(room.longest_context,) * num_sequences,
+            target_lengths=(room.longest_target,) * num_sequences,
+            mask_token=masks.mask_token,
             offsets=torch.zeros((3, num_sequences + 1), dtype=torch.int32, device=device),
             capacity=(room.context, room.target),
             weights=torch.zeros(num_sequences, dtype=torch.float64, device=device),
-            weights_of_context=torch.zeros(num_sequences, dtype=torch.float64, device=device), longest=room.longest)
+            weights_of_context=torch.zeros(num_sequences, dtype=torch.float64, device=device),
+            longest=room.longest,
+        )
 
     def fill(self, masks: MaskBatch) -> None:
         """Take over other masks of the same kind that fit; nothing waits for a GPU."""
@@ -98,7 +106,8 @@ class DynamicMasks(MaskBatch):
         self.offsets.copy_(offsets)
         weighed = masks.with_weights()
         for own, weights in (
-            (self.weights, weighed.loss_weights), (self.weights_of_context, weighed.context_loss_weights)
+            (self.weights, weighed.loss_weights),
+            (self.weights_of_context, weighed.context_loss_weights),
         ):
             own.copy_(to_device(np.array(weights, dtype=np.float64), self.device))
 

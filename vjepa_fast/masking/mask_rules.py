@@ -121,14 +121,20 @@ class BlockSpec:
         num_frames, height, width = grid
         num_tokens = num_frames * height * width
         if num_tokens > MAX_TOKENS:
-            raise ConfigError(f"a clip of {num_frames} x {height} x {width} tokens has {num_tokens}; masks are drawn "
-                              f"for at most {MAX_TOKENS}. Use smaller or fewer frames, or larger patches")
+            raise ConfigError(
+                f"a clip of {num_frames} x {height} x {width} tokens has {num_tokens}; masks are drawn "
+                f"for at most {MAX_TOKENS}. Use smaller or fewer frames, or larger patches"
+            )
         if spec.strategy in ("tube", "patches", "mixture") and height * width > MAX_PLACES:
-            raise ConfigError(f"a frame of {height} x {width} tokens is too large for the mask strategy "
-                              f"{spec.strategy}, which draws from at most {MAX_PLACES} places")
+            raise ConfigError(
+                f"a frame of {height} x {width} tokens is too large for the mask strategy "
+                f"{spec.strategy}, which draws from at most {MAX_PLACES} places"
+            )
         if spec.strategy in ("patches", "mixture") and num_frames > MAX_FRAMES:
-            raise ConfigError(f"{num_frames} token frames are too many for the mask strategy {spec.strategy}, which "
-                              f"draws for at most {MAX_FRAMES}")
+            raise ConfigError(
+                f"{num_frames} token frames are too many for the mask strategy {spec.strategy}, which "
+                f"draws for at most {MAX_FRAMES}"
+            )
 
         def low_and_span(bounds: tuple[float, float]) -> tuple[int, int]:
             low, high = (fixed_point(bound) for bound in bounds)
@@ -157,9 +163,17 @@ class BlockSpec:
     def to_ints(self) -> list[int]:
         """The row of the operators' `specs` (struct MaskRow of csrc/mask_rules.h)."""
         return [
-            STRATEGIES.index(self.strategy), self.num_blocks, *self.temporal, *self.spatial, *self.aspect,
-            self.predicted, self.temporal_below, self.max_context_frames, self.max_keep or 0,
-            COMPLEMENTS.index(self.complement), int(self.inv_block),
+            STRATEGIES.index(self.strategy),
+            self.num_blocks,
+            *self.temporal,
+            *self.spatial,
+            *self.aspect,
+            self.predicted,
+            self.temporal_below,
+            self.max_context_frames,
+            self.max_keep or 0,
+            COMPLEMENTS.index(self.complement),
+            int(self.inv_block),
         ]
 
     def target_count(self, n: int) -> int:
@@ -206,24 +220,34 @@ def _multiblock(
         in_w = (columns >= left) & (columns < left + w)
         covered = np.zeros((len(pending), num_frames, height, width), dtype=bool)
         for block in range(spec.num_blocks):
-            covered |= (
-                in_t[:, block, :, None, None] & in_h[:, block, None, :, None] & in_w[:, block, None, None, :]
-            )
+            covered |= in_t[:, block, :, None, None] & in_h[:, block, None, :, None] & in_w[:, block, None, None, :]
         target[pending] = covered
         pending = pending[covered[:, : spec.max_context_frames].all(axis=(1, 2, 3))]
     return target
 
 
 def _subset(
-    spec: BlockSpec, num_places: int, num_draws: int, sample_ids: np.ndarray, *, seed: int, step: int, group: int,
+    spec: BlockSpec,
+    num_places: int,
+    num_draws: int,
+    sample_ids: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    group: int,
     mask: int,
 ) -> np.ndarray:
     """bool [B, num_draws, num_places]: a random subset of the places for each draw."""
     blocks = -(-num_places // 4)
-    tags = np.array([
-        [pack_tag(Stream.MASK_PATCHES, group=group, mask=mask, attempt=draw, block=block) for block in range(blocks)]
-        for draw in range(num_draws)
-    ])
+    tags = np.array(
+        [
+            [
+                pack_tag(Stream.MASK_PATCHES, group=group, mask=mask, attempt=draw, block=block)
+                for block in range(blocks)
+            ]
+            for draw in range(num_draws)
+        ]
+    )
     words = random_words(seed, sample_ids[:, None, None], step, tags)
     keys = words.reshape(len(sample_ids), num_draws, -1)[..., :num_places].astype(np.uint64)
     keys = keys * np.uint64(MAX_PLACES) + np.arange(num_places, dtype=np.uint64)
@@ -240,8 +264,7 @@ def _by_ratio(
         return np.broadcast_to((frames >= num_frames - count)[None, :, None, None], (len(sample_ids), *grid))
 
     def places(num_draws: int) -> np.ndarray:
-        drawn = _subset(
-            spec, height * width, num_draws, sample_ids, seed=seed, step=step, group=group, mask=mask)
+        drawn = _subset(spec, height * width, num_draws, sample_ids, seed=seed, step=step, group=group, mask=mask)
         return np.broadcast_to(drawn.reshape(len(sample_ids), num_draws, height, width), (len(sample_ids), *grid))
 
     if spec.strategy == "tube":

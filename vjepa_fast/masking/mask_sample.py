@@ -79,13 +79,21 @@ def _check_samples(sample_ids: np.ndarray, members: np.ndarray) -> None:
         raise ValueError(f"a global sample number is {int(members.min())}; expected numbers from 0")
     if members is not sample_ids and not np.isin(sample_ids, members).all():
         missing = int(np.setdiff1d(sample_ids, members)[0])
-        raise ValueError(f"sample {missing} is not among the members; members are all samples of the truncation "
-                         "groups of sample_ids")
+        raise ValueError(
+            f"sample {missing} is not among the members; members are all samples of the truncation groups of sample_ids"
+        )
 
 
 def masks_ref(
-    specs: Sequence[BlockSpec], grid: Grid, sample_ids: np.ndarray, members: np.ndarray, *, seed: int, step: int,
-    group: int = 0, group_size: int = 0,
+    specs: Sequence[BlockSpec],
+    grid: Grid,
+    sample_ids: np.ndarray,
+    members: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    group: int = 0,
+    group_size: int = 0,
 ) -> np.ndarray:
     """Masks after every rule, as booleans.
 
@@ -135,8 +143,12 @@ def _pack_ref(masks: np.ndarray, capacity: tuple[int, int] | None) -> PackedMask
     ends = np.cumsum([*lengths, lengths.sum(0)], axis=1)
     cu_seqlens = np.pad(ends, ((0, 0), (1, 0))).astype(np.int32)
     return PackedMasks(
-        torch.from_numpy(ids[0]), torch.from_numpy(ids[1]), torch.from_numpy(cu_seqlens),
-        tuple(lengths[0].tolist()), tuple(lengths[1].tolist()))
+        torch.from_numpy(ids[0]),
+        torch.from_numpy(ids[1]),
+        torch.from_numpy(cu_seqlens),
+        tuple(lengths[0].tolist()),
+        tuple(lengths[1].tolist()),
+    )
 
 
 @cache
@@ -148,7 +160,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("vjepa_fast::mask_sample")
     def _(  # type: ignore[no-untyped-def]
-        step, sample_ids, lengths, specs, grid, seed, group, capacity_context, capacity_target,
+        step, sample_ids, lengths, specs, grid, seed, group, capacity_context, capacity_target
     ):
         num_sequences = len(specs) // BlockSpec.NUM_INTS * sample_ids.shape[0]
         shapes = ((capacity_context,), (capacity_target,), (3, num_sequences + 1), (2,))
@@ -171,8 +183,10 @@ def operators() -> Any | None:
     found = extension.load()
     if found.path is None:
         if found.wanted:
-            _warn_once(f"masks are drawn by NumPy, the same ones but slower: {found.reason}. Install again with a C++ "
-                       "compiler, or set VJEPA_FAST_OPS=ref to choose NumPy without this warning")
+            _warn_once(
+                f"masks are drawn by NumPy, the same ones but slower: {found.reason}. Install again with a C++ "
+                "compiler, or set VJEPA_FAST_OPS=ref to choose NumPy without this warning"
+            )
         return None
     _register_fakes()
     return torch.ops.vjepa_fast
@@ -209,8 +223,17 @@ def _signed(seed: int) -> int:
 
 
 def mask_sample(
-    specs: Sequence[BlockSpec], grid: Grid, sample_ids: np.ndarray, members: np.ndarray, *, seed: int, step: int,
-    group: int = 0, group_size: int = 0, device: torch.device | str = "cpu", capacity: tuple[int, int] | None = None,
+    specs: Sequence[BlockSpec],
+    grid: Grid,
+    sample_ids: np.ndarray,
+    members: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    group: int = 0,
+    group_size: int = 0,
+    device: torch.device | str = "cpu",
+    capacity: tuple[int, int] | None = None,
 ) -> PackedMasks:
     """All masks of a batch, packed, on a device, which is not waited for.
 
@@ -225,8 +248,10 @@ def mask_sample(
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no GPU that it can use; masks can "
-                         "be drawn on the cpu")
+        raise ValueError(
+            f"device is {device}, but torch {torch.__version__} finds no GPU that it can use; masks can "
+            "be drawn on the cpu"
+        )
     ops = operators()
     _check_samples(sample_ids, members)
     if ops is None:
@@ -247,8 +272,7 @@ def mask_sample(
     step_tensor.fill_(step)
     ids.copy_(torch.from_numpy(sample_ids))
     same = members is sample_ids
-    lengths.copy_(ops.mask_lengths(
-        step_tensor, ids, ids if same else torch.from_numpy(members), *key, group_size))
+    lengths.copy_(ops.mask_lengths(step_tensor, ids, ids if same else torch.from_numpy(members), *key, group_size))
     context_lengths, target_lengths = (tuple(row) for row in lengths.tolist())
     totals = sum(context_lengths), sum(target_lengths)
     _check_capacity(totals, capacity)
@@ -261,8 +285,16 @@ def mask_sample(
 
 
 def mask_sample_captured(
-    specs: Sequence[BlockSpec], grid: Grid, step: Tensor, sample_ids: Tensor, members: Tensor, *, seed: int,
-    capacity: tuple[int, int], group: int = 0, group_size: int = 0,
+    specs: Sequence[BlockSpec],
+    grid: Grid,
+    step: Tensor,
+    sample_ids: Tensor,
+    members: Tensor,
+    *,
+    seed: int,
+    capacity: tuple[int, int],
+    group: int = 0,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All masks of a batch, lengths included, from tensors on the device: for CUDA graphs, where the host may not know.
 
@@ -281,8 +313,10 @@ def mask_sample_captured(
         RuntimeError: the extension has no kernels for the device, or arguments that do not fit.
     """
     if not runs_on(step.device):
-        raise RuntimeError(f"masks can be drawn on {step.device} only by the extension: "
-                           f"{extension.load().reason or 'it has no kernels for this device'}")
+        raise RuntimeError(
+            f"masks can be drawn on {step.device} only by the extension: "
+            f"{extension.load().reason or 'it has no kernels for this device'}"
+        )
     ops = operators()
     assert ops is not None
     key = ([value for spec in specs for value in spec.to_ints()], grid, _signed(seed), group)
@@ -303,5 +337,6 @@ def _to(masks: PackedMasks, device: torch.device) -> PackedMasks:
     def move(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    return replace(masks, context_ids=move(masks.context_ids), target_ids=move(masks.target_ids),
-                   cu_seqlens=move(masks.cu_seqlens))
+    return replace(
+        masks, context_ids=move(masks.context_ids), target_ids=move(masks.target_ids), cu_seqlens=move(masks.cu_seqlens)
+    )

@@ -46,7 +46,8 @@ def roles(masks: MaskBatch, mask: int, clip: int) -> np.ndarray:
     one = masks.narrow(clip, clip + 1)
     out = np.full(one.num_tokens, NEITHER, dtype=np.uint8)
     for ids, lengths, role in (
-        (one.context_ids, one.context_lengths, CONTEXT), (one.target_ids, one.target_lengths, TARGET),
+        (one.context_ids, one.context_lengths, CONTEXT),
+        (one.target_ids, one.target_lengths, TARGET),
     ):
         start = sum(lengths[:mask])
         out[ids[start : start + lengths[mask]].numpy()] = role
@@ -174,9 +175,15 @@ class Panel:
     def tiles(self) -> list[tuple[int, int, int, int, int]]:
         """(clip, mask, token frame, y, x) of every frame drawn, from the panel's upper left corner."""
         return [
-            (clip, mask, frame, 2 * _LINE + (clip * self.masks.num_masks + mask) * self.row_height + clip * _SAMPLE_GAP,
-             column * (self.tile[1] + _GAP))
-            for clip in range(len(self.sample_ids)) for mask in range(self.masks.num_masks)
+            (
+                clip,
+                mask,
+                frame,
+                2 * _LINE + (clip * self.masks.num_masks + mask) * self.row_height + clip * _SAMPLE_GAP,
+                column * (self.tile[1] + _GAP),
+            )
+            for clip in range(len(self.sample_ids))
+            for mask in range(self.masks.num_masks)
             for column, frame in enumerate(columns_of(self.masks.grid[0]))
         ]
 
@@ -185,8 +192,7 @@ class Panel:
         out = np.full((self.height, self.width, 3), 255, dtype=np.uint8)
         height, width = self.tile
         for clip, mask, frame, y, x in self.tiles():
-            out[y : y + height, x : x + width] = paint(
-                self.frames[clip][frame], roles(self.masks, mask, clip)[frame])
+            out[y : y + height, x : x + width] = paint(self.frames[clip][frame], roles(self.masks, mask, clip)[frame])
         return out
 
 
@@ -223,13 +229,15 @@ class _Sheet:
 
     def text(self, x: float, y: float, words: str, size: float = 10, **style: Any) -> None:
         # Names may hold a dollar sign, which is no formula here.
-        self.figure.text(x / self.width, 1 - y / self.height, words, fontsize=size, parse_math=False,
-                         **{"va": "top", **style})
+        self.figure.text(
+            x / self.width, 1 - y / self.height, words, fontsize=size, parse_math=False, **{"va": "top", **style}
+        )
 
     def image(self, x: int, y: int, pixels: np.ndarray) -> None:
         rows, columns = pixels.shape[:2]
         axes = self.figure.add_axes(
-            (x / self.width, 1 - (y + rows) / self.height, columns / self.width, rows / self.height))
+            (x / self.width, 1 - (y + rows) / self.height, columns / self.width, rows / self.height)
+        )
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
@@ -267,8 +275,11 @@ def _draw_legend(sheet: _Sheet, y: int) -> None:
     sample = np.repeat(np.linspace(60, 200, 32, dtype=np.uint8)[None, :, None], 16, axis=0)
     sample = (sample * np.array([0.6, 0.85, 1.0])).astype(np.uint8)
     x = _MARGIN
-    for role, words in ((CONTEXT, "context: the encoder sees it"), (TARGET, "target: predicted from the context"),
-                        (NEITHER, "neither: cut off")):
+    for role, words in (
+        (CONTEXT, "context: the encoder sees it"),
+        (TARGET, "target: predicted from the context"),
+        (NEITHER, "neither: cut off"),
+    ):
         sheet.image(x, y, paint(sample, np.array([[role, role]], dtype=np.uint8)))
         sheet.text(x + 40, y, words)
         x += 40 + 8 * len(words) + 16

@@ -72,8 +72,10 @@ class ReferenceMaskGenerator:
             attempts = 1
             while not context.any():
                 if attempts == 1000:
-                    raise ConfigError(f"blocks of {size} tokens leave no context on a grid of {self.grid} in 1000 "
-                                      "draws; use smaller masks (spatial_scale, temporal_scale, num_blocks)")
+                    raise ConfigError(
+                        f"blocks of {size} tokens leave no context on a grid of {self.grid} in 1000 "
+                        "draws; use smaller masks (spatial_scale, temporal_scale, num_blocks)"
+                    )
                 context = self._context(size, generator)
                 attempts += 1
             contexts.append(context)

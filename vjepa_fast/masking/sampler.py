@@ -77,12 +77,28 @@ class MaskSampler:
         ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
         members = self._members(ids) if members is None else np.ascontiguousarray(members, dtype=np.int64)
         packed = mask_sample(
-            self.specs, self.grid, ids, members, seed=self.seed, step=step, group=self.group,
-            group_size=self.group_size, device=device, capacity=capacity)
+            self.specs,
+            self.grid,
+            ids,
+            members,
+            seed=self.seed,
+            step=step,
+            group=self.group,
+            group_size=self.group_size,
+            device=device,
+            capacity=capacity,
+        )
         return MaskBatch(
-            grid=self.grid, num_masks=len(self.specs), batch_size=len(ids), context_ids=packed.context_ids,
-            target_ids=packed.target_ids, context_lengths=packed.context_lengths, target_lengths=packed.target_lengths,
-            offsets=packed.cu_seqlens, capacity=capacity)
+            grid=self.grid,
+            num_masks=len(self.specs),
+            batch_size=len(ids),
+            context_ids=packed.context_ids,
+            target_ids=packed.target_ids,
+            context_lengths=packed.context_lengths,
+            target_lengths=packed.target_lengths,
+            offsets=packed.cu_seqlens,
+            capacity=capacity,
+        )
 
 
 class StepMasks:
@@ -137,20 +153,25 @@ class StepMasks:
         self.positions = torch.Generator().manual_seed(seed + rank)
         if cfg.source == "reference":
             if cfg.truncate == "none":
-                raise ConfigError("mask.source=reference always truncates to the batch minimum; set "
-                                  "mask.truncate=batch_min, or mask.source=counter")
+                raise ConfigError(
+                    "mask.source=reference always truncates to the batch minimum; set "
+                    "mask.truncate=batch_min, or mask.source=counter"
+                )
             if world_size > 1:
-                raise ConfigError("mask.source=reference is the stream of one process; set mask.source=counter to "
-                                  f"train with {world_size}")
+                raise ConfigError(
+                    "mask.source=reference is the stream of one process; set mask.source=counter to "
+                    f"train with {world_size}"
+                )
             self.reference = ReferenceMaskGenerators(cfg, fpcs, crop_size, patch_size, tubelet_size)
             return
         group_size = cfg.group_size or global_batch
         if cfg.truncate == "batch_min" and (global_batch % group_size or group_size % cfg.clips_per_mask):
             raise ConfigError(
-                f"mask.group_size={group_size} does not divide the {global_batch} clips of a step" + (
-                    f" into groups of {cfg.clips_per_mask}, which share their masks" if cfg.clips_per_mask > 1 else "")
-                + "; set mask.group_size to a divisor" + (
-                    f" that is a multiple of {cfg.clips_per_mask}" if cfg.clips_per_mask > 1 else ""))
+                f"mask.group_size={group_size} does not divide the {global_batch} clips of a step"
+                + (f" into groups of {cfg.clips_per_mask}, which share their masks" if cfg.clips_per_mask > 1 else "")
+                + "; set mask.group_size to a divisor"
+                + (f" that is a multiple of {cfg.clips_per_mask}" if cfg.clips_per_mask > 1 else "")
+            )
         # Counted in masks, as all below.
         self.group_size = group_size // cfg.clips_per_mask
         cfg = cfg.model_copy(update={"group_size": self.group_size})
@@ -187,7 +208,11 @@ class StepMasks:
         return (np.unique(own // self.group_size)[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
 
     def _weigh_by_group(
-        self, batches: list[MaskBatch], sample_ids: Sequence[Tensor], group_ids: Sequence[int], members: np.ndarray,
+        self,
+        batches: list[MaskBatch],
+        sample_ids: Sequence[Tensor],
+        group_ids: Sequence[int],
+        members: np.ndarray,
         groups: np.ndarray,
     ) -> list[MaskBatch]:
         num_parts = self.global_batch // (self.group_size * self.cfg.clips_per_mask)
@@ -195,8 +220,9 @@ class StepMasks:
         present = {part: len(np.unique(groups[parts == part])) for part in np.unique(parts)}
         weighed = []
         for batch, ids, group in zip(batches, sample_ids, group_ids, strict=True):
-            num_clips = {part: self.cfg.clips_per_mask * int(((parts == part) & (groups == group)).sum())
-                         for part in present}
+            num_clips = {
+                part: self.cfg.clips_per_mask * int(((parts == part) & (groups == group)).sum()) for part in present
+            }
             own_parts = np.tile(ids.numpy() // self.group_size, batch.num_masks)
             # Every clip of a truncation group keeps the same number of tokens, so its length is the group's.
             weights = tuple(
@@ -219,9 +245,13 @@ class StepMasks:
         weighed = []
         for batch, group in zip(batches, group_ids, strict=True):
             target, context = (
-                tuple(1.0 / (num_pairs * max(1, int(count))) for count in counts[kind, group]
-                      for _ in range(batch.batch_size))
-                for kind in range(2))
+                tuple(
+                    1.0 / (num_pairs * max(1, int(count)))
+                    for count in counts[kind, group]
+                    for _ in range(batch.batch_size)
+                )
+                for kind in range(2)
+            )
             weighed.append(replace(batch, loss_weights=target, context_loss_weights=context))
         return weighed
 

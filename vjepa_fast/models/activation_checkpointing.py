@@ -75,8 +75,15 @@ def checkpoint(
     draws = block.training and getattr(block, "drop_path_rate", 1.0) > 0
     if kind == "selective":
         out = torch_checkpoint(
-            _selective(block), x, packing, rope, *rows, use_reentrant=False, preserve_rng_state=draws,
-            context_fn=_contexts)
+            _selective(block),
+            x,
+            packing,
+            rope,
+            *rows,
+            use_reentrant=False,
+            preserve_rng_state=draws,
+            context_fn=_contexts,
+        )
     else:
         out = torch_checkpoint(block, x, packing, rope, *rows, use_reentrant=False, preserve_rng_state=draws)
     return out

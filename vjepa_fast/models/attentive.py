@@ -67,8 +67,11 @@ class AttentivePooler(nn.Module):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.empty(1, 1, dim))
         self.cross_attention_block = CrossAttentionBlock(dim, num_heads)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, 4.0, 0.0, False, False) for _ in range(depth - 1)) if depth > 1 else None
+        self.blocks = (
+            nn.ModuleList(Block(dim, num_heads, 4.0, 0.0, False, False) for _ in range(depth - 1))
+            if depth > 1
+            else None
+        )
         for block in self.blocks or ():
             assert isinstance(block, Block)
             block.norm1.eps = block.norm2.eps = EPS

@@ -46,7 +46,12 @@ def _add_norm_qkv(x: Tensor, branch: Tensor, norm: Norm, qkv: Affine) -> tuple[T
 
 
 def _proj_norm_mlp(
-    x: Tensor, attended: Tensor, scale: Tensor | None, mlp_scale: Tensor | None, proj: Affine, norm: Norm,
+    x: Tensor,
+    attended: Tensor,
+    scale: Tensor | None,
+    mlp_scale: Tensor | None,
+    proj: Affine,
+    norm: Norm,
     mlp: tuple[Affine, ...],
 ) -> tuple[Tensor, Tensor]:
     """The scales [L, 1] are those of drop path, for the two branches; an MLP has two layers, SwiGLU three."""
@@ -78,11 +83,15 @@ def require_compiler(device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise NotCompiled("model.compile_model is set, but no C++ compiler was found, which compiling for a CPU "
-                              f"needs; install one (on Debian and Ubuntu: g++) or name it in CXX, {hint}") from error
+            raise NotCompiled(
+                "model.compile_model is set, but no C++ compiler was found, which compiling for a CPU "
+                f"needs; install one (on Debian and Ubuntu: g++) or name it in CXX, {hint}"
+            ) from error
     elif triton is None:
-        raise NotCompiled("model.compile_model is set, but Triton, which compiling for a GPU needs, is not installed; "
-                          f"install it, {hint}")
+        raise NotCompiled(
+            "model.compile_model is set, but Triton, which compiling for a GPU needs, is not installed; "
+            f"install it, {hint}"
+        )
 
 
 def _call(
@@ -100,8 +109,17 @@ def _call(
     first, weight = tokens[0], affine[0]
     assert first is not None
     key = (
-        function, variant, tuple(weight.shape), weight.dtype, weight.requires_grad, first.dtype, first.device,
-        first.requires_grad, torch.is_grad_enabled(), use_triton(first))
+        function,
+        variant,
+        tuple(weight.shape),
+        weight.dtype,
+        weight.requires_grad,
+        first.dtype,
+        first.device,
+        first.requires_grad,
+        torch.is_grad_enabled(),
+        use_triton(first),
+    )
     compiled = _compiled.get(key)
     if compiled is not None:
         return compiled(*tokens, *others)
@@ -121,8 +139,10 @@ def _call(
         with torch._dynamo.config.patch(optimize_ddp=False):
             out = compiled(*tokens, *others)
     except BackendCompilerFailed as error:
-        raise NotCompiled(f"model.compile_model is set, but the compiler failed; set model.compile_model=false to go "
-                          f"on without: {error}") from error
+        raise NotCompiled(
+            f"model.compile_model is set, but the compiler failed; set model.compile_model=false to go "
+            f"on without: {error}"
+        ) from error
     _compiled[key] = compiled
     return out
 
@@ -156,6 +176,12 @@ def after_attention(
     proj = block.attn.proj.operands(attended.dtype)
     mlp = tuple(layer.operands(x.dtype) for layer in layers)
     out: tuple[Tensor, Tensor] = _call(
-        _proj_norm_mlp, (x, attended, *(scales or (None, None))), proj, proj, _norm_of(block.norm2), mlp,
-        variant=(scales is None, *(layer.weight.shape for layer in layers)))
+        _proj_norm_mlp,
+        (x, attended, *(scales or (None, None))),
+        proj,
+        proj,
+        _norm_of(block.norm2),
+        mlp,
+        variant=(scales is None, *(layer.weight.shape for layer in layers)),
+    )
     return out

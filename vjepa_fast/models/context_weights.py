@@ -38,7 +38,11 @@ def squared_distances(marked: Tensor) -> Tensor:
 
 
 def context_weights(
-    context_ids: Tensor, context_cu_seqlens: Tensor, target_ids: Tensor, target_cu_seqlens: Tensor, grid: Grid,
+    context_ids: Tensor,
+    context_cu_seqlens: Tensor,
+    target_ids: Tensor,
+    target_cu_seqlens: Tensor,
+    grid: Grid,
     unit: float = 1.0,
 ) -> Tensor:
     """1 / sqrt(distance / unit) of every context token.
@@ -59,7 +63,8 @@ def context_weights(
     marked = torch.zeros((num_sequences + 1) * num_tokens, dtype=torch.bool, device=target_ids.device)
     rows = [
         sequence_of_rows(cu_seqlens, len(ids)) * num_tokens + ids
-        for ids, cu_seqlens in ((target_ids, target_cu_seqlens), (context_ids, context_cu_seqlens))]
+        for ids, cu_seqlens in ((target_ids, target_cu_seqlens), (context_ids, context_cu_seqlens))
+    ]
     marked.index_fill_(0, rows[0], True)
     marked[num_sequences * num_tokens :] = False
     squares = squared_distances(marked.view(-1, *grid)).flatten()

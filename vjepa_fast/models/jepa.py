@@ -75,12 +75,16 @@ class JEPAOutput:
             # One row of lengths a mask; they must agree for a dense tensor to exist.
             rows = [m.target_lengths[i :: m.batch_size] for i in range(m.batch_size)]
             if len(set(rows)) > 1:
-                raise ValueError("clips of one mask differ in length (truncate: none); read packed_predictions and "
-                                 "packed_targets instead")
+                raise ValueError(
+                    "clips of one mask differ in length (truncate: none); read packed_predictions and "
+                    "packed_targets instead"
+                )
         groups = packed.split([len(m.target_ids) for m in self.masks])
         return [
-            [ids_of_mask.view(m.batch_size, -1, packed.shape[-1])
-             for ids_of_mask in group[: sum(m.target_lengths)].split(_mask_totals(m))]
+            [
+                ids_of_mask.view(m.batch_size, -1, packed.shape[-1])
+                for ids_of_mask in group[: sum(m.target_lengths)].split(_mask_totals(m))
+            ]
             for group, m in zip(groups, self.masks, strict=True)
         ]
 
@@ -120,8 +124,13 @@ class VJEPA(nn.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, loss_exp: float = 1.0, reg_coeff: float = 0.0, weight_distance_loss: bool = False,
-        offset_context_loss: bool = False, prediction_l2: float = 0.0,
+        self,
+        cfg: ModelConfig,
+        loss_exp: float = 1.0,
+        reg_coeff: float = 0.0,
+        weight_distance_loss: bool = False,
+        offset_context_loss: bool = False,
+        prediction_l2: float = 0.0,
         context_scale: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         super().__init__()
@@ -155,16 +164,22 @@ class VJEPA(nn.Module):
         if len(groups) != len(batches) or not groups:
             raise ValueError(f"{len(groups)} groups of clips but {len(batches)} of masks; expected one each")
         if len(batches) > 1 and any(batch.capacity for batch in batches):
-            raise ValueError("masks with a capacity serve one frames-per-clip group; several are packed back to back, "
-                             "with no room between them")
+            raise ValueError(
+                "masks with a capacity serve one frames-per-clip group; several are packed back to back, "
+                "with no room between them"
+            )
         groups = [self.encoder.to_clips(group) for group in groups]
         for group, batch in zip(groups, batches, strict=True):
             if tuple(batch.grid[1:]) != tuple(batches[0].grid[1:]):
-                raise ValueError(f"groups of {tuple(batches[0].grid)} and {tuple(batch.grid)} tokens; the height and "
-                                 "width must be the same in all groups")
+                raise ValueError(
+                    f"groups of {tuple(batches[0].grid)} and {tuple(batch.grid)} tokens; the height and "
+                    "width must be the same in all groups"
+                )
             if len(group) != batch.batch_size or self.encoder.grid_of(group) != tuple(batch.grid):
-                raise ValueError(f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
-                                 f"{batch.batch_size} clips of {tuple(batch.grid)}")
+                raise ValueError(
+                    f"{len(group)} clips of {self.encoder.grid_of(group)} tokens but masks for "
+                    f"{batch.batch_size} clips of {tuple(batch.grid)}"
+                )
         with label("target encoder"):
             if self.cfg.objective == "pixels":
                 features = pixel_tubelets(groups, self.encoder.tubelet_size, self.encoder.patch_size)
@@ -230,15 +245,19 @@ class VJEPA(nn.Module):
             weights.append(weight)
         rows = _rows_of_batches(output.masks, "context_rows")
         return latent_loss(
-            predictions, output.features, torch.cat(weights), self.loss_exp, rows, output.final_norm, output.levels)
+            predictions, output.features, torch.cat(weights), self.loss_exp, rows, output.final_norm, output.levels
+        )
 
     def _closeness(self, batch: MaskBatch) -> Tensor:
         unit = batch.grid[1] // OFFSET_SIDE if self.offset_context_loss else 1
         if unit < 1:
-            raise ValueError(f"offset_context_loss divides distances by rows of tokens // {OFFSET_SIDE}, but there are "
-                             f"{batch.grid[1]} rows; set loss.offset_context_loss=false")
+            raise ValueError(
+                f"offset_context_loss divides distances by rows of tokens // {OFFSET_SIDE}, but there are "
+                f"{batch.grid[1]} rows; set loss.offset_context_loss=false"
+            )
         return context_weights(
-            batch.context_ids, batch.cu_seqlens_context, batch.target_ids, batch.cu_seqlens_target, batch.grid, unit)
+            batch.context_ids, batch.cu_seqlens_context, batch.target_ids, batch.cu_seqlens_target, batch.grid, unit
+        )
 
     @staticmethod
     def _variance_term(predictions: Tensor, batches: Sequence[MaskBatch]) -> Tensor:

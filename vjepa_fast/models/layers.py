@@ -74,9 +74,7 @@ class SwiGLU(nn.Module):
         return self.fc3(swiglu(self.fc1(x), self.fc2(x)))
 
 
-def drop_path_scale(
-    packing: Packing, rate: float, length: int, like: Tensor, rows: Tensor | None = None
-) -> Tensor:
+def drop_path_scale(packing: Packing, rate: float, length: int, like: Tensor, rows: Tensor | None = None) -> Tensor:
     """What drop path multiplies each token with: 0 for whole sequences with probability `rate`, else 1 / (1 - rate).
 
     Args:
@@ -108,8 +106,15 @@ class Block(nn.Module):
     before: Callable[[], None] | None = None
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
-        attention: str = "auto", compiled: bool = False,
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        swiglu: bool,
+        wide_swiglu: bool,
+        attention: str = "auto",
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
@@ -121,8 +126,13 @@ class Block(nn.Module):
         self.mlp: nn.Module = SwiGLU(dim, hidden, wide_swiglu) if swiglu else MLP(dim, hidden)
 
     def forward(
-        self, x: Tensor, packing: Packing, rope: Rope | None, rows: Tensor | None = None,
-        branch: Tensor | None = None, defer: bool = False,
+        self,
+        x: Tensor,
+        packing: Packing,
+        rope: Rope | None,
+        rows: Tensor | None = None,
+        branch: Tensor | None = None,
+        defer: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The output of the block, [L, D], or [R, D] with `rows`.
 
@@ -151,7 +161,12 @@ class Block(nn.Module):
         return (x, branch) if defer else x + branch
 
     def _compiled_forward(
-        self, x: Tensor, packing: Packing, rope: Rope | None, branch: Tensor | None, rows: Tensor | None,
+        self,
+        x: Tensor,
+        packing: Packing,
+        rope: Rope | None,
+        branch: Tensor | None,
+        rows: Tensor | None,
         scales: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         x, qkv = compiled_blocks.before_attention(self, x, branch)
@@ -169,13 +184,21 @@ class Block(nn.Module):
 
 
 def make_blocks(
-    depth: int, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float, swiglu: bool, wide_swiglu: bool,
-    attention: str = "auto", compiled: bool = False,
+    depth: int,
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    swiglu: bool,
+    wide_swiglu: bool,
+    attention: str = "auto",
+    compiled: bool = False,
 ) -> nn.ModuleList:
     """`depth` blocks whose drop-path rate rises linearly from 0 to `drop_path_rate`; `attention` as in the config."""
     rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
     return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu, attention, compiled) for rate in rates)
+        Block(dim, num_heads, mlp_ratio, rate, swiglu, wide_swiglu, attention, compiled) for rate in rates
+    )
 
 
 def set_compiled(module: nn.Module, compiled: bool) -> None:
@@ -191,16 +214,20 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _may_defer(block: nn.Module) -> bool:
     """Whether nobody looks at what the block gets and returns, and it is ours."""
     ours = type(block).forward is Block.forward and "forward" not in vars(block)
-    return ours and not _is_looked_at(block) and not any(
-        getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+    return (
+        ours
+        and not _is_looked_at(block)
+        and not any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+    )
 
 
 def _is_looked_at(module: nn.Module) -> bool:
     """Whether hooks see what the module gets and returns. Those of FSDP2, which gather its parameters and free them,
     take that as it comes."""
     hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
-    return any(not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
-               for hook in hooks)
+    return any(
+        not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp") for hook in hooks
+    )
 
 
 _BLOCK_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})
@@ -225,12 +252,19 @@ def _inner(block: nn.Module) -> list[nn.Module]:
 def _are_ours(modules: list[nn.Module]) -> bool:
     """Whether nobody looks at what these get and return, and they are as `Block` made them."""
     return all(
-        type(module) in _BLOCK_MODULES and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in _HOOKS) for module in modules)
+        type(module) in _BLOCK_MODULES
+        and "forward" not in vars(module)
+        and not any(getattr(module, name) for name in _HOOKS)
+        for module in modules
+    )
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, packing: Packing, rope: Rope | None, checkpointing: Checkpointing = "none",
+    blocks: nn.ModuleList,
+    x: Tensor,
+    packing: Packing,
+    rope: Rope | None,
+    checkpointing: Checkpointing = "none",
     last_rows: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """After each block x and branch, whose sum is its output; the sum is x where branch is None.

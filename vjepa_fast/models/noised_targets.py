@@ -41,8 +41,10 @@ class Noise:
             width: P.
             device: of the tokens.
         """
-        return cls(torch.randint(0, NUM_LEVELS, (len(packing.lengths),), device=device),
-                   torch.randn((count, width), device=device))
+        return cls(
+            torch.randint(0, NUM_LEVELS, (len(packing.lengths),), device=device),
+            torch.randn((count, width), device=device),
+        )
 
 
 def _kept(device: torch.device) -> Tensor:

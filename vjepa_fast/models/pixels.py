@@ -38,8 +38,11 @@ def pixel_tubelets(clips: Sequence[Tensor], tubelet_size: int, patch_size: int) 
     parts = []
     for group in clips:
         if group.dtype != torch.uint8:
-            raise ValueError(f"clips are {group.dtype}; a model that predicts pixels (model.objective=pixels) is "
-                             "trained on raw uint8 clips")
-        parts.append(rearrange(
-            group, "b (t a) (h p) (w q) c -> (b t h w) (c a p q)", a=tubelet_size, p=patch_size, q=patch_size))
+            raise ValueError(
+                f"clips are {group.dtype}; a model that predicts pixels (model.objective=pixels) is "
+                "trained on raw uint8 clips"
+            )
+        parts.append(
+            rearrange(group, "b (t a) (h p) (w q) c -> (b t h w) (c a p q)", a=tubelet_size, p=patch_size, q=patch_size)
+        )
     return torch.cat(parts).float() / 255

@@ -25,14 +25,7 @@ from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_bl
 from vjepa_fast.models.noised_targets import Noise, noised_targets
 from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.models.positions import learned_table, sincos_table
-from vjepa_fast.models.vit import (
-    apply_norm,
-    check_positions,
-    compute_dtype,
-    make_rope,
-    modality_embedding,
-    size_of,
-)
+from vjepa_fast.models.vit import apply_norm, check_positions, compute_dtype, make_rope, modality_embedding, size_of
 from vjepa_fast.ops.activation import gelu
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
@@ -63,23 +56,32 @@ class Predictor(nn.Module):
         self.cfg = cfg
         self.num_heads = cfg.pred_num_heads or encoder.num_heads
         if width % self.num_heads:
-            raise ConfigError(f"model.pred_embed_dim={width} is not a multiple of the predictor's {self.num_heads} "
-                              "heads; set model.pred_num_heads")
+            raise ConfigError(
+                f"model.pred_embed_dim={width} is not a multiple of the predictor's {self.num_heads} "
+                "heads; set model.pred_num_heads"
+            )
         check_positions("model.pred_embed_dim", width, self.num_heads, cfg)
         is_video = cfg.num_frames > 1
         self.grid: Grid = (
             cfg.num_frames // cfg.tubelet_size if is_video else 1,
-            cfg.crop_size[0] // cfg.patch_size, cfg.crop_size[1] // cfg.patch_size)
+            cfg.crop_size[0] // cfg.patch_size,
+            cfg.crop_size[1] // cfg.patch_size,
+        )
         num_levels = cfg.n_output_distillation or 1
-        out_dim = num_levels * encoder.embed_dim if cfg.teacher_embed_dim is None else (
-            cfg.teacher_embed_dim // num_levels * num_levels)
+        out_dim = (
+            num_levels * encoder.embed_dim
+            if cfg.teacher_embed_dim is None
+            else (cfg.teacher_embed_dim // num_levels * num_levels)
+        )
         if cfg.objective == "pixels":
             out_dim = num_pixels(cfg.tubelet_size if is_video else 1, cfg.patch_size)
         self.predictor_embed: nn.Module = Linear(encoder.embed_dim, width)
         if num_levels > 1:
             self.predictor_embed = nn.Sequential(
-                Linear(num_levels * encoder.embed_dim, encoder.embed_dim), _Activation(cfg.use_pred_silu),
-                Linear(encoder.embed_dim, width))
+                Linear(num_levels * encoder.embed_dim, encoder.embed_dim),
+                _Activation(cfg.use_pred_silu),
+                Linear(encoder.embed_dim, width),
+            )
         num_tokens = (cfg.num_mask_tokens or 1) if cfg.use_mask_tokens else 0
         self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(num_tokens))
         self.predictor_pos_embed: nn.Parameter | None = None
@@ -89,8 +91,16 @@ class Predictor(nn.Module):
             table = sincos_table(width, self.grid, cfg.uniform_power, is_video)
             self.predictor_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.predictor_blocks = make_blocks(
-            cfg.pred_depth, width, self.num_heads, 4.0, 0.0, cfg.use_pred_silu, cfg.wide_silu, cfg.attention,
-            cfg.compile_model is True)
+            cfg.pred_depth,
+            width,
+            self.num_heads,
+            4.0,
+            0.0,
+            cfg.use_pred_silu,
+            cfg.wide_silu,
+            cfg.attention,
+            cfg.compile_model is True,
+        )
         self.predictor_norm = LayerNorm(width, eps=1e-6)
         self.predictor_proj = Linear(width, out_dim)
         if cfg.return_all_tokens:
@@ -110,8 +120,13 @@ class Predictor(nn.Module):
         return compute_dtype(self.cfg, self.predictor_norm.weight)
 
     def forward(
-        self, x: Tensor, masks_x: Tensor | list[Tensor], masks_y: Tensor | list[Tensor], mask_index: int = 1,
-        targets: Tensor | None = None, mod: str = "video",
+        self,
+        x: Tensor,
+        masks_x: Tensor | list[Tensor],
+        masks_y: Tensor | list[Tensor],
+        mask_index: int = 1,
+        targets: Tensor | None = None,
+        mod: str = "video",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicted features of target tokens, with dense index lists as in the reference.
 
@@ -137,13 +152,18 @@ class Predictor(nn.Module):
         images = [mod == "image"]
         if not self.cfg.return_all_tokens:
             return self.forward_packed(context, [masks], [mask_index], given, images).view(
-                len(x), lists[1][0].shape[1], -1)
+                len(x), lists[1][0].shape[1], -1
+            )
         out, of_context = self.forward_packed_all(context, [masks], [mask_index], images)
         return out.view(len(x), lists[1][0].shape[1], -1), of_context.view(*x.shape[:2], -1)
 
     def forward_packed(
-        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None,
-        targets: Tensor | None = None, images: Sequence[bool] | None = None,
+        self,
+        context: Tensor,
+        masks: Sequence[MaskBatch],
+        mask_tokens: Sequence[int] | None = None,
+        targets: Tensor | None = None,
+        images: Sequence[bool] | None = None,
     ) -> Tensor:
         """All masks of all clips of all groups in one pass.
 
@@ -165,7 +185,10 @@ class Predictor(nn.Module):
         return self.predictor_proj(normed[num_context:])
 
     def forward_packed_all(
-        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None = None,
+        self,
+        context: Tensor,
+        masks: Sequence[MaskBatch],
+        mask_tokens: Sequence[int] | None = None,
         images: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What is predicted for the target and for the context tokens, which cfg.return_all_tokens has a head for.
@@ -176,8 +199,13 @@ class Predictor(nn.Module):
         return self.predictor_proj(normed[num_context:]), self.predictor_proj_context(normed[:num_context])
 
     def _run(
-        self, context: Tensor, masks: Sequence[MaskBatch], mask_tokens: Sequence[int] | None, targets: Tensor | None,
-        images: Sequence[bool] | None, targets_only: bool,
+        self,
+        context: Tensor,
+        masks: Sequence[MaskBatch],
+        mask_tokens: Sequence[int] | None,
+        targets: Tensor | None,
+        images: Sequence[bool] | None,
+        targets_only: bool,
     ) -> tuple[Tensor, int]:
         """Normed output of the blocks, of all context and then all target tokens, or of the latter; and where the
         target tokens begin."""
@@ -191,23 +219,31 @@ class Predictor(nn.Module):
             both = self.predictor_embed(torch.cat([context.to(dtype), targets.to(dtype)]))
             tokens = both[: len(context)]
             groups = both[len(context) :].split([len(m.target_ids) for m in masks])
-            queries = torch.cat([
-                noised_targets(group, m.target_packing, self.draw_noise(m)).to(dtype)
-                for group, m in zip(groups, masks, strict=True)])
+            queries = torch.cat(
+                [
+                    noised_targets(group, m.target_packing, self.draw_noise(m)).to(dtype)
+                    for group, m in zip(groups, masks, strict=True)
+                ]
+            )
         else:
-            raise ValueError("a predictor without mask tokens (model.use_mask_tokens=false) starts from noised "
-                             "targets; give it the target features")
+            raise ValueError(
+                "a predictor without mask tokens (model.use_mask_tokens=false) starts from noised "
+                "targets; give it the target features"
+            )
         if self.cfg.modality_embedding:
             kinds = [self.img_mod_embed if image else self.video_mod_embed for image in images or [False] * len(masks)]
             tokens = _add_to_groups(tokens, kinds, [len(m.context_ids) for m in masks])
             queries = _add_to_groups(queries, kinds, [len(m.target_ids) for m in masks])
-        ids, grid = join_ids([*(m.context_ids for m in masks), *(m.target_ids for m in masks)],
-                             [m.grid for m in masks] * 2)
+        ids, grid = join_ids(
+            [*(m.context_ids for m in masks), *(m.target_ids for m in masks)], [m.grid for m in masks] * 2
+        )
         if self.predictor_pos_embed is not None:
             for m in masks:
                 if tuple(m.grid[1:]) != self.grid[1:] or m.grid[0] > self.grid[0]:
-                    raise ValueError(f"the predictor's positions are for at most {self.grid} tokens, the masks have "
-                                     f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes")
+                    raise ValueError(
+                        f"the predictor's positions are for at most {self.grid} tokens, the masks have "
+                        f"{tuple(m.grid)}; use RoPE (model.use_rope=true) for other sizes"
+                    )
             table = self.predictor_pos_embed[0].to(dtype)
             places = F.embedding(ids, table)
             tokens, queries = tokens + places[: len(tokens)], queries + places[len(tokens) :]
@@ -235,8 +271,9 @@ class Predictor(nn.Module):
             if self.cfg.mask_token_by == "mask":
                 return [_by_mask(stack, m) for m in masks]
             mask_tokens = [place if m.mask_token is None else m.mask_token for place, m in enumerate(masks)]
-        return [stack[index % len(stack)].expand(len(m.target_ids), -1)
-                for index, m in zip(mask_tokens, masks, strict=True)]
+        return [
+            stack[index % len(stack)].expand(len(m.target_ids), -1) for index, m in zip(mask_tokens, masks, strict=True)
+        ]
 
 
 class _Activation(nn.Module):
@@ -289,7 +326,7 @@ class _Interleave:
         lengths = torch.cat([context.diff(), sizes[0] - context[-1:]])
         moved = [
             offset.index_select(0, sequence_of_rows(own, size)) + torch.arange(size, device=device)
-            for offset, own, size in zip((shift, begin + lengths - target), (context, target), sizes, strict=True)]
+            for offset, own, size in zip((shift, begin + lengths - target), (context, target), sizes, strict=True)
+        ]
         self.inverse = torch.cat(moved)
-        self.order = torch.empty_like(self.inverse).scatter_(
-            0, self.inverse, torch.arange(sum(sizes), device=device))
+        self.order = torch.empty_like(self.inverse).scatter_(0, self.inverse, torch.arange(sum(sizes), device=device))

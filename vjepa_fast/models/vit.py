@@ -67,8 +67,10 @@ def level_blocks(depth: int) -> tuple[int, ...]:
         ConfigError: a depth that cannot be quartered.
     """
     if depth % NUM_LEVELS:
-        raise ConfigError(f"model.depth={depth} is not a multiple of {NUM_LEVELS}; V-JEPA 2.1 "
-                          "(model.n_output_distillation) takes features after each quarter of the blocks")
+        raise ConfigError(
+            f"model.depth={depth} is not a multiple of {NUM_LEVELS}; V-JEPA 2.1 "
+            "(model.n_output_distillation) takes features after each quarter of the blocks"
+        )
     quarters = tuple(depth * (level + 1) // NUM_LEVELS - 1 for level in range(NUM_LEVELS))
     return (11, 23, 37, 47) if depth == 48 else quarters
 
@@ -76,8 +78,10 @@ def level_blocks(depth: int) -> tuple[int, ...]:
 def check_positions(name: str, width: int, num_heads: int, cfg: ModelConfig) -> None:
     """Raises ConfigError for a width that its kind of positions cannot fill."""
     if cfg.use_rope and width // num_heads < 6:
-        raise ConfigError(f"{name}={width} with {num_heads} heads leaves {width // num_heads} features a head; RoPE "
-                          "needs at least 6, two for each axis")
+        raise ConfigError(
+            f"{name}={width} with {num_heads} heads leaves {width // num_heads} features a head; RoPE "
+            "needs at least 6, two for each axis"
+        )
     unit = 4 if cfg.uniform_power else 8
     if not cfg.use_rope and cfg.positions == "sincos" and width % unit:
         raise ConfigError(f"{name}={width} is not a multiple of {unit}, as sine-cosine positions need")
@@ -96,7 +100,9 @@ def size_of(cfg: ModelConfig) -> Size:
     if cfg.n_output_distillation is not None and name.startswith("vit_gigantic"):
         base = replace(base, mlp_ratio=GIGANTIC_MLP_RATIO)
     size = Size(
-        cfg.embed_dim or base.embed_dim, cfg.depth or base.depth, cfg.num_heads or base.num_heads,
+        cfg.embed_dim or base.embed_dim,
+        cfg.depth or base.depth,
+        cfg.num_heads or base.num_heads,
         cfg.mlp_ratio or base.mlp_ratio,
     )
     check_positions("model.embed_dim", size.embed_dim, size.num_heads, cfg)
@@ -152,7 +158,11 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv3d(3, dim, kernel_size=kernel, stride=kernel)
 
     def forward(
-        self, clips: Tensor, rows: Tensor | None, dtype: torch.dtype, table: Tensor | None = None,
+        self,
+        clips: Tensor,
+        rows: Tensor | None,
+        dtype: torch.dtype,
+        table: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Tensor:
         """Args and result as vjepa_fast.ops.patch_embed; `offset`, [D], is added to all tokens."""
@@ -199,7 +209,7 @@ class VisionTransformer(nn.Module):
         self.out_layers = None if out_layers is None else list(out_layers)
         count = cfg.n_output_distillation
         self._normed_blocks = None if count is None else level_blocks(size.depth)
-        self.levels = (size.depth - 1,) if self._normed_blocks is None else self._normed_blocks[-(count or 1):]
+        self.levels = (size.depth - 1,) if self._normed_blocks is None else self._normed_blocks[-(count or 1) :]
         self.output_dim = len(self.levels) * self.embed_dim
         for index in self.out_layers or ():
             if not 0 <= index < size.depth:
@@ -219,8 +229,16 @@ class VisionTransformer(nn.Module):
             table = sincos_table(self.embed_dim, self.grid, cfg.uniform_power, self.is_video)
             self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = make_blocks(
-            size.depth, size.embed_dim, size.num_heads, size.mlp_ratio, cfg.drop_path_rate, cfg.use_silu, cfg.wide_silu,
-            cfg.attention, cfg.compile_model is True)
+            size.depth,
+            size.embed_dim,
+            size.num_heads,
+            size.mlp_ratio,
+            cfg.drop_path_rate,
+            cfg.use_silu,
+            cfg.wide_silu,
+            cfg.attention,
+            cfg.compile_model is True,
+        )
         if self._normed_blocks is None:
             self.norm = LayerNorm(self.embed_dim, eps=1e-6)
         else:
@@ -242,8 +260,10 @@ class VisionTransformer(nn.Module):
 
     def _check_normed(self, index: int) -> None:
         if self._normed_blocks is not None and index not in self._normed_blocks:
-            raise ValueError(f"out_layers holds {index}; this encoder (V-JEPA 2.1) has norms after the blocks "
-                             f"{', '.join(map(str, self._normed_blocks))} only")
+            raise ValueError(
+                f"out_layers holds {index}; this encoder (V-JEPA 2.1) has norms after the blocks "
+                f"{', '.join(map(str, self._normed_blocks))} only"
+            )
 
     def _norm_after(self, index: int) -> LayerNorm:
         self._check_normed(index)
@@ -272,7 +292,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"clips have shape {list(x.shape)}; expected [B, T, H, W, 3] or [B, 3, T, H, W]")
         tubelet = 1 if self.is_image(x) else self.tubelet_size
         for name, value, unit in (
-            ("frames", x.shape[1], tubelet), ("height", x.shape[2], self.patch_size),
+            ("frames", x.shape[1], tubelet),
+            ("height", x.shape[2], self.patch_size),
             ("width", x.shape[3], self.patch_size),
         ):
             if value == 0 or value % unit:
@@ -369,8 +390,7 @@ class VisionTransformer(nn.Module):
         """[T * H * W, D] positions that are added to the tokens of a clip; None: nothing is."""
         if self.learned_positions is not None:
             return interpolate_table(self.learned_positions(), self.grid, grid, self.is_video)
-        return None if self.pos_embed is None else interpolate_table(
-            self.pos_embed[0], self.grid, grid, self.is_video)
+        return None if self.pos_embed is None else interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video)
 
     def _run(
         self, x: Tensor, ids: Tensor, grid: Grid, packing: Packing, wanted: Sequence[int], final_norm: bool = True

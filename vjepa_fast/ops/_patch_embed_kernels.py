@@ -19,7 +19,13 @@ def _channel(index, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # type:
 
 @jit
 def _pixel_offset(  # type: ignore[no-untyped-def]
-    index, stride_t, stride_h, stride_w, stride_c, TUBELET: tl.constexpr, PATCH: tl.constexpr,
+    index,
+    stride_t,
+    stride_h,
+    stride_w,
+    stride_c,
+    TUBELET: tl.constexpr,
+    PATCH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """Elements from the first pixel value of a token to another."""
@@ -201,15 +207,19 @@ def _patch_embed_bwd_kernel(  # type: ignore[no-untyped-def]
         place = tl.load(places_ptr + token, mask=inside, other=0)
         start = _token_start(place, stride_b, stride_t, stride_h, stride_w, TUBELET, PATCH)
         grad = tl.load(
-            grad_ptr + token[:, None] * width + d[None, :], mask=inside[:, None] & inside_d[None, :], other=0.0)
+            grad_ptr + token[:, None] * width + d[None, :], mask=inside[:, None] & inside_d[None, :], other=0.0
+        )
         pixels = tl.load(
             clips_ptr + start[:, None] + offset[None, :], mask=inside[:, None] & inside_p[None, :], other=0
         ).to(tl.float32)
         if CENTRE:
             pixels = (pixels - 128.0) * 0.015625
         sums, lost = _add_product(sums, lost, tl.trans(grad), pixels.to(grad.dtype))
-    tl.store(partial_ptr + (part * width + d[:, None]) * PIXELS + index[None, :], sums + lost,
-             mask=inside_d[:, None] & inside_p[None, :])
+    tl.store(
+        partial_ptr + (part * width + d[:, None]) * PIXELS + index[None, :],
+        sums + lost,
+        mask=inside_d[:, None] & inside_p[None, :],
+    )
 
 
 @jit
@@ -242,5 +252,6 @@ def _patch_embed_unfold_kernel(  # type: ignore[no-untyped-def]
     offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
     level = tl.load(grad_bias_ptr + d, mask=d < width, other=0.0)
     grad = (sums + level[:, None] * offset[None, :]) * scale[None, :]
-    tl.store(grad_weight_ptr + d[:, None] * PIXELS + place[None, :], grad.to(grad_weight_ptr.dtype.element_ty),
-             mask=here)
+    tl.store(
+        grad_weight_ptr + d[:, None] * PIXELS + place[None, :], grad.to(grad_weight_ptr.dtype.element_ty), mask=here
+    )

@@ -133,7 +133,8 @@ torch.library.define("vjepa_fast::gelu_fwd", "(Tensor x) -> Tensor y")
 torch.library.define("vjepa_fast::gelu_bwd", "(Tensor grad_y, Tensor x) -> Tensor grad_x")
 torch.library.define("vjepa_fast::swiglu_fwd", "(Tensor gate, Tensor value) -> Tensor y")
 torch.library.define(
-    "vjepa_fast::swiglu_bwd", "(Tensor grad_y, Tensor gate, Tensor value) -> (Tensor grad_gate, Tensor grad_value)")
+    "vjepa_fast::swiglu_bwd", "(Tensor grad_y, Tensor gate, Tensor value) -> (Tensor grad_gate, Tensor grad_value)"
+)
 
 
 @torch.library.register_fake("vjepa_fast::gelu_fwd")
@@ -177,8 +178,18 @@ def _launch(kernel: object, dense: list[Tensor], inputs: list[Tensor], outputs: 
         inputs = [rows_contiguous(x.reshape(-1, width)) for x in inputs]
         num_rows, strides = count // width, [*(x.stride(0) for x in inputs), width]
     blocks_per_row = -(-width // _BLOCK)
-    launch(kernel, (num_rows * blocks_per_row,), *dense, *inputs, *outputs, *strides, width, blocks_per_row,
-           BLOCK=_BLOCK, num_warps=4)
+    launch(
+        kernel,
+        (num_rows * blocks_per_row,),
+        *dense,
+        *inputs,
+        *outputs,
+        *strides,
+        width,
+        blocks_per_row,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
 
 
 def _gelu_fwd(x: Tensor) -> Tensor:
@@ -264,8 +275,10 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
         ValueError: shapes or dtypes that differ.
     """
     if gate.shape != value.shape or gate.dtype != value.dtype:
-        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, value {value.dtype} {list(value.shape)}; they must "
-                         "have one shape and dtype")
+        raise ValueError(
+            f"gate is {gate.dtype} {list(gate.shape)}, value {value.dtype} {list(value.shape)}; they must "
+            "have one shape and dtype"
+        )
     if use_triton(gate, value) and not torch.compiler.is_compiling():
         y: Tensor = _SwiGLU.apply(gate, value)
         return y

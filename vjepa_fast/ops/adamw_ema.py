@@ -65,9 +65,25 @@ def adamw_ema_ref(operands: Operands, group_values: Sequence[Sequence[float]], s
         if some:
             params, grads, exp_avgs, exp_avg_sqs, steps = (
                 [x for i in some if (x := column[i]) is not None]
-                for column in (o.params, o.grads, o.exp_avgs, o.exp_avg_sqs, o.steps))
-            adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, found_inf=skip, amsgrad=False,
-                  beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
+                for column in (o.params, o.grads, o.exp_avgs, o.exp_avg_sqs, o.steps)
+            )
+            adamw(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                steps,
+                fused=True,
+                found_inf=skip,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=False,
+            )
         followed = [i for i in members if o.targets[i] is not None]
         if followed:
             ema_ref([o.targets[i] for i in followed], [o.params[i] for i in followed], momentum, [])  # type: ignore[misc]
@@ -205,7 +221,8 @@ torch.library.define(
     "vjepa_fast::adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps,"
     " Tensor(e!)[] targets, Tensor(f!)[] shadows, Tensor(g!)[] target_shadows, int[] groups, Tensor group_values,"
-    " Tensor sum_of_squares) -> ()")
+    " Tensor sum_of_squares) -> ()",
+)
 
 
 @torch.library.register_fake("vjepa_fast::adamw_ema_")
@@ -214,9 +231,17 @@ def _no_outputs(*_: object) -> None:
 
 
 def _adamw_ema(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor], targets: Sequence[Tensor], shadows: Sequence[Tensor], target_shadows: Sequence[Tensor],
-    groups: Sequence[int], group_values: Tensor, sum_of_squares: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    shadows: Sequence[Tensor],
+    target_shadows: Sequence[Tensor],
+    groups: Sequence[int],
+    group_values: Tensor,
+    sum_of_squares: Tensor,
 ) -> None:
     device, count = params[0].device, len(params)
     columns = [params, grads, exp_avgs, exp_avg_sqs, targets, shadows, target_shadows]
@@ -224,13 +249,33 @@ def _adamw_ema(
     factors = torch.empty((count, 8), dtype=torch.float32, device=device)
     block = 64
     launch(
-        _adamw_ema_factors_kernel, (-(-count // block),), table.addresses, table.integers[0], group_values,
-        sum_of_squares, factors, count, BLOCK=block, num_warps=2)
+        _adamw_ema_factors_kernel,
+        (-(-count // block),),
+        table.addresses,
+        table.integers[0],
+        group_values,
+        sum_of_squares,
+        factors,
+        count,
+        BLOCK=block,
+        num_warps=2,
+    )
     half = next((s.dtype for s in (*shadows, *target_shadows) if s.numel()), torch.bfloat16)
     for chunks, is_aligned in table.launches():
         launch(
-            _adamw_ema_kernel, (len(chunks),), table.addresses, table.sizes, chunks, factors, sum_of_squares,
-            SHADOW_FP16=half == torch.float16, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4)
+            _adamw_ema_kernel,
+            (len(chunks),),
+            table.addresses,
+            table.sizes,
+            chunks,
+            factors,
+            sum_of_squares,
+            SHADOW_FP16=half == torch.float16,
+            ALIGNED=is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 torch.library.impl("vjepa_fast::adamw_ema_", ("cpu", "cuda"), _adamw_ema)
@@ -271,7 +316,17 @@ def adamw_ema_(operands: Operands, group_values: Tensor, sum_of_squares: Tensor)
         return [none if x is None else x for x in column]
 
     torch.ops.vjepa_fast.adamw_ema_(
-        o.params, filled(o.grads), filled(o.exp_avgs), filled(o.exp_avg_sqs), filled(o.steps), filled(o.targets),
-        filled(o.shadows), filled(o.target_shadows), o.groups, group_values, sum_of_squares)
+        o.params,
+        filled(o.grads),
+        filled(o.exp_avgs),
+        filled(o.exp_avg_sqs),
+        filled(o.steps),
+        filled(o.targets),
+        filled(o.shadows),
+        filled(o.target_shadows),
+        o.groups,
+        group_values,
+        sum_of_squares,
+    )
     written = (o.params, o.exp_avgs, o.exp_avg_sqs, o.steps, o.targets, o.shadows, o.target_shadows)
     torch.autograd.graph.increment_version([x for column in written for x in column if x is not None])

@@ -62,8 +62,13 @@ CHROMA_420_LEFT = Chroma(2, 2, 1, 0)
 CHROMA_444 = Chroma(1, 1, 0, 0)
 
 # Weights of red and blue in luma. BT.601, BT.709, BT.2020, SMPTE 240M, FCC 73.682.
-_LUMA_WEIGHTS = {"bt601": ("0.299", "0.114"), "bt709": ("0.2126", "0.0722"), "bt2020": ("0.2627", "0.0593"),
-                 "smpte240m": ("0.212", "0.087"), "fcc": ("0.30", "0.11")}
+_LUMA_WEIGHTS = {
+    "bt601": ("0.299", "0.114"),
+    "bt709": ("0.2126", "0.0722"),
+    "bt2020": ("0.2627", "0.0593"),
+    "smpte240m": ("0.212", "0.087"),
+    "fcc": ("0.30", "0.11"),
+}
 MATRICES = (*_LUMA_WEIGHTS, "rgb", "gray")
 
 
@@ -117,8 +122,15 @@ def _blend(a: Tensor, b: Tensor, weight: Tensor, shift: int) -> Tensor:
 
 
 def clip_pixels_ref(
-    y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[int], flip: bool, depth: int,
-    chroma: Sequence[int], colour: Sequence[int],
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    box: Sequence[int],
+    size: Sequence[int],
+    flip: bool,
+    depth: int,
+    chroma: Sequence[int],
+    colour: Sequence[int],
 ) -> Tensor:
     """The numeric definition, in plain PyTorch on any device. Arguments as of the operator, see `clip_pixels`."""
     components = []
@@ -136,12 +148,14 @@ def clip_pixels_ref(
         below = (row + 1).clamp(max=plane.shape[1] - 1)
         down = _blend(rows(row), rows(below), row_weight[:, None], depth + _WEIGHT_BITS - _SAMPLE_BITS)
         right = (column + 1).clamp(max=plane.shape[2] - 1)
-        components.append(_blend(down[..., column.to(y.device)], down[..., right.to(y.device)], column_weight,
-                                 _WEIGHT_BITS))
+        components.append(
+            _blend(down[..., column.to(y.device)], down[..., right.to(y.device)], column_weight, _WEIGHT_BITS)
+        )
     first, second, third = components
     channels = [
         (colour[3 * c] * first + colour[3 * c + 1] * second + colour[3 * c + 2] * third + colour[9 + c])
-        >> _COLOUR_SHIFT for c in range(3)
+        >> _COLOUR_SHIFT
+        for c in range(3)
     ]
     return torch.stack(channels, dim=-1).clamp(0, 255).to(torch.uint8)
 
@@ -168,9 +182,11 @@ def operator(device: torch.device) -> Any | None:
     found = extension.load()
     if found.path is None:
         if found.wanted:
-            _warn_once(f"frames are cropped and resized by PyTorch, to the same clips but slower: {found.reason}. "
-                       "Install again with a C++ compiler, or set VJEPA_FAST_OPS=ref to choose PyTorch without this "
-                       "warning")
+            _warn_once(
+                f"frames are cropped and resized by PyTorch, to the same clips but slower: {found.reason}. "
+                "Install again with a C++ compiler, or set VJEPA_FAST_OPS=ref to choose PyTorch without this "
+                "warning"
+            )
         return None
     _register_fake()
     if device.type == "cpu" or (device.type == "cuda" and _runs_on_gpu(device)):
@@ -196,8 +212,16 @@ def _runs_on_gpu(device: torch.device) -> bool:
 
 
 def clip_pixels(
-    y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[int], *, flip: bool = False, depth: int = 8,
-    chroma: Chroma = CHROMA_420_LEFT, colour: Sequence[int] | None = None,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    box: Sequence[int],
+    size: Sequence[int],
+    *,
+    flip: bool = False,
+    depth: int = 8,
+    chroma: Chroma = CHROMA_420_LEFT,
+    colour: Sequence[int] | None = None,
 ) -> Tensor:
     """Crop, resize, flip and convert the frames of a clip.
 
@@ -230,8 +254,10 @@ def clip_pixels(
 def _check(y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[int], depth: int) -> None:
     """What users get wrong; the operator checks the rest."""
     if y.ndim != 3 or u.shape != v.shape or u.ndim != 3 or len(u) != len(y):
-        raise ValueError(f"y, u and v have shapes {tuple(y.shape)}, {tuple(u.shape)} and {tuple(v.shape)}; expected "
-                         "[T, H, W] and twice [T, h, w]")
+        raise ValueError(
+            f"y, u and v have shapes {tuple(y.shape)}, {tuple(u.shape)} and {tuple(v.shape)}; expected "
+            "[T, H, W] and twice [T, h, w]"
+        )
     sides = max(*y.shape[1:], *u.shape[1:])
     if sides > MAX_SIDE:
         raise ValueError(f"y, u and v have a side of {sides}; expected {MAX_SIDE} at most. Cut the box out first")
@@ -242,7 +268,8 @@ def _check(y: Tensor, u: Tensor, v: Tensor, box: Sequence[int], size: Sequence[i
         raise ValueError(f"y, u and v have dtypes {y.dtype}, {u.dtype} and {v.dtype}; expected {dtype} of {depth} bits")
     top, left, height, width = box
     if not (0 <= top < top + height <= y.shape[1] and 0 <= left < left + width <= y.shape[2]):
-        raise ValueError(f"box is {tuple(box)}; expected (top, left, height, width) within a frame of "
-                         f"{y.shape[1]} x {y.shape[2]}")
+        raise ValueError(
+            f"box is {tuple(box)}; expected (top, left, height, width) within a frame of {y.shape[1]} x {y.shape[2]}"
+        )
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= MAX_SIDE:
         raise ValueError(f"size is {tuple(size)}; expected height and width of 1 to {MAX_SIDE}")

@@ -73,7 +73,8 @@ def _ema_kernel(  # type: ignore[no-untyped-def]
 
 
 torch.library.define(
-    "vjepa_fast::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] shadows) -> ()")
+    "vjepa_fast::ema_", "(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] shadows) -> ()"
+)
 
 
 @torch.library.register_fake("vjepa_fast::ema_")
@@ -89,8 +90,18 @@ def _ema(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor,
     half = shadows[0].dtype if shadows else torch.bfloat16
     for chunks, is_aligned in table.launches():
         launch(
-            _ema_kernel, (len(chunks),), table.addresses, table.sizes, chunks, momentum,
-            SHADOW_FP16=half == torch.float16, ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4)
+            _ema_kernel,
+            (len(chunks),),
+            table.addresses,
+            table.sizes,
+            chunks,
+            momentum,
+            SHADOW_FP16=half == torch.float16,
+            ALIGNED=is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 torch.library.impl("vjepa_fast::ema_", ("cpu", "cuda"), _ema)
@@ -112,19 +123,24 @@ def ema_(
         ValueError: lists of different lengths or shapes.
     """
     if len(targets) != len(sources) or (shadows and len(shadows) != len(targets)):
-        raise ValueError(f"{len(targets)} targets, {len(sources)} sources and {len(shadows)} shadows; expected one "
-                         "source for each target, and one shadow for each or none")
+        raise ValueError(
+            f"{len(targets)} targets, {len(sources)} sources and {len(shadows)} shadows; expected one "
+            "source for each target, and one shadow for each or none"
+        )
     for target, *others in zip(targets, sources, *([shadows] if shadows else []), strict=True):
         if any(other.shape != target.shape for other in others):
-            raise ValueError(f"a target of shape {list(target.shape)} is paired with "
-                             f"{[list(other.shape) for other in others]}")
+            raise ValueError(
+                f"a target of shape {list(target.shape)} is paired with {[list(other.shape) for other in others]}"
+            )
     if not targets:
         return
     fits = all(
         t.dtype == s.dtype == torch.float32 and t.stride() == s.stride() and is_dense(t)
         for t, s in zip(targets, sources, strict=True)
-    ) and all(s.stride() == t.stride() and s.dtype == shadows[0].dtype and s.dtype in (torch.bfloat16, torch.float16)
-              for s, t in zip(shadows, targets, strict=False))
+    ) and all(
+        s.stride() == t.stride() and s.dtype == shadows[0].dtype and s.dtype in (torch.bfloat16, torch.float16)
+        for s, t in zip(shadows, targets, strict=False)
+    )
     if not (fits and use_triton(*targets)):
         return ema_ref(targets, sources, momentum, shadows)
     if not isinstance(momentum, Tensor):

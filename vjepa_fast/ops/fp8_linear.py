@@ -74,8 +74,10 @@ torch.library.define("vjepa_fast::quantise_rows", "(Tensor x) -> (Tensor y, Tens
 
 @torch.library.register_fake("vjepa_fast::quantise_rows")
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    return (torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
-            torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device))
+    return (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device),
+    )
 
 
 def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,10 @@ def check_device(device: torch.device) -> None:
     """Raises ConfigError where there are no float8 products."""
     if device.type == "cuda" and capability(device) < 89:
         name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"model.target_precision is float8, but {name} has compute capability "
-                          f"{capability(device) / 10}; float8 products need 8.9 or higher, `same` works everywhere")
+        raise ConfigError(
+            f"model.target_precision is float8, but {name} has compute capability "
+            f"{capability(device) / 10}; float8 products need 8.9 or higher, `same` works everywhere"
+        )
 
 
 def serves(weight: Tensor) -> bool:
@@ -132,6 +136,12 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns, column_scale = quantise_rows(weight)
     # The product knows row scales for results in bfloat16 only, and adds a bias of that dtype.
     out = torch._scaled_mm(
-        rows, columns.t(), scale_a=row_scale, scale_b=column_scale.t(), out_dtype=torch.bfloat16,
-        bias=None if bias is None else bias.to(torch.bfloat16), use_fast_accum=True)
+        rows,
+        columns.t(),
+        scale_a=row_scale,
+        scale_b=column_scale.t(),
+        out_dtype=torch.bfloat16,
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        use_fast_accum=True,
+    )
     return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

@@ -66,8 +66,17 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     done = 0
     for chunks, is_aligned in table.launches():
         launch(
-            _sum_of_squares_kernel, (len(chunks),), table.addresses, table.sizes, chunks, sums[done:],
-            ALIGNED=is_aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4)
+            _sum_of_squares_kernel,
+            (len(chunks),),
+            table.addresses,
+            table.sizes,
+            chunks,
+            sums[done:],
+            ALIGNED=is_aligned,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
         done += len(chunks)
     return sums.sum(dtype=torch.float64).float()
 

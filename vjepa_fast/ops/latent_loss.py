@@ -51,8 +51,13 @@ def target_features(features: Tensor, rows: Tensor | None, final_norm: FinalNorm
 
 
 def latent_loss_ref(
-    predictions: Tensor, features: Tensor, weights: Tensor, exponent: float, rows: Tensor | None,
-    final_norm: FinalNorm | None, levels: int = 1,
+    predictions: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    exponent: float,
+    rows: Tensor | None,
+    final_norm: FinalNorm | None,
+    levels: int = 1,
 ) -> Tensor:
     """The definition, in the dtype of target_features."""
     with torch.no_grad():
@@ -142,16 +147,25 @@ def _latent_loss_bwd_kernel(  # type: ignore[no-untyped-def]
 torch.library.define(
     "vjepa_fast::latent_loss_fwd",
     "(Tensor predictions, Tensor features, Tensor? rows, Tensor weights, Tensor? norm_weight, Tensor? norm_bias,"
-    " float norm_eps, float exponent, int levels) -> (Tensor loss, Tensor slopes)")
+    " float norm_eps, float exponent, int levels) -> (Tensor loss, Tensor slopes)",
+)
 torch.library.define(
     "vjepa_fast::latent_loss_bwd",
-    "(Tensor slopes, Tensor weights, Tensor grad_loss, ScalarType dtype, int levels) -> Tensor grad")
+    "(Tensor slopes, Tensor weights, Tensor grad_loss, ScalarType dtype, int levels) -> Tensor grad",
+)
 
 
 @torch.library.register_fake("vjepa_fast::latent_loss_fwd")
 def _fwd_outputs(
-    predictions: Tensor, features: Tensor, rows: Tensor | None, weights: Tensor, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, exponent: float, levels: int,
+    predictions: Tensor,
+    features: Tensor,
+    rows: Tensor | None,
+    weights: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    exponent: float,
+    levels: int,
 ) -> tuple[Tensor, Tensor]:
     slope_dtype = torch.int8 if exponent == 1.0 else torch.float32
     return (
@@ -166,30 +180,59 @@ def _bwd_output(slopes: Tensor, weights: Tensor, grad_loss: Tensor, dtype: torch
 
 
 def _latent_loss_fwd(
-    predictions: Tensor, features: Tensor, rows: Tensor | None, weights: Tensor, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, exponent: float, levels: int,
+    predictions: Tensor,
+    features: Tensor,
+    rows: Tensor | None,
+    weights: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    exponent: float,
+    levels: int,
 ) -> tuple[Tensor, Tensor]:
     _, slopes = _fwd_outputs(predictions, features, rows, weights, norm_weight, norm_bias, norm_eps, exponent, levels)
     count, width = len(predictions), predictions.shape[1] // levels
     losses = torch.empty(count * levels, dtype=torch.float32, device=predictions.device)
     predictions, features = rows_contiguous(predictions), rows_contiguous(features)
     launch(
-        _latent_loss_fwd_kernel, (count * levels,), predictions, features, None if rows is None else rows.contiguous(),
-        weights.contiguous(), None if norm_weight is None else norm_weight.contiguous(),
-        None if norm_bias is None else norm_bias.contiguous(), losses, slopes, predictions.stride(0),
-        features.stride(0), width, norm_eps, TARGET_EPS, exponent, IS_L1=exponent == 1.0, LEVELS=levels,
-        **row_block(width))
+        _latent_loss_fwd_kernel,
+        (count * levels,),
+        predictions,
+        features,
+        None if rows is None else rows.contiguous(),
+        weights.contiguous(),
+        None if norm_weight is None else norm_weight.contiguous(),
+        None if norm_bias is None else norm_bias.contiguous(),
+        losses,
+        slopes,
+        predictions.stride(0),
+        features.stride(0),
+        width,
+        norm_eps,
+        TARGET_EPS,
+        exponent,
+        IS_L1=exponent == 1.0,
+        LEVELS=levels,
+        **row_block(width),
+    )
     return losses.sum(), slopes
 
 
-def _latent_loss_bwd(
-    slopes: Tensor, weights: Tensor, grad_loss: Tensor, dtype: torch.dtype, levels: int
-) -> Tensor:
+def _latent_loss_bwd(slopes: Tensor, weights: Tensor, grad_loss: Tensor, dtype: torch.dtype, levels: int) -> Tensor:
     grad = _bwd_output(slopes, weights, grad_loss, dtype, levels)
     count, width = len(slopes), slopes.shape[1] // levels
     launch(
-        _latent_loss_bwd_kernel, (count * levels,), slopes, weights.contiguous(), grad_loss, grad, width,
-        IS_L1=slopes.dtype == torch.int8, LEVELS=levels, **row_block(width))
+        _latent_loss_bwd_kernel,
+        (count * levels,),
+        slopes,
+        weights.contiguous(),
+        grad_loss,
+        grad,
+        width,
+        IS_L1=slopes.dtype == torch.int8,
+        LEVELS=levels,
+        **row_block(width),
+    )
     return grad
 
 
@@ -200,11 +243,20 @@ torch.library.impl("vjepa_fast::latent_loss_bwd", ("cpu", "cuda"), _latent_loss_
 class _LatentLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, predictions: Tensor, features: Tensor, rows: Tensor | None, weights: Tensor,
-        norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, exponent: float, levels: int,
+        ctx,
+        predictions: Tensor,
+        features: Tensor,
+        rows: Tensor | None,
+        weights: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float,
+        exponent: float,
+        levels: int,
     ) -> Tensor:
         loss, slopes = torch.ops.vjepa_fast.latent_loss_fwd(
-            predictions, features, rows, weights, norm_weight, norm_bias, norm_eps, exponent, levels)
+            predictions, features, rows, weights, norm_weight, norm_bias, norm_eps, exponent, levels
+        )
         ctx.save_for_backward(slopes, weights)
         ctx.options = predictions.dtype, levels
         return loss
@@ -241,12 +293,16 @@ def latent_loss(
     """
     count, width = predictions.shape
     wanted = [features.shape[0] if rows is not None else count, width]
-    if list(features.shape) != wanted or list(weights.shape) != [count] or (
-            rows is not None and list(rows.shape) != [count]):
+    if (
+        list(features.shape) != wanted
+        or list(weights.shape) != [count]
+        or (rows is not None and list(rows.shape) != [count])
+    ):
         raise ValueError(
             f"predictions have shape {[count, width]}, features {list(features.shape)}, weights {list(weights.shape)}, "
             f"rows {None if rows is None else list(rows.shape)}; expected [K, D], [L, D], [K], and [K] or None, with "
-            "L = K without rows")
+            "L = K without rows"
+        )
     if levels < 1 or width % levels:
         raise ValueError(f"a width of {width} does not hold {levels} levels of equal width")
     if not exponent > 0:
@@ -254,8 +310,15 @@ def latent_loss(
     if use_triton(predictions, features) and width // levels <= MAX_ROW:
         weight, bias, eps = final_norm or (None, None, 0.0)
         loss: Tensor = _LatentLoss.apply(
-            predictions, features.detach(), rows, weights.to(torch.float32),
-            None if weight is None else weight.detach(), None if bias is None else bias.detach(), eps, float(exponent),
-            levels)
+            predictions,
+            features.detach(),
+            rows,
+            weights.to(torch.float32),
+            None if weight is None else weight.detach(),
+            None if bias is None else bias.detach(),
+            eps,
+            float(exponent),
+            levels,
+        )
         return loss
     return latent_loss_ref(predictions, features, weights, exponent, rows, final_norm, levels)

@@ -124,11 +124,13 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
 torch.library.define(
     "vjepa_fast::layer_norm_fwd",
     "(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType out_dtype)"
-    " -> (Tensor sum, Tensor y, Tensor mean, Tensor rstd)")
+    " -> (Tensor sum, Tensor y, Tensor mean, Tensor rstd)",
+)
 torch.library.define(
     "vjepa_fast::layer_norm_bwd",
     "(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)")
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+)
 
 
 @torch.library.register_fake("vjepa_fast::layer_norm_fwd")
@@ -138,7 +140,8 @@ def _fwd_outputs(
     shape = (0,) if branch is None else tuple(x.shape)
     sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     return (
-        torch.empty(shape, dtype=sum_dtype, device=x.device), torch.empty(x.shape, dtype=out_dtype, device=x.device),
+        torch.empty(shape, dtype=sum_dtype, device=x.device),
+        torch.empty(x.shape, dtype=out_dtype, device=x.device),
         torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
         torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
     )
@@ -163,9 +166,22 @@ def _layer_norm_fwd(
     if branch is not None:
         branch = rows_contiguous(branch)
     launch(
-        _layer_norm_fwd_kernel, (x.shape[0],), x, branch, weight.contiguous(), bias.contiguous(),
-        None if branch is None else total, y, mean, rstd, x.stride(0), 0 if branch is None else branch.stride(0),
-        x.shape[1], eps, **row_block(x.shape[1]))
+        _layer_norm_fwd_kernel,
+        (x.shape[0],),
+        x,
+        branch,
+        weight.contiguous(),
+        bias.contiguous(),
+        None if branch is None else total,
+        y,
+        mean,
+        rstd,
+        x.stride(0),
+        0 if branch is None else branch.stride(0),
+        x.shape[1],
+        eps,
+        **row_block(x.shape[1]),
+    )
     return outputs
 
 
@@ -179,9 +195,23 @@ def _layer_norm_bwd(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = rows_contiguous(x)
     launch(
-        _layer_norm_bwd_kernel, (num_programs,), grad_y.contiguous(),
-        None if grad_sum is None else grad_sum.contiguous(), x, weight.contiguous(), mean, rstd, grad_x, partial[0],
-        partial[1], x.stride(0), num_rows, width, per_program, **row_block(width))
+        _layer_norm_bwd_kernel,
+        (num_programs,),
+        grad_y.contiguous(),
+        None if grad_sum is None else grad_sum.contiguous(),
+        x,
+        weight.contiguous(),
+        mean,
+        rstd,
+        grad_x,
+        partial[0],
+        partial[1],
+        x.stride(0),
+        num_rows,
+        width,
+        per_program,
+        **row_block(width),
+    )
     grad_weight, grad_bias = partial.sum(1).to(weight.dtype)
     return grad_x, grad_weight.clone(), grad_bias.clone()
 
@@ -211,23 +241,22 @@ class _LayerNorm(torch.autograd.Function):
             grad_y = torch.zeros_like(normed)
         if not ctx.has_branch:
             grad_sum = None
-        grad, grad_weight, grad_bias = torch.ops.vjepa_fast.layer_norm_bwd(
-            grad_y, grad_sum, normed, weight, mean, rstd)
+        grad, grad_weight, grad_bias = torch.ops.vjepa_fast.layer_norm_bwd(grad_y, grad_sum, normed, weight, mean, rstd)
         grad_branch = grad.to(branch_dtype) if ctx.has_branch else None
         return grad.to(x_dtype), grad_branch, grad_weight, grad_bias.to(bias_dtype), None, None
 
 
 def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
     if x.ndim < 1 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"x has shape {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}; expected "
-                         "[..., D], [D], [D]")
+        raise ValueError(
+            f"x has shape {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}; expected "
+            "[..., D], [D], [D]"
+        )
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"x has shape {list(x.shape)} but the branch {list(branch.shape)}; they must be equal")
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """Layer norm of the last dimension.
 
     Args:

@@ -48,8 +48,10 @@ def forget(master: nn.Parameter) -> None:
         del master._vf_shadow
 
 
-BEHIND = ("fp32 weights are out of date on this process, which updates a share of them only; call the optimizer's "
-          "refresh() first, on all processes")
+BEHIND = (
+    "fp32 weights are out of date on this process, which updates a share of them only; call the optimizer's "
+    "refresh() first, on all processes"
+)
 
 
 def set_behind(master: Tensor) -> None:

@@ -74,8 +74,7 @@ def patch_embed_ref(
 ) -> Tensor:
     """The definition; arguments as patch_embed. Pixels are normalised in at least fp32 and rounded to `dtype`."""
     _, _, tubelet, patch, _ = weight.shape
-    tubelets = rearrange(
-        clips, "b (t pt) (h ph) (w pw) c -> b t h w pt ph pw c", pt=tubelet, ph=patch, pw=patch)
+    tubelets = rearrange(clips, "b (t pt) (h ph) (w pw) c -> b t h w pt ph pw c", pt=tubelet, ph=patch, pw=patch)
     if rows is None:
         pixels = tubelets.flatten(0, 3)
     else:
@@ -111,9 +110,7 @@ def _num_ranges(num_tiles: int, num_bytes: int, count: int, device: torch.device
     return max(range(1, most + 1), key=lambda s: num_tiles * s / (-(-num_tiles * s // num) * num))
 
 
-def _tiles(
-    dtype: torch.dtype, rows: int, cols: int, patch: int, wide: bool
-) -> tuple[int, int, int, dict[str, int]]:
+def _tiles(dtype: torch.dtype, rows: int, cols: int, patch: int, wide: bool) -> tuple[int, int, int, dict[str, int]]:
     """Tile of a product [rows, cols], of its sum, and launch options.
 
     A tile of 128 x 256 reads least, but its sums fill the registers of 8 warps: only where the tensor cores work
@@ -125,7 +122,8 @@ def _tiles(
     single = dtype == torch.float32
     most = (32, 64) if single else (128, 256 if wide else 128)
     tile_rows, tile_cols = (
-        min(size, max(16, 1 << (n - 1).bit_length())) for n, size in zip((rows, cols), most, strict=True))
+        min(size, max(16, 1 << (n - 1).bit_length())) for n, size in zip((rows, cols), most, strict=True)
+    )
     if single:
         return tile_rows, tile_cols, 16, {"num_warps": 4, "num_stages": 2}
     in_runs = patch % 8 == 0
@@ -134,18 +132,24 @@ def _tiles(
 
 
 def _geometry(clips: Tensor, tubelet: int, patch: int) -> dict[str, int | bool]:
-    return {"TUBELET": tubelet, "PATCH": patch, "CHANNELS_LAST": clips.stride(4) == 1 and clips.stride(3) == 3,
-            "CENTRE": clips.dtype == torch.uint8}
+    return {
+        "TUBELET": tubelet,
+        "PATCH": patch,
+        "CHANNELS_LAST": clips.stride(4) == 1 and clips.stride(3) == 3,
+        "CENTRE": clips.dtype == torch.uint8,
+    }
 
 
 torch.library.define(
     "vjepa_fast::patch_embed_fwd",
     "(Tensor clips, Tensor weight, Tensor bias, Tensor? rows, Tensor? table, ScalarType dtype)"
-    " -> (Tensor tokens, Tensor places)")
+    " -> (Tensor tokens, Tensor places)",
+)
 torch.library.define(
     "vjepa_fast::patch_embed_bwd",
     "(Tensor grad, Tensor clips, Tensor places, int tubelet, int patch, ScalarType dtype)"
-    " -> (Tensor grad_weight, Tensor grad_bias)")
+    " -> (Tensor grad_weight, Tensor grad_bias)",
+)
 
 
 @torch.library.register_fake("vjepa_fast::patch_embed_fwd")
@@ -158,8 +162,10 @@ def _fwd_outputs(
         count = batch_size * (num_frames // weight.shape[2]) * (height // patch) * (width // patch)
     else:
         count = rows.shape[0]
-    return (torch.empty((count, weight.shape[0]), dtype=dtype, device=clips.device),
-            torch.empty(count, dtype=torch.int64, device=clips.device))
+    return (
+        torch.empty((count, weight.shape[0]), dtype=dtype, device=clips.device),
+        torch.empty(count, dtype=torch.int64, device=clips.device),
+    )
 
 
 @torch.library.register_fake("vjepa_fast::patch_embed_bwd")
@@ -167,8 +173,10 @@ def _bwd_outputs(
     grad: Tensor, clips: Tensor, places: Tensor, tubelet: int, patch: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     width = grad.shape[1]
-    return (torch.empty((width, 3, tubelet, patch, patch), dtype=dtype, device=grad.device),
-            torch.empty(width, dtype=torch.float32, device=grad.device))
+    return (
+        torch.empty((width, 3, tubelet, patch, patch), dtype=dtype, device=grad.device),
+        torch.empty(width, dtype=torch.float32, device=grad.device),
+    )
 
 
 def _patch_embed_fwd(
@@ -186,16 +194,45 @@ def _patch_embed_fwd(
     folded = torch.empty((width, pixels), dtype=dtype, device=clips.device)
     folded_bias = torch.empty(width, dtype=torch.float32, device=clips.device)
     launch(
-        _patch_embed_fold_kernel, (-(-width // 4),), weight.contiguous(), bias.contiguous(), folded, folded_bias, width,
-        *(_CENTRED if geometry["CENTRE"] else _AS_IT_IS), PIXELS=pixels, CHANNELS_LAST=geometry["CHANNELS_LAST"],
-        BLOCK_D=4, BLOCK_P=512, num_warps=4)
+        _patch_embed_fold_kernel,
+        (-(-width // 4),),
+        weight.contiguous(),
+        bias.contiguous(),
+        folded,
+        folded_bias,
+        width,
+        *(_CENTRED if geometry["CENTRE"] else _AS_IT_IS),
+        PIXELS=pixels,
+        CHANNELS_LAST=geometry["CHANNELS_LAST"],
+        BLOCK_D=4,
+        BLOCK_P=512,
+        num_warps=4,
+    )
     block_m, block_n, block_k, options = _tiles(
-        dtype, 128, width, patch, capability(clips.device) // 10 in (9, 10) and patch % 16 == 0 and table is None)
+        dtype, 128, width, patch, capability(clips.device) // 10 in (9, 10) and patch % 16 == 0 and table is None
+    )
     launch(
-        _patch_embed_fwd_kernel, (-(-count // block_m) * -(-width // block_n),), clips,
-        None if rows is None else rows.contiguous(), folded, folded_bias, None if table is None else table.contiguous(),
-        tokens, places, *clips.stride(), count, width, num_tokens, tokens_h, tokens_w, **geometry, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, **options)
+        _patch_embed_fwd_kernel,
+        (-(-count // block_m) * -(-width // block_n),),
+        clips,
+        None if rows is None else rows.contiguous(),
+        folded,
+        folded_bias,
+        None if table is None else table.contiguous(),
+        tokens,
+        places,
+        *clips.stride(),
+        count,
+        width,
+        num_tokens,
+        tokens_h,
+        tokens_w,
+        **geometry,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **options,
+    )
     return outputs
 
 
@@ -216,12 +253,37 @@ def _patch_embed_bwd(
     per_range = -(-count // (num_ranges * block_t)) * block_t
     partial = torch.empty((num_ranges, width, pixels), dtype=torch.float32, device=clips.device)
     launch(
-        _patch_embed_bwd_kernel, (num_tiles, num_ranges), grad.contiguous(), clips, places, partial, *clips.stride(),
-        count, width, per_range, **geometry, BLOCK_D=block_d, BLOCK_P=block_p, BLOCK_T=block_t, **options)
+        _patch_embed_bwd_kernel,
+        (num_tiles, num_ranges),
+        grad.contiguous(),
+        clips,
+        places,
+        partial,
+        *clips.stride(),
+        count,
+        width,
+        per_range,
+        **geometry,
+        BLOCK_D=block_d,
+        BLOCK_P=block_p,
+        BLOCK_T=block_t,
+        **options,
+    )
     launch(
-        _patch_embed_unfold_kernel, (-(-width // 4), -(-pixels // 512)), partial, grad_bias, grad_weight, num_ranges,
-        width, *(_CENTRED if geometry["CENTRE"] else _AS_IT_IS), PIXELS=pixels, CHANNELS_LAST=geometry["CHANNELS_LAST"],
-        BLOCK_D=4, BLOCK_P=512, num_warps=4)
+        _patch_embed_unfold_kernel,
+        (-(-width // 4), -(-pixels // 512)),
+        partial,
+        grad_bias,
+        grad_weight,
+        num_ranges,
+        width,
+        *(_CENTRED if geometry["CENTRE"] else _AS_IT_IS),
+        PIXELS=pixels,
+        CHANNELS_LAST=geometry["CHANNELS_LAST"],
+        BLOCK_D=4,
+        BLOCK_P=512,
+        num_warps=4,
+    )
     return grad_weight, grad_bias
 
 
@@ -266,22 +328,37 @@ def patch_embed(
     Raises:
         ValueError: shapes that do not match.
     """
-    if (clips.ndim != 5 or weight.ndim != 5 or clips.shape[4] != 3 or weight.shape[1] != 3
-            or weight.shape[3] != weight.shape[4] or bias.shape != weight.shape[:1]):
-        raise ValueError(f"clips have shape {list(clips.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}; "
-                         "expected [B, T, H, W, 3], [D, 3, tubelet, patch, patch], [D]")
+    if (
+        clips.ndim != 5
+        or weight.ndim != 5
+        or clips.shape[4] != 3
+        or weight.shape[1] != 3
+        or weight.shape[3] != weight.shape[4]
+        or bias.shape != weight.shape[:1]
+    ):
+        raise ValueError(
+            f"clips have shape {list(clips.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}; "
+            "expected [B, T, H, W, 3], [D, 3, tubelet, patch, patch], [D]"
+        )
     grid = [side // unit for side, unit in zip(clips.shape[1:4], weight.shape[2:], strict=True)]
     if [side % unit for side, unit in zip(clips.shape[1:4], weight.shape[2:], strict=True)] != [0, 0, 0]:
-        raise ValueError(f"clips have {list(clips.shape[1:4])} frames, height and width; expected multiples of the "
-                         f"weight's {list(weight.shape[2:])}")
+        raise ValueError(
+            f"clips have {list(clips.shape[1:4])} frames, height and width; expected multiples of the "
+            f"weight's {list(weight.shape[2:])}"
+        )
     if table is not None and list(table.shape) != [grid[0] * grid[1] * grid[2], weight.shape[0]]:
-        raise ValueError(f"table has shape {list(table.shape)}; expected "
-                         f"{[grid[0] * grid[1] * grid[2], weight.shape[0]]}, a row for each token of a clip")
+        raise ValueError(
+            f"table has shape {list(table.shape)}; expected "
+            f"{[grid[0] * grid[1] * grid[2], weight.shape[0]]}, a row for each token of a clip"
+        )
     # The kernels give no gradient to clips and table, and keep a token's place in 16 bits an axis.
     served = (
-        clips.dtype in (torch.uint8, *KERNEL_DTYPES) and dtype in KERNEL_DTYPES and len(clips) < 2**15
-        and max(grid) < 2**16 and not (torch.is_grad_enabled() and (
-            clips.requires_grad or (table is not None and table.requires_grad))))
+        clips.dtype in (torch.uint8, *KERNEL_DTYPES)
+        and dtype in KERNEL_DTYPES
+        and len(clips) < 2**15
+        and max(grid) < 2**16
+        and not (torch.is_grad_enabled() and (clips.requires_grad or (table is not None and table.requires_grad)))
+    )
     if use_triton(weight, bias, *(() if table is None else (table,))) and served:
         tokens: Tensor = _PatchEmbed.apply(clips, weight, bias, rows, table, dtype)
         return tokens

@@ -86,8 +86,13 @@ def join_ids(ids: Sequence[Tensor], grids: Sequence[Grid]) -> tuple[Tensor, Grid
 
 
 def rope_tables(
-    grid: Grid, head_dim: int, dtype: torch.dtype, style: Style, precision: Precision,
-    scale: tuple[float, float, float], device: torch.device,
+    grid: Grid,
+    head_dim: int,
+    dtype: torch.dtype,
+    style: Style,
+    precision: Precision,
+    scale: tuple[float, float, float],
+    device: torch.device,
 ) -> Tensor:
     """Cosine and sine of every rotated element of an axis, for every position of each axis.
 
@@ -103,14 +108,16 @@ def rope_tables(
     narrow = dtype if precision == "reference" else wide
     exponents = torch.arange(width // 2, dtype=narrow, device=device) / (width / 2.0)
     omega = 1.0 / BASE ** exponents.to(wide)
-    positions = torch.cat([
-        torch.arange(count, dtype=wide, device=device) * factor for count, factor in zip(grid, scale, strict=True)])
+    positions = torch.cat(
+        [torch.arange(count, dtype=wide, device=device) * factor for count, factor in zip(grid, scale, strict=True)]
+    )
     angles = positions[:, None].to(narrow) * omega.to(narrow)
     angles = angles.repeat(1, 2) if style == "tiled" else angles.repeat_interleave(2, dim=-1)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     even, odd = sin.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([
-        cos, torch.stack([-even, odd], dim=-1).flatten(-2), torch.stack([odd, -even], dim=-1).flatten(-2)])
+    return torch.stack(
+        [cos, torch.stack([-even, odd], dim=-1).flatten(-2), torch.stack([odd, -even], dim=-1).flatten(-2)]
+    )
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
@@ -172,8 +179,9 @@ def _rope3d_kernel(  # type: ignore[no-untyped-def]
 
     cols = tl.arange(0, COLS)
     axis = (cols // AXIS)[None, :]
-    place = tl.where(axis == 0, frame[:, None], tl.where(
-        axis == 1, num_frames + row[:, None], num_frames + height + column[:, None]))
+    place = tl.where(
+        axis == 0, frame[:, None], tl.where(axis == 1, num_frames + row[:, None], num_frames + height + column[:, None])
+    )
     place = place * AXIS + (cols % AXIS)[None, :]
     turned = (cols < 3 * AXIS)[None, :]
     cos = tl.load(cos_ptr + place, mask=here[:, None] & turned, other=1.0)[:, None, :]
@@ -194,8 +202,11 @@ def _rope3d_kernel(  # type: ignore[no-untyped-def]
             along = along.to(y_ptr.dtype.element_ty).to(tl.float32)
             across = across.to(y_ptr.dtype.element_ty).to(tl.float32)
         y = tl.where((rows < num_turned)[None, :, None] & turned[:, None, :], along + across, x)
-        tl.store(y_ptr + tokens[:, None, None] * y_stride + offsets[None, :, :], y.to(y_ptr.dtype.element_ty),
-                 mask=inside_head)
+        tl.store(
+            y_ptr + tokens[:, None, None] * y_stride + offsets[None, :, :],
+            y.to(y_ptr.dtype.element_ty),
+            mask=inside_head,
+        )
 
 
 _OPERANDS = "Tensor ids, Tensor cos, Tensor sin, int[3] grid, int num_heads, bool rounds"
@@ -218,7 +229,14 @@ def _bwd_output(
 
 
 def _launch(
-    x: Tensor, y: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, grid: Sequence[int], num_heads: int, rounds: bool,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    grid: Sequence[int],
+    num_heads: int,
+    rounds: bool,
     parts: int,
 ) -> None:
     """The first `parts` of queries, keys and values from x to y, queries and keys rotated."""
@@ -230,9 +248,27 @@ def _launch(
     rows = min((32, 16, 8), key=lambda size: -(-parts * num_heads // size) * size)
     tokens = max(1, 1024 // (rows * cols))
     launch(
-        _rope3d_kernel, (-(-count // tokens),), x, y, ids.contiguous(), cos, sin, x.stride(0), y.stride(0), count,
-        *grid, parts * num_heads, 2 * num_heads, HEAD_DIM=head_dim, AXIS=cos.shape[1], ROUND=rounds, TOKENS=tokens,
-        ROWS=rows, COLS=cols, num_warps=4)
+        _rope3d_kernel,
+        (-(-count // tokens),),
+        x,
+        y,
+        ids.contiguous(),
+        cos,
+        sin,
+        x.stride(0),
+        y.stride(0),
+        count,
+        *grid,
+        parts * num_heads,
+        2 * num_heads,
+        HEAD_DIM=head_dim,
+        AXIS=cos.shape[1],
+        ROUND=rounds,
+        TOKENS=tokens,
+        ROWS=rows,
+        COLS=cols,
+        num_warps=4,
+    )
 
 
 def _rope3d_fwd(
@@ -339,8 +375,14 @@ class Rope:
     """
 
     def __init__(
-        self, ids: Tensor, grid: Grid, head_dim: int, dtype: torch.dtype, style: Style = "tiled",
-        precision: Precision = "fp32", scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        self,
+        ids: Tensor,
+        grid: Grid,
+        head_dim: int,
+        dtype: torch.dtype,
+        style: Style = "tiled",
+        precision: Precision = "fp32",
+        scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
         self.ids, self.grid, self.head_dim, self.dtype = ids, grid, head_dim, dtype
         self.rounds = precision == "reference" and dtype in (torch.bfloat16, torch.float16)
@@ -373,11 +415,14 @@ class Rope:
         """
         wanted = [len(self.ids), 3 * num_heads * self.head_dim]
         if list(qkv.shape) != wanted or qkv.dtype != self.dtype:
-            raise ValueError(f"qkv has shape {list(qkv.shape)} and dtype {qkv.dtype}; expected {wanted} and "
-                             f"{self.dtype}")
+            raise ValueError(
+                f"qkv has shape {list(qkv.shape)} and dtype {qkv.dtype}; expected {wanted} and {self.dtype}"
+            )
         if qkv.stride(-1) != 1 or (len(qkv) > 1 and qkv.stride(0) < qkv.shape[1]):
-            raise ValueError(f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side, and that "
-                             "do not overlap")
+            raise ValueError(
+                f"qkv has strides {qkv.stride()}; expected rows whose elements are side by side, and that "
+                "do not overlap"
+            )
         out: Tensor
         if self.compiled:
             out = _Rope3dCpu.apply(qkv, self.ids, self.tables, self.grid, num_heads)
@@ -389,7 +434,12 @@ class Rope:
 
 
 def rope3d(
-    qkv: Tensor, ids: Tensor, grid: Grid, num_heads: int, style: Style = "tiled", precision: Precision = "fp32",
+    qkv: Tensor,
+    ids: Tensor,
+    grid: Grid,
+    num_heads: int,
+    style: Style = "tiled",
+    precision: Precision = "fp32",
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
     """One rotation with tables of its own; arguments, result and errors as Rope."""

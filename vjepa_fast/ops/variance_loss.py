@@ -189,8 +189,9 @@ def _variance_loss_bwd_kernel(  # type: ignore[no-untyped-def]
         for tile in range(0, CHUNK // ROWS):
             rows = start + tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
             here = (rows < end)[:, None] & inside[None, :]
-            x = tl.load(predictions_ptr + rows[:, None] * predictions_stride + cols[None, :], mask=here & real,
-                        other=0.0).to(tl.float32)
+            x = tl.load(
+                predictions_ptr + rows[:, None] * predictions_stride + cols[None, :], mask=here & real, other=0.0
+            ).to(tl.float32)
             grad = tl.where(real, (x - mean[None, :]) * scale[None, :], 0.0)
             tl.store(grad_ptr + rows[:, None] * width + cols[None, :], grad.to(grad_ptr.dtype.element_ty), mask=here)
 
@@ -198,11 +199,13 @@ def _variance_loss_bwd_kernel(  # type: ignore[no-untyped-def]
 torch.library.define(
     "vjepa_fast::variance_loss_fwd",
     "(Tensor predictions, Tensor cu_seqlens, int max_seqlen, Tensor weights)"
-    " -> (Tensor loss, Tensor means, Tensor scales, Tensor slopes)")
+    " -> (Tensor loss, Tensor means, Tensor scales, Tensor slopes)",
+)
 torch.library.define(
     "vjepa_fast::variance_loss_bwd",
     "(Tensor grad_loss, Tensor predictions, Tensor cu_seqlens, int max_seqlen, Tensor means, Tensor scales,"
-    " Tensor slopes) -> Tensor grad")
+    " Tensor slopes) -> Tensor grad",
+)
 
 
 @torch.library.register_fake("vjepa_fast::variance_loss_fwd")
@@ -211,13 +214,19 @@ def _fwd_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (), *[(len(cu_seqlens) - 1, predictions.shape[1])] * 2, (len(weights), predictions.shape[1])
     loss, means, scales, slopes = (
-        torch.empty(shape, dtype=torch.float32, device=predictions.device) for shape in shapes)
+        torch.empty(shape, dtype=torch.float32, device=predictions.device) for shape in shapes
+    )
     return loss, means, scales, slopes
 
 
 @torch.library.register_fake("vjepa_fast::variance_loss_bwd")
 def _bwd_output(
-    grad_loss: Tensor, predictions: Tensor, cu_seqlens: Tensor, max_seqlen: int, means: Tensor, scales: Tensor,
+    grad_loss: Tensor,
+    predictions: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    means: Tensor,
+    scales: Tensor,
     slopes: Tensor,
 ) -> Tensor:
     return torch.empty(predictions.shape, dtype=predictions.dtype, device=predictions.device)
@@ -237,26 +246,73 @@ def _variance_loss_fwd(
     partial = torch.empty((num_sequences, num_chunks, 2, width), dtype=torch.float32, device=predictions.device)
     losses = torch.empty((num_clips, blocks), dtype=torch.float32, device=predictions.device)
     launch(
-        _variance_loss_stats_kernel, (num_sequences * num_chunks * blocks,), predictions, cu_seqlens, partial,
-        predictions.stride(0), num_chunks, width, ROWS=_ROWS, TILES=_TILES, COLS=_COLS, num_warps=4)
+        _variance_loss_stats_kernel,
+        (num_sequences * num_chunks * blocks,),
+        predictions,
+        cu_seqlens,
+        partial,
+        predictions.stride(0),
+        num_chunks,
+        width,
+        ROWS=_ROWS,
+        TILES=_TILES,
+        COLS=_COLS,
+        num_warps=4,
+    )
     launch(
-        _variance_loss_fwd_kernel, (num_clips, blocks), cu_seqlens, partial, weights.contiguous(), losses, means,
-        scales, slopes, num_sequences // max(1, num_clips), num_chunks, width, EPS, CHUNK=_ROWS * _TILES, COLS=_COLS,
-        num_warps=1)
+        _variance_loss_fwd_kernel,
+        (num_clips, blocks),
+        cu_seqlens,
+        partial,
+        weights.contiguous(),
+        losses,
+        means,
+        scales,
+        slopes,
+        num_sequences // max(1, num_clips),
+        num_chunks,
+        width,
+        EPS,
+        CHUNK=_ROWS * _TILES,
+        COLS=_COLS,
+        num_warps=1,
+    )
     return losses.sum(), means, scales, slopes
 
 
 def _variance_loss_bwd(
-    grad_loss: Tensor, predictions: Tensor, cu_seqlens: Tensor, max_seqlen: int, means: Tensor, scales: Tensor,
+    grad_loss: Tensor,
+    predictions: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    means: Tensor,
+    scales: Tensor,
     slopes: Tensor,
 ) -> Tensor:
     grad = _bwd_output(grad_loss, predictions, cu_seqlens, max_seqlen, means, scales, slopes)
     (num_rows, width), num_sequences, num_chunks = predictions.shape, len(means), _num_chunks(max_seqlen)
     predictions = rows_contiguous(predictions)
     launch(
-        _variance_loss_bwd_kernel, ((num_sequences + 1) * num_chunks * -(-width // _COLS),), predictions,
-        cu_seqlens.contiguous(), means, scales, slopes, grad_loss, grad, predictions.stride(0), num_rows,
-        num_sequences, len(slopes), num_chunks, width, CHUNK=_ROWS * _TILES, ROWS=_ROWS, COLS=_COLS, num_warps=4)
+        _variance_loss_bwd_kernel,
+        ((num_sequences + 1) * num_chunks * -(-width // _COLS),),
+        predictions,
+        cu_seqlens.contiguous(),
+        means,
+        scales,
+        slopes,
+        grad_loss,
+        grad,
+        predictions.stride(0),
+        num_rows,
+        num_sequences,
+        len(slopes),
+        num_chunks,
+        width,
+        CHUNK=_ROWS * _TILES,
+        ROWS=_ROWS,
+        COLS=_COLS,
+        num_warps=4,
+    )
     return grad
 
 
@@ -278,8 +334,7 @@ class _VarianceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):  # type: ignore[no-untyped-def]
         predictions, cu_seqlens, *statistics = ctx.saved_tensors
-        grad = torch.ops.vjepa_fast.variance_loss_bwd(
-            grad_loss, predictions, cu_seqlens, ctx.max_seqlen, *statistics)
+        grad = torch.ops.vjepa_fast.variance_loss_bwd(grad_loss, predictions, cu_seqlens, ctx.max_seqlen, *statistics)
         return grad, None, None, None
 
 
@@ -296,13 +351,18 @@ def variance_loss(predictions: Tensor, packing: Packing, weights: Tensor) -> Ten
     """
     num_sequences, num_clips = len(packing.lengths), len(weights)
     if weights.ndim != 1 or num_clips == 0 or num_sequences == 0 or num_sequences % num_clips:
-        raise ValueError(f"{num_sequences} sequences and weights of shape {list(weights.shape)}; expected [B], with M "
-                         "sequences for each of B clips")
+        raise ValueError(
+            f"{num_sequences} sequences and weights of shape {list(weights.shape)}; expected [B], with M "
+            "sequences for each of B clips"
+        )
     if predictions.ndim != 2 or (packing.total > len(predictions) and not packing.dynamic):
-        raise ValueError(f"predictions have shape {list(predictions.shape)}, the sequences {packing.total} tokens; "
-                         "expected [K, D] with a row for each token")
+        raise ValueError(
+            f"predictions have shape {list(predictions.shape)}, the sequences {packing.total} tokens; "
+            "expected [K, D] with a row for each token"
+        )
     if use_triton(predictions):
         loss: Tensor = _VarianceLoss.apply(
-            predictions, packing.cu_seqlens, packing.max_seqlen, weights.to(torch.float32))
+            predictions, packing.cu_seqlens, packing.max_seqlen, weights.to(torch.float32)
+        )
         return loss
     return variance_loss_ref(predictions, packing, weights)

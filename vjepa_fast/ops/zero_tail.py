@@ -38,8 +38,17 @@ def _zero_tail_kernel(  # type: ignore[no-untyped-def]
 
 
 def _zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:
-    launch(_zero_tail_kernel, (-(-x.numel() // _BLOCK),), x, cu_seqlens, len(cu_seqlens) - 1, x.numel(),
-           WIDTH=x.shape[1], BLOCK=_BLOCK, num_warps=4)
+    launch(
+        _zero_tail_kernel,
+        (-(-x.numel() // _BLOCK),),
+        x,
+        cu_seqlens,
+        len(cu_seqlens) - 1,
+        x.numel(),
+        WIDTH=x.shape[1],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
 
 
 def zero_tail_(x: Tensor, cu_seqlens: Tensor) -> None:

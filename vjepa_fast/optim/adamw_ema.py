@@ -179,8 +179,10 @@ class AdamWEMA(torch.optim.AdamW):
         self._shadowed: set[Tensor] = {p for layer in layers for p in layer.parameters() if not isinstance(p, DTensor)}
         for parameter, target in self._targets.items():
             if local_of(parameter).shape != local_of(target).shape:
-                raise ValueError(f"a parameter of the encoder has the local shape {list(local_of(parameter).shape)}, "
-                                 f"that of the target encoder {list(local_of(target).shape)}; shard both alike")
+                raise ValueError(
+                    f"a parameter of the encoder has the local shape {list(local_of(parameter).shape)}, "
+                    f"that of the target encoder {list(local_of(target).shape)}; shard both alike"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -201,8 +203,10 @@ class AdamWEMA(torch.optim.AdamW):
         self._unscale(operands)
         # The kernels' values are on the device, where a replayed graph finds those of its own step.
         limit = self._clip_value if by_kernels else self.clip_norm
-        parts = [self._sum_of_squares([operands.grads[i] for i in part], [plan.shards[i] for i in part])
-                 for part in plan.parts]
+        parts = [
+            self._sum_of_squares([operands.grads[i] for i in part], [plan.shards[i] for i in part])
+            for part in plan.parts
+        ]
         if self.clip_norm is not None:
             assert limit is not None
             self._clip(plan, parts, limit)
@@ -276,8 +280,10 @@ class AdamWEMA(torch.optim.AdamW):
                     self._state_of(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("an AdamWEMA holds the model whose target encoder it moves, so it is neither copied nor "
-                        "pickled; make one for the copied model and load this one's state_dict()")
+        raise TypeError(
+            "an AdamWEMA holds the model whose target encoder it moves, so it is neither copied nor "
+            "pickled; make one for the copied model and load this one's state_dict()"
+        )
 
     def write_group_values(self) -> None:
         """Copy lr, betas, eps, weight decay and momentum of the groups, and the norm to clip to, to the device, without
@@ -293,8 +299,11 @@ class AdamWEMA(torch.optim.AdamW):
         if self._group_values is None or self._group_values.shape != shape or self._group_values.device != device:
             self._group_values, self._written = torch.zeros(shape, dtype=torch.float64, device=device), []
         # A learning rate that lives on the device stays there.
-        on_device = {number: group["lr"] for number, group in enumerate(self.param_groups)
-                     if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"}
+        on_device = {
+            number: group["lr"]
+            for number, group in enumerate(self.param_groups)
+            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
+        }
         rows = self._host_values(on_device)
         if rows != self._written:
             host = torch.tensor(rows, dtype=torch.float64)
@@ -305,8 +314,13 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _host_values(self, on_device: Container[int] = ()) -> list[list[float]]:
         return [
-            [0.0 if number in on_device else float(group["lr"]), *map(float, group["betas"]), group["eps"],
-             float(group["weight_decay"]), float(group["ema_momentum"])]
+            [
+                0.0 if number in on_device else float(group["lr"]),
+                *map(float, group["betas"]),
+                group["eps"],
+                float(group["weight_decay"]),
+                float(group["ema_momentum"]),
+            ]
             for number, group in enumerate(self.param_groups)
         ]
 
@@ -323,8 +337,13 @@ class AdamWEMA(torch.optim.AdamW):
         signature: list[Any] = [len(group["params"]) for group in self.param_groups]
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             state, target = self.state.get(parameter, {}), self._targets.get(parameter)
-            signature += (self._has_grad(parameter), place_of(parameter), id(state.get("exp_avg")),
-                          id(state.get("exp_avg_sq")), None if target is None else place_of(target))
+            signature += (
+                self._has_grad(parameter),
+                place_of(parameter),
+                id(state.get("exp_avg")),
+                id(state.get("exp_avg_sq")),
+                None if target is None else place_of(target),
+            )
         return signature
 
     def _make_plan(self) -> _Plan:
@@ -348,9 +367,11 @@ class AdamWEMA(torch.optim.AdamW):
                     column.append(None if copy is None else self._part(copy, parameter))
         operands.grads = [None] * len(parameters)
         encoder, predictor = (
-            [i for i, p in enumerate(parameters) if (p in self._targets) == wanted] for wanted in (True, False))
+            [i for i, p in enumerate(parameters) if (p in self._targets) == wanted] for wanted in (True, False)
+        )
         return _Plan(
-            [], parameters, [_shards_of(p) for p in parameters], operands, (encoder, predictor), kernels_fit(operands))
+            [], parameters, [_shards_of(p) for p in parameters], operands, (encoder, predictor), kernels_fit(operands)
+        )
 
     def _unscale(self, operands: Operands) -> None:
         """Divide the gradients by the scale of a scaler that leaves this to the optimizer."""
@@ -440,8 +461,10 @@ class AdamWEMA(torch.optim.AdamW):
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state_dict["state"].get(number, {}).get(name)
                 if moment is not None and moment.shape != parameter.shape:
-                    raise ValueError(f"{name} of parameter {number} is saved with shape {list(moment.shape)}; the "
-                                     f"parameter has {list(parameter.shape)}")
+                    raise ValueError(
+                        f"{name} of parameter {number} is saved with shape {list(moment.shape)}; the "
+                        f"parameter has {list(parameter.shape)}"
+                    )
                 if moment is not None and isinstance(parameter, DTensor) and not isinstance(moment, DTensor):
                     states[number] = {**states[number], name: cut_like(parameter, moment)}
         momenta = [group["ema_momentum"] for group in self.param_groups]
@@ -456,8 +479,11 @@ class AdamWEMA(torch.optim.AdamW):
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)
                 # A part of a parameter is flat.
-                if moment is not None and moment.shape == parameter.shape and (
-                        local_of(moment).stride() != local_of(parameter).stride()):
+                if (
+                    moment is not None
+                    and moment.shape == parameter.shape
+                    and (local_of(moment).stride() != local_of(parameter).stride())
+                ):
                     state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
     def _cut(self, state: dict[int, dict[str, Tensor]], numbers: list[int]) -> dict[int, dict[str, Tensor]]:

@@ -23,8 +23,9 @@ def cut_like(own: Tensor, whole: Tensor) -> Tensor:
     local = whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
     # Not a view of all of it, which would stay in memory.
     local = local.to(own.device, copy=True, memory_format=torch.contiguous_format)
-    return DTensor.from_local(local, own.device_mesh, own.placements, run_check=False, shape=own.shape,
-                              stride=own.stride())
+    return DTensor.from_local(
+        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def gather(value: Any, keep: bool) -> Any:

@@ -43,8 +43,10 @@ class Flat:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """What stands for each tensor in a buffer [elements], in its shape."""
-        return [flat[start : start + tensor.numel()].view(tensor.shape)
-                for start, tensor in zip(self._starts, self.tensors, strict=True)]
+        return [
+            flat[start : start + tensor.numel()].view(tensor.shape)
+            for start, tensor in zip(self._starts, self.tensors, strict=True)
+        ]
 
     def keep_half(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
         """Make `half`; its views by the tensors that they are copies of."""
@@ -72,8 +74,13 @@ class Bucket:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], targets: Mapping[Tensor, Tensor], rank: int, world_size: int,
-        blocks: Sequence[Block] = (), target_blocks: Sequence[Block] = (),
+        self,
+        parameters: Sequence[Tensor],
+        targets: Mapping[Tensor, Tensor],
+        rank: int,
+        world_size: int,
+        blocks: Sequence[Block] = (),
+        target_blocks: Sequence[Block] = (),
     ) -> None:
         self.parameters = list(parameters)
         self.blocks, self.target_blocks = list(blocks), list(target_blocks)
@@ -102,8 +109,10 @@ class Bucket:
 
     def own(self, share: Tensor) -> dict[Tensor, Tensor]:
         """Where the parts of this process lie within its share of a buffer, [elements]."""
-        return {parameter: share[first : first + part.stop - part.start]
-                for (parameter, part), first in zip(self.parts.items(), self._places, strict=True)}
+        return {
+            parameter: share[first : first + part.stop - part.start]
+            for (parameter, part), first in zip(self.parts.items(), self._places, strict=True)
+        }
 
 
 def make_buckets(model: VJEPA, left_out: Iterable[str], rank: int, world_size: int) -> list[Bucket]:
@@ -118,7 +127,8 @@ def make_buckets(model: VJEPA, left_out: Iterable[str], rank: int, world_size: i
     names = set(left_out)
     wanted = {p for name, p in model.named_parameters() if p.requires_grad and name not in names}
     targets: dict[Tensor, Tensor] = dict(
-        zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
+        zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True)
+    )
     encoder, followers = _blocks(model.encoder.blocks), _blocks(model.target_encoder.blocks)
     buckets = []
     for group in _groups(_blocks(model.predictor.predictor_blocks)):

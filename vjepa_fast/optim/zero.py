@@ -44,8 +44,13 @@ class ShardedAdamWEMA(AdamWEMA):
     """
 
     def __init__(
-        self, model: VJEPA, *, without_gradient: Collection[str] = (), optional: Collection[str] = (),
-        grad_dtype: torch.dtype = torch.float32, **values: Any,
+        self,
+        model: VJEPA,
+        *,
+        without_gradient: Collection[str] = (),
+        optional: Collection[str] = (),
+        grad_dtype: torch.dtype = torch.float32,
+        **values: Any,
     ) -> None:
         # First, so that all else sees the weights where they stay.
         self._rank = dist.get_rank()
@@ -156,8 +161,10 @@ class ShardedAdamWEMA(AdamWEMA):
             RuntimeError: it was not called.
         """
         if self._collected is None:
-            raise RuntimeError("the state of the optimizer is spread over the processes; call collect() on all of "
-                               "them, then state_dict() on the first")
+            raise RuntimeError(
+                "the state of the optimizer is spread over the processes; call collect() on all of "
+                "them, then state_dict() on the first"
+            )
         whole = {**super().state_dict(), "state": self._collected}
         self._collected = None
         return whole
@@ -199,6 +206,8 @@ class ShardedAdamWEMA(AdamWEMA):
         for number, parameter in zip(numbers, self._all, strict=False):
             part = self._parts.get(parameter)
             if part is not None and state.get(number):
-                kept[number] = {**state[number], **{
-                    name: state[number][name].reshape(-1)[part].clone() for name in _MOMENTS}}
+                kept[number] = {
+                    **state[number],
+                    **{name: state[number][name].reshape(-1)[part].clone() for name in _MOMENTS},
+                }
         return kept

@@ -85,8 +85,10 @@ class Gradients:
         if self._paused:
             return
         if number < len(self._sent):
-            raise RuntimeError("a second backward before the optimizer's step; all but the last of a step belong into "
-                               "`with optimizer.no_sync()`")
+            raise RuntimeError(
+                "a second backward before the optimizer's step; all but the last of a step belong into "
+                "`with optimizer.no_sync()`"
+            )
         self._missing[number].discard(parameter)
         while len(self._sent) < len(self.buckets) and not self._missing[len(self._sent)]:
             self._send(len(self._sent))
@@ -95,8 +97,11 @@ class Gradients:
         bucket = self.buckets[number]
         whole = torch.zeros_like(bucket.weights.data, dtype=self.dtype)
         views = bucket.weights.views(whole)
-        pairs = [(view, parameter.grad) for view, parameter in zip(views, bucket.parameters, strict=True)
-                 if parameter.grad is not None]
+        pairs = [
+            (view, parameter.grad)
+            for view, parameter in zip(views, bucket.parameters, strict=True)
+            if parameter.grad is not None
+        ]
         if pairs:
             torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
         for parameter in bucket.parameters:
@@ -138,8 +143,10 @@ class Gradients:
             shares.append(flight.share.to(bucket.weights.data.dtype).div_(num_processes))
         absent = [p for bucket in self.buckets for p in bucket.parameters if p not in present]
         if set(absent) - set(self.optional):
-            raise RuntimeError(f"{len(absent)} parameters, one of shape {list(absent[0].shape)}, have no gradient in "
-                               "this step, though they are trained")
+            raise RuntimeError(
+                f"{len(absent)} parameters, one of shape {list(absent[0].shape)}, have no gradient in "
+                "this step, though they are trained"
+            )
         return shares, present
 
 

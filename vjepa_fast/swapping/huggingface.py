@@ -78,9 +78,14 @@ class _FastHF(FastNetwork):
         refuse(self, wrong)
         layer: Any = layers[0]
         return {
-            "model_name": "vit_tiny", "crop_size": config.crop_size, "num_frames": max(2, config.frames_per_clip),
-            "patch_size": config.patch_size, "tubelet_size": config.tubelet_size, "wide_silu": False,
-            "rope_precision": "reference", "mlp_ratio": layer.mlp.fc1.weight.shape[0] / layer.hidden_size,
+            "model_name": "vit_tiny",
+            "crop_size": config.crop_size,
+            "num_frames": max(2, config.frames_per_clip),
+            "patch_size": config.patch_size,
+            "tubelet_size": config.tubelet_size,
+            "wide_silu": False,
+            "rope_precision": "reference",
+            "mlp_ratio": layer.mlp.fc1.weight.shape[0] / layer.hidden_size,
         }
 
     def _view(self, network: Any, blocks: nn.ModuleList, outer: dict[str, str], path: str) -> View:
@@ -113,8 +118,11 @@ class _FastHF(FastNetwork):
     def is_inactive(hook: Any) -> bool:
         """A recorder stays on a layer for good, and records while a call asks for it."""
         module = sys.modules.get("transformers.utils.output_capturing")
-        return module is not None and getattr(hook, "__module__", None) == module.__name__ and not (
-            module._active_collector.get())
+        return (
+            module is not None
+            and getattr(hook, "__module__", None) == module.__name__
+            and not (module._active_collector.get())
+        )
 
     def _output(self, last_hidden_state: Tensor) -> Any:
         # The name is in the module of their class, which imports it.
@@ -132,8 +140,12 @@ class FastHFEncoder(_FastHF):
     def make_view(self) -> View:
         config = self.config
         cfg = config_of(
-            self, **self._sizes(), embed_dim=config.hidden_size, depth=len(self.layer),
-            num_heads=config.num_attention_heads)
+            self,
+            **self._sizes(),
+            embed_dim=config.hidden_size,
+            depth=len(self.layer),
+            num_heads=config.num_attention_heads,
+        )
         with torch.device("meta"):
             network = _HFEncoderView(cfg)
         return self._view(network, network.blocks, ENCODER, "blocks")
@@ -164,8 +176,14 @@ class FastHFPredictor(_FastHF):
     def make_view(self) -> View:
         config = self.config
         cfg = config_of(
-            self, **self._sizes(), embed_dim=config.hidden_size, num_heads=1, pred_embed_dim=config.pred_hidden_size,
-            pred_depth=len(self.layer), pred_num_heads=config.pred_num_attention_heads)
+            self,
+            **self._sizes(),
+            embed_dim=config.hidden_size,
+            num_heads=1,
+            pred_embed_dim=config.pred_hidden_size,
+            pred_depth=len(self.layer),
+            pred_num_heads=config.pred_num_attention_heads,
+        )
         with torch.device("meta"):
             network = PredictorView(cfg)
         # Theirs has all mask tokens in one parameter, which takes the place of the list at every call.

@@ -20,11 +20,9 @@ _HF = ("embeddings", "layer", "layernorm", "config")
 _NETWORKS: list[tuple[str, tuple[str, ...], str, type[Fast]]] = [
     ("VisionTransformer", (*_ENCODER, *_V1, "norm"), "encoder", swap_meta.FastEncoder),
     ("VisionTransformer", (*_ENCODER, *_V2, "norm"), "encoder", swap_meta.FastEncoder),
-    ("VisionTransformer", (*_ENCODER, *_V2, "norms_block", "hierarchical_layers"), "encoder",
-     meta_v21.FastEncoderV21),
+    ("VisionTransformer", (*_ENCODER, *_V2, "norms_block", "hierarchical_layers"), "encoder", meta_v21.FastEncoderV21),
     ("VisionTransformerPredictor", (*_PREDICTOR, *_V1), "predictor", swap_meta.FastPredictorV1),
-    ("VisionTransformerPredictor", (*_PREDICTOR, *_V2, "hierarchical_layers"), "predictor",
-     meta_v21.FastPredictorV21),
+    ("VisionTransformerPredictor", (*_PREDICTOR, *_V2, "hierarchical_layers"), "predictor", meta_v21.FastPredictorV21),
     ("VisionTransformerPredictor", (*_PREDICTOR, *_V2), "predictor", swap_meta.FastPredictor),
     ("VJEPA2Encoder", _HF, "encoder", swap_hf.FastHFEncoder),
     ("VJEPA2Predictor", (*_HF, "proj"), "predictor", swap_hf.FastHFPredictor),

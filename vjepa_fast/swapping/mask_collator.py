@@ -57,9 +57,16 @@ class MaskCollator:
     """
 
     def __init__(
-        self, cfgs_mask: Sequence[Mapping[str, Any]], dataset_fpcs: Sequence[int] | None = None,
-        crop_size: Size = (224, 224), patch_size: Size = (16, 16), tubelet_size: int = 2, num_frames: int = 16, *,
-        source: Literal["counter", "reference"] = "counter", seed: int | None = None,
+        self,
+        cfgs_mask: Sequence[Mapping[str, Any]],
+        dataset_fpcs: Sequence[int] | None = None,
+        crop_size: Size = (224, 224),
+        patch_size: Size = (16, 16),
+        tubelet_size: int = 2,
+        num_frames: int = 16,
+        *,
+        source: Literal["counter", "reference"] = "counter",
+        seed: int | None = None,
     ) -> None:
         self.grouped = dataset_fpcs is not None
         fpcs = list(dict.fromkeys(dataset_fpcs)) if dataset_fpcs is not None else [num_frames]
@@ -69,9 +76,11 @@ class MaskCollator:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             seed = torch.distributed.get_rank() if distributed else 0
         self.groups = {
-            fpc: _Group(masks, (max(1, fpc // tubelet_size), height // patch_height, width // patch_width), source,
-                        seed, number)
-            for number, fpc in enumerate(fpcs)}
+            fpc: _Group(
+                masks, (max(1, fpc // tubelet_size), height // patch_height, width // patch_width), source, seed, number
+            )
+            for number, fpc in enumerate(fpcs)
+        }
 
     def step(self) -> None:
         """Pass over one call, as a run does that goes on."""
@@ -100,8 +109,9 @@ class MaskCollator:
             if fpc not in samples:
                 raise ValueError(f"a clip has {fpc} frames; dataset_fpcs has {', '.join(map(str, samples))}")
             samples[fpc].append(sample)
-        return [(torch.utils.data.default_collate(own), *self.groups[fpc](len(own)))
-                for fpc, own in samples.items() if own]
+        return [
+            (torch.utils.data.default_collate(own), *self.groups[fpc](len(own))) for fpc, own in samples.items() if own
+        ]
 
 
 class _Group:
@@ -164,8 +174,10 @@ def _spec(cfg: Mapping[str, Any], number: int) -> MaskSpec:
     else:
         missing = [name for name in _BLOCKS if cfg.get(name) is None]
         if missing:
-            raise ConfigError(f"cfgs_mask[{number}] has no {' and no '.join(missing)}; expected {', '.join(_BLOCKS)}, "
-                              "or `ratio` alone for tubes")
+            raise ConfigError(
+                f"cfgs_mask[{number}] has no {' and no '.join(missing)}; expected {', '.join(_BLOCKS)}, "
+                "or `ratio` alone for tubes"
+            )
         options = {name: cfg[name] for name in (*_BLOCKS, *_OPTIONAL) if cfg.get(name) is not None}
     try:
         return MaskSpec.model_validate(options)

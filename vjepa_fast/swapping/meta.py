@@ -52,17 +52,24 @@ def _sizes(module: Any, blocks: nn.ModuleList) -> dict[str, Any]:
     """
     refuse(module, {what for block in blocks for what in _unusual(block)})
     return {
-        "model_name": "vit_tiny", "crop_size": _crop(module), "num_frames": module.num_frames,
-        "patch_size": module.patch_size, "tubelet_size": module.tubelet_size,
-        "use_rope": getattr(module, "use_rope", False), "wide_silu": False, "rope_precision": "reference",
+        "model_name": "vit_tiny",
+        "crop_size": _crop(module),
+        "num_frames": module.num_frames,
+        "patch_size": module.patch_size,
+        "tubelet_size": module.tubelet_size,
+        "use_rope": getattr(module, "use_rope", False),
+        "wide_silu": False,
+        "rope_precision": "reference",
     }
 
 
 def refuse(module: nn.Module, wrong: set[str]) -> None:
     """Raises UserError if there is anything that ours cannot do."""
     if wrong:
-        raise UserError(f"swap: this {class_of(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's "
-                        "does not have; leave it out of the call")
+        raise UserError(
+            f"swap: this {class_of(module).__name__} has {', '.join(sorted(wrong))}, which vjepa-fast's "
+            "does not have; leave it out of the call"
+        )
 
 
 def _unusual(block: Any) -> list[str]:
@@ -79,8 +86,11 @@ def _unusual(block: Any) -> list[str]:
     if not attention.use_sdpa and abs(attention.scale - head_dim**-0.5) > 1e-6 * head_dim**-0.5:
         found.append(f"qk_scale={attention.scale:g}")
     activation = mlp.act
-    if not (isinstance(activation, nn.SiLU) if hasattr(mlp, "fc3") else
-            isinstance(activation, nn.GELU) and activation.approximate == "none"):
+    if not (
+        isinstance(activation, nn.SiLU)
+        if hasattr(mlp, "fc3")
+        else isinstance(activation, nn.GELU) and activation.approximate == "none"
+    ):
         found.append(f"{activation} in the MLP")
     return found
 
@@ -99,8 +109,11 @@ class _MetaEncoderView(EncoderView):
     """The depths whose features training uses; `levels` are those of the call at hand."""
 
     def _table(self, grid: Grid) -> Tensor | None:
-        return None if self.pos_embed is None else interpolate_table(
-            self.pos_embed[0], self.grid, grid, self.is_video, self.cuts)
+        return (
+            None
+            if self.pos_embed is None
+            else interpolate_table(self.pos_embed[0], self.grid, grid, self.is_video, self.cuts)
+        )
 
 
 class FastEncoder(FastNetwork):
@@ -112,9 +125,15 @@ class FastEncoder(FastNetwork):
         channels = module.patch_embed.proj.weight.shape[1]
         refuse(self, {f"{channels} channels"} if channels != 3 else set())
         cfg = config_of(
-            self, **_sizes(module, module.blocks), **self.options(), embed_dim=module.embed_dim,
-            depth=len(module.blocks), num_heads=module.blocks[0].attn.num_heads,
-            mlp_ratio=mlp.fc1.weight.shape[0] / module.embed_dim, use_silu=hasattr(mlp, "fc3"))
+            self,
+            **_sizes(module, module.blocks),
+            **self.options(),
+            embed_dim=module.embed_dim,
+            depth=len(module.blocks),
+            num_heads=module.blocks[0].attn.num_heads,
+            mlp_ratio=mlp.fc1.weight.shape[0] / module.embed_dim,
+            use_silu=hasattr(mlp, "fc3"),
+        )
         with torch.device("meta"):
             network = _MetaEncoderView(cfg)
         network.cuts = not _is_v1(self)
@@ -174,7 +193,10 @@ class FastEncoder(FastNetwork):
             return network(x, masks)
 
     def encode(
-        self, clips: Sequence[Tensor], masks: Sequence[Sequence[Tensor]] | None, compiled: bool,
+        self,
+        clips: Sequence[Tensor],
+        masks: Sequence[Sequence[Tensor]] | None,
+        compiled: bool,
         every_level: bool = False,
     ) -> list[list[Tensor]] | None:
         """All masks of all groups of clips in one pass; other arguments as `ready`.
@@ -185,8 +207,9 @@ class FastEncoder(FastNetwork):
         """
         if is_watched(self) or not clips or len({x.shape[-2:] for x in clips}) > 1:
             return None
-        if masks is not None and (len(masks) != len(clips) or not all(
-                _are_ids(group, len(x)) for group, x in zip(masks, clips, strict=True))):
+        if masks is not None and (
+            len(masks) != len(clips) or not all(_are_ids(group, len(x)) for group, x in zip(masks, clips, strict=True))
+        ):
             return None
         network = self.ready(clips, compiled, every_level)
         if network is None or network.out_layers is not None:
@@ -206,8 +229,11 @@ class FastEncoder(FastNetwork):
 
 def _are_ids(group: Any, batch_size: int) -> bool:
     """Whether these are masks of a batch, at least one, as index lists [B, K]."""
-    return isinstance(group, list | tuple) and len(group) > 0 and all(
-        isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch_size for ids in group)
+    return (
+        isinstance(group, list | tuple)
+        and len(group) > 0
+        and all(isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch_size for ids in group)
+    )
 
 
 def _regroup(flat: list[Tensor], like: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
@@ -246,10 +272,18 @@ class FastPredictorBase(FastNetwork):
         self.check()
         width, embed_dim = self.widths()
         cfg = config_of(
-            self, **_sizes(module, blocks), **self.options(), embed_dim=embed_dim, num_heads=1, pred_embed_dim=width,
-            pred_depth=len(blocks), pred_num_heads=blocks[0].attn.num_heads,
-            num_mask_tokens=len(module.mask_tokens or ()) or None, use_mask_tokens=module.mask_tokens is not None,
-            use_pred_silu=hasattr(blocks[0].mlp, "fc3"))
+            self,
+            **_sizes(module, blocks),
+            **self.options(),
+            embed_dim=embed_dim,
+            num_heads=1,
+            pred_embed_dim=width,
+            pred_depth=len(blocks),
+            pred_num_heads=blocks[0].attn.num_heads,
+            num_mask_tokens=len(module.mask_tokens or ()) or None,
+            use_mask_tokens=module.mask_tokens is not None,
+            use_pred_silu=hasattr(blocks[0].mlp, "fc3"),
+        )
         with torch.device("meta"):
             network = PredictorView(cfg)
         copy_drop_paths(network.predictor_blocks, blocks)
@@ -288,7 +322,8 @@ class FastPredictorBase(FastNetwork):
         """
         fits = len(rows) > 0 and all(
             isinstance(x, Tensor) and x.ndim == 3 and _are_ids([enc, pred], len(x)) and enc.shape == x.shape[:2]
-            for _, x, enc, pred in rows)
+            for _, x, enc, pred in rows
+        )
         view = self.serves() if fits else None
         if view is None:
             return None
@@ -308,7 +343,8 @@ class FastPredictorBase(FastNetwork):
                 packed = network.forward_packed(_flat(contexts), masks, tokens, joined, images)
         return Predictions(
             unpack(packed, [(len(ids), ids.shape[1]) for ids in target_ids]),
-            None if of_context is None else unpack(of_context, [(len(ids), ids.shape[1]) for ids in context_ids]))
+            None if of_context is None else unpack(of_context, [(len(ids), ids.shape[1]) for ids in context_ids]),
+        )
 
     def _grid(self, network: PredictorView, ids: Sequence[Tensor]) -> Grid:
         """What ids are counted on: with RoPE squares of the trained height, and as many of them as are needed."""
@@ -322,9 +358,7 @@ class FastPredictor(FastPredictorBase):
     """Before VisionTransformerPredictor of V-JEPA 2."""
 
     @torch.compiler.disable
-    def forward(
-        self, x: Tensor, masks_x: Any, masks_y: Any, mask_index: int = 1, has_cls: bool = False
-    ) -> Any:
+    def forward(self, x: Tensor, masks_x: Any, masks_y: Any, mask_index: int = 1, has_cls: bool = False) -> Any:
         """Args: x: [B, K, D]; masks_x, masks_y: int64 [B, K] and [B, K'], or lists of one. Returns [B, K', D]."""
         lists = [m if isinstance(m, list) else [m] for m in (masks_x, masks_y)]
         found = None
@@ -339,9 +373,7 @@ class FastPredictorV1(FastPredictorBase):
     takes_targets = True
 
     @torch.compiler.disable
-    def forward(
-        self, ctxt: Tensor, tgt: Tensor, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1
-    ) -> Any:
+    def forward(self, ctxt: Tensor, tgt: Tensor, masks_ctxt: Any, masks_tgt: Any, mask_index: int = 1) -> Any:
         """As FastPredictor; tgt: [B, K', D], looked at without mask tokens."""
         lists = [m if isinstance(m, list) else [m] for m in (masks_ctxt, masks_tgt)]
         found = None

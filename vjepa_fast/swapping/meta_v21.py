@@ -23,11 +23,13 @@ def _options(module: Any, blocks: nn.ModuleList) -> dict[str, Any]:
     """
     refuse(module, set() if module.use_rope else {"use_rope=false"})
     attention: Any = blocks[0].attn
-    wrong = {f"{name}={getattr(attention, name)}" for name in ("n_registers", "has_cls_first")
-             if getattr(attention, name)}
+    wrong = {
+        f"{name}={getattr(attention, name)}" for name in ("n_registers", "has_cls_first") if getattr(attention, name)
+    }
     refuse(module, wrong)
     return {
-        "rope_style": "interleaved", "interpolate_rope": attention.interpolate_rope,
+        "rope_style": "interleaved",
+        "interpolate_rope": attention.interpolate_rope,
         "modality_embedding": module.modality_embedding,
     }
 
@@ -45,7 +47,8 @@ class FastEncoderV21(FastEncoder):
             wrong.add("modality embeddings without img_temporal_dim_size")
         refuse(self, wrong)
         return {
-            **_options(module, module.blocks), "n_output_distillation": len(chosen),
+            **_options(module, module.blocks),
+            "n_output_distillation": len(chosen),
             "img_temporal_dim_size": module.img_temporal_dim_size,
         }
 
@@ -86,7 +89,8 @@ class FastPredictorV21(FastPredictorBase):
         module: Any = self
         shared = _options(module, module.predictor_blocks)
         return {
-            **shared, "n_output_distillation": len(module.hierarchical_layers),
+            **shared,
+            "n_output_distillation": len(module.hierarchical_layers),
             "teacher_embed_dim": module.predictor_proj.weight.shape[0],
             "return_all_tokens": module.return_all_tokens,
             # Told by the argument `mod`, not by the number of frames.
@@ -94,9 +98,7 @@ class FastPredictorV21(FastPredictorBase):
         }
 
     @torch.compiler.disable
-    def forward(
-        self, x: Tensor, masks_x: Any, masks_y: Any, mod: str = "video", mask_index: int = 1
-    ) -> Any:
+    def forward(self, x: Tensor, masks_x: Any, masks_y: Any, mod: str = "video", mask_index: int = 1) -> Any:
         """Args: x: [B, K, L D]; masks_x, masks_y: int64 [B, K] and [B, K'], or lists of one.
 
         Returns predictions for the tokens to predict, [B, K', L D], and for the context, [B, K, L D] or None.

@@ -117,8 +117,10 @@ class View:
         wrong += [name for name, module in theirs.items() if name and not is_plain(module)]
         wrong += [name for name, _ in owner.named_buffers()]
         if wrong:
-            raise UserError(f"swap: {class_of(owner).__name__} has other parameters than the reference's, see "
-                            f"{', '.join(name or 'its own' for name in wrong[:3])}; swap before anything is added")
+            raise UserError(
+                f"swap: {class_of(owner).__name__} has other parameters than the reference's, see "
+                f"{', '.join(name or 'its own' for name in wrong[:3])}; swap before anything is added"
+            )
         for name, module in own.items():
             if isinstance(module, nn.LayerNorm):
                 norm = theirs[name]
@@ -312,8 +314,14 @@ def pack(context: Sequence[Tensor], target: Sequence[Tensor] | None, grid: Grid)
         _check_ids(ids, grid[0] * grid[1] * grid[2])
     lengths = [tuple(ids.shape[1] for ids in part for _ in range(batch_size)) for part in lists]
     return MaskBatch(
-        grid=grid, num_masks=len(context), batch_size=batch_size, context_ids=joined[0].to(torch.int32),
-        target_ids=joined[1].to(torch.int32), context_lengths=lengths[0], target_lengths=lengths[1])
+        grid=grid,
+        num_masks=len(context),
+        batch_size=batch_size,
+        context_ids=joined[0].to(torch.int32),
+        target_ids=joined[1].to(torch.int32),
+        context_lengths=lengths[0],
+        target_lengths=lengths[1],
+    )
 
 
 def unpack(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

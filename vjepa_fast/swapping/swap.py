@@ -23,7 +23,10 @@ _ACCEPTED = (
 
 
 def swap(
-    encoder: nn.Module | None, predictor: nn.Module | None = None, target_encoder: nn.Module | None = None, *,
+    encoder: nn.Module | None,
+    predictor: nn.Module | None = None,
+    target_encoder: nn.Module | None = None,
+    *,
     inplace: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Modules with the same signatures, outputs and Parameter objects that run on vjepa-fast's networks.
@@ -86,15 +89,21 @@ def _swap_tree(module: nn.Module, place: str) -> None:
     found = parts(module)
     role = place.removeprefix("target_")
     if not found:
-        raise UserError(f"swap: the {place} is a {type(module).__module__}.{type(module).__qualname__}, which is not "
-                        f"known; expected {_ACCEPTED}")
+        raise UserError(
+            f"swap: the {place} is a {type(module).__module__}.{type(module).__qualname__}, which is not "
+            f"known; expected {_ACCEPTED}"
+        )
     for part, part_role, mixin in found:
         if part_role != role:
-            raise UserError(f"swap: the {place} is a {type(part).__name__}, which is {_ARTICLES[part_role]}; expected "
-                            f"{_ARTICLES[role]}: swap(encoder, predictor, target_encoder)")
+            raise UserError(
+                f"swap: the {place} is a {type(part).__name__}, which is {_ARTICLES[part_role]}; expected "
+                f"{_ARTICLES[role]}: swap(encoder, predictor, target_encoder)"
+            )
         if "forward" in vars(part):
-            raise UserError(f"swap: somebody has replaced the forward of the {place}'s {type(part).__name__}; swap "
-                            "before that is done")
+            raise UserError(
+                f"swap: somebody has replaced the forward of the {place}'s {type(part).__name__}; swap "
+                "before that is done"
+            )
         if not isinstance(part, Fast):
             make_fast(part, mixin)
 

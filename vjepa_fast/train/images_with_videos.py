@@ -60,8 +60,12 @@ class JointLoader:
         for videos, images in zip(self._videos, self._images, strict=True):
             assert videos.step == images.step
             yield Batch(
-                videos.step, videos.clips + images.clips, videos.sample_ids + images.sample_ids,
-                [*videos.group_ids, len(self.fpcs) - 1], videos.labels + images.labels)
+                videos.step,
+                videos.clips + images.clips,
+                videos.sample_ids + images.sample_ids,
+                [*videos.group_ids, len(self.fpcs) - 1],
+                videos.labels + images.labels,
+            )
 
 
 class JointMasks:
@@ -103,13 +107,19 @@ def add_images(videos: Loader, cfg: Config, rank: int, world_size: int, device: 
     """
     own = cfg.img_data
     assert own is not None
-    data = cfg.data.model_copy(update={
-        "datasets": own.datasets, "datasets_weights": own.datasets_weights, "dataset_fpcs": [1] * len(own.datasets),
-        "batch_size": own.per_process, "global_batch_size": None, "clips_per_video": 1,
-        "num_workers": cfg.data.num_workers if own.num_workers is None else own.num_workers,
-        # Another order than that of the videos.
-        "seed": cfg.data.seed ^ 1,
-    })
+    data = cfg.data.model_copy(
+        update={
+            "datasets": own.datasets,
+            "datasets_weights": own.datasets_weights,
+            "dataset_fpcs": [1] * len(own.datasets),
+            "batch_size": own.per_process,
+            "global_batch_size": None,
+            "clips_per_video": 1,
+            "num_workers": cfg.data.num_workers if own.num_workers is None else own.num_workers,
+            # Another order than that of the videos.
+            "seed": cfg.data.seed ^ 1,
+        }
+    )
     return JointLoader(videos, build_loader(data, rank, world_size, device))
 
 
@@ -122,13 +132,23 @@ def add_image_masks(videos: StepMasks, cfg: Config, rank: int, world_size: int) 
     assert cfg.img_data is not None
     mask = cfg.img_mask or cfg.mask
     if "reference" in (cfg.mask.source, mask.source):
-        raise ConfigError("mask.source=reference is the stream of videos alone; set mask.source=counter to train on "
-                          "images too (img_data)")
+        raise ConfigError(
+            "mask.source=reference is the stream of videos alone; set mask.source=counter to train on "
+            "images too (img_data)"
+        )
     count = cfg.img_data.per_process
     size = mask.group_size if cfg.img_mask is not None and mask.group_size is not None else count
     images = StepMasks(
-        mask.model_copy(update={"group_size": size, "clips_per_mask": 1}), fpcs=[1], crop_size=cfg.data.crop_size,
-        patch_size=cfg.data.patch_size, tubelet_size=1, seed=cfg.train.seed ^ 1, global_batch=count * world_size,
-        group_of=lambda ids: np.zeros(np.shape(ids), dtype=np.int64), rank=rank, world_size=world_size,
-        sum_over_processes=videos.sum_over_processes)
+        mask.model_copy(update={"group_size": size, "clips_per_mask": 1}),
+        fpcs=[1],
+        crop_size=cfg.data.crop_size,
+        patch_size=cfg.data.patch_size,
+        tubelet_size=1,
+        seed=cfg.train.seed ^ 1,
+        global_batch=count * world_size,
+        group_of=lambda ids: np.zeros(np.shape(ids), dtype=np.int64),
+        rank=rank,
+        world_size=world_size,
+        sum_over_processes=videos.sum_over_processes,
+    )
     return JointMasks(videos, images, cfg.img_data.rank_ratio)

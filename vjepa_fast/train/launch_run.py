@@ -45,8 +45,10 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
         # A step of one task, which may start processes of its own.
         place = None
     if place is not None and nproc > 1:
-        raise ConfigError(f"--nproc is {nproc}, but {place.launcher} has started this process as one of "
-                          f"{place.world_size}; leave --nproc out")
+        raise ConfigError(
+            f"--nproc is {nproc}, but {place.launcher} has started this process as one of "
+            f"{place.world_size}; leave --nproc out"
+        )
     num_processes = nproc if place is None else place.world_size
     try:
         cfg.data.per_process(num_processes)
@@ -54,8 +56,9 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
         what = "--nproc" if place is None else "number of processes"
         raise ConfigError(f"{error}; use another {what} or batch size") from error
     if place is not None:
-        return join(partial(_run_joined, cfg=cfg, resume=resume, profile=profile, place=place), place,
-                    cfg.train.connect_timeout)
+        return join(
+            partial(_run_joined, cfg=cfg, resume=resume, profile=profile, place=place), place, cfg.train.connect_timeout
+        )
     folder = choose_folder(cfg, resume)
     try:
         if nproc == 1:
@@ -97,7 +100,8 @@ def _train(cfg: Config, resume: bool, profile: bool, folder: Path, stop: StopSig
     try:
         return Trainer(cfg, resume=resume, profile=profile, folder=folder, stop=stop).fit().exit_code
     except OSError as error:
-        raise UserError(f"cannot go on: {error.strerror or error}"
-                        + (f": {error.filename}" if error.filename else "")) from error
+        raise UserError(
+            f"cannot go on: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        ) from error
     finally:
         stop.restore()

@@ -23,24 +23,60 @@ from vjepa_fast.train.images_with_videos import JointMasks
 from vjepa_fast.train.monitor.progress import RunConsole
 from vjepa_fast.train.step import TrainStep
 
-_HARMLESS = frozenset({
-    "train.out", "train.name", "train.device", "train.max_steps", "train.log_every", "train.checkpoint_every",
-    "train.save_every_freq", "train.auto_resume", "train.read_checkpoint", "train.tensorboard", "train.probe",
-    "train.init_weights", "train.init_predictor", "train.needs_weights",
-    "train.connect_timeout", "train.keep_last", "train.async_checkpoint", "train.watchdog", "train.shard_optimizer",
-    "train.parallel", "train.checkpoint_format", "train.rollback_after", "train.max_rollbacks", "train.spike_factor",
-    "data.num_workers", "data.prefetch", "data.pin_mem", "data.cache_dir", "data.max_broken",
-    "data.device_prefetch", "data.dali_threads", "img_data.num_workers",
-    # How the clips of a step are spread over processes; their number is compared by the trainer.
-    "data.batch_size", "data.global_batch_size",
-    # `auto` may mean another decoder than before: what it stands for is compared by the trainer.
-    "data.backend",
-    "model.use_activation_checkpointing", "model.activation_checkpointing", "model.compile_model", "model.attention",
-    "train.cuda_graphs",
-    "optimization.grad_accumulation",
-    # Copies of keys of other sections.
-    "data.seed", "model.crop_size", "model.num_frames", "model.patch_size", "model.tubelet_size", "model.dtype",
-})
+_HARMLESS = frozenset(
+    {
+        "train.out",
+        "train.name",
+        "train.device",
+        "train.max_steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.save_every_freq",
+        "train.auto_resume",
+        "train.read_checkpoint",
+        "train.tensorboard",
+        "train.probe",
+        "train.init_weights",
+        "train.init_predictor",
+        "train.needs_weights",
+        "train.connect_timeout",
+        "train.keep_last",
+        "train.async_checkpoint",
+        "train.watchdog",
+        "train.shard_optimizer",
+        "train.parallel",
+        "train.checkpoint_format",
+        "train.rollback_after",
+        "train.max_rollbacks",
+        "train.spike_factor",
+        "data.num_workers",
+        "data.prefetch",
+        "data.pin_mem",
+        "data.cache_dir",
+        "data.max_broken",
+        "data.device_prefetch",
+        "data.dali_threads",
+        "img_data.num_workers",
+        # How the clips of a step are spread over processes; their number is compared by the trainer.
+        "data.batch_size",
+        "data.global_batch_size",
+        # `auto` may mean another decoder than before: what it stands for is compared by the trainer.
+        "data.backend",
+        "model.use_activation_checkpointing",
+        "model.activation_checkpointing",
+        "model.compile_model",
+        "model.attention",
+        "train.cuda_graphs",
+        "optimization.grad_accumulation",
+        # Copies of keys of other sections.
+        "data.seed",
+        "model.crop_size",
+        "model.num_frames",
+        "model.patch_size",
+        "model.tubelet_size",
+        "model.dtype",
+    }
+)
 """Keys that do not change what is learned, or only as much as rounding does."""
 
 
@@ -87,8 +123,14 @@ class RunCheckpoints:
     writer: CheckpointWriter | ShardedWriter
 
     def __init__(
-        self, cfg: Config, folder: Path, train_step: TrainStep, masks: StepMasks | JointMasks,
-        surroundings: Surroundings, processes: Processes, console: RunConsole,
+        self,
+        cfg: Config,
+        folder: Path,
+        train_step: TrainStep,
+        masks: StepMasks | JointMasks,
+        surroundings: Surroundings,
+        processes: Processes,
+        console: RunConsole,
     ) -> None:
         self.cfg, self.folder, self.train_step, self.masks = cfg, folder, train_step, masks
         self.surroundings, self.processes, self.console = surroundings, processes, console
@@ -121,8 +163,10 @@ class RunCheckpoints:
         elif cfg.optimization.anneal_ckpt is not None:
             path = cfg.optimization.anneal_ckpt
             if not path.exists():
-                raise UserError(f"checkpoint {path} does not exist; this run starts from the weights of another, of "
-                                "which optimization.anneal_ckpt=FILE says where its checkpoint is")
+                raise UserError(
+                    f"checkpoint {path} does not exist; this run starts from the weights of another, of "
+                    "which optimization.anneal_ckpt=FILE says where its checkpoint is"
+                )
         elif resume and of_v1.exists():
             path = of_v1
         else:
@@ -172,11 +216,21 @@ class RunCheckpoints:
         assert opt.ipe is not None
         # With masks from the reference's stream every process has a state; this one's is kept.
         contents = meta_format.to_checkpoint(
-            self.train_step.model, self.train_step.optimizer, epoch=step // opt.ipe, loss=loss,
-            batch_size=now.batch_size, world_size=self.processes.world_size, lr=opt.lr, scaler=self.train_step.scaler,
+            self.train_step.model,
+            self.train_step.optimizer,
+            epoch=step // opt.ipe,
+            loss=loss,
+            batch_size=now.batch_size,
+            world_size=self.processes.world_size,
+            lr=opt.lr,
+            scaler=self.train_step.scaler,
             extra={
-                "version": vjepa_fast.__version__, "step": step, "global_batch": now.global_batch,
-                "global_images": now.global_images, "backend": now.backend, "masks": self.masks.state_dict(),
+                "version": vjepa_fast.__version__,
+                "step": step,
+                "global_batch": now.global_batch,
+                "global_images": now.global_images,
+                "backend": now.backend,
+                "masks": self.masks.state_dict(),
                 "last_losses": None if outliers is None else outliers.state_dict(),
                 "config": self.cfg.model_dump(mode="json"),
             },
@@ -228,7 +282,12 @@ class RunCheckpoints:
         if changed:
             self.console.print(
                 f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
-                "have without the change", style="yellow", markup=False, highlight=False, soft_wrap=True)
+                "have without the change",
+                style="yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _say(self, sentence: str) -> None:
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -56,7 +56,11 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: VJEPA, cfg: Config, data_parallel: DistributedDataParallel | None = None, num_processes: int = 1,
+        self,
+        model: VJEPA,
+        cfg: Config,
+        data_parallel: DistributedDataParallel | None = None,
+        num_processes: int = 1,
         make_optimizer: Callable[..., AdamWEMA] = AdamWEMA,
     ) -> None:
         self.model = model
@@ -146,8 +150,7 @@ class TrainStep:
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        return total, replace(
-            output, loss=output.loss.detach(), packed_predictions=output.packed_predictions.detach())
+        return total, replace(output, loss=output.loss.detach(), packed_predictions=output.packed_predictions.detach())
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         """For a backward whose gradients are kept until that of the last micro-batch."""

@@ -75,8 +75,15 @@ class Trainer:
         ConfigError, UserError: something is wrong with the configuration, the data or a checkpoint.
     """
 
-    def __init__(self, cfg: Config, *, resume: bool = False, profile: bool = False, folder: Path | None = None,
-                 stop: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        resume: bool = False,
+        profile: bool = False,
+        folder: Path | None = None,
+        stop: StopSignals | None = None,
+    ) -> None:
         self.cfg = cfg = cfg.model_copy(deep=True)
         cfg.check_trainable()
         self.device = choose_device(cfg.train.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -105,9 +112,16 @@ class Trainer:
             shard(self.model, self.device, cfg.train.grad_dtype)
         self.model.to(self.device)
         masks = StepMasks(
-            cfg.mask, fpcs=videos.fpcs, crop_size=cfg.data.crop_size, patch_size=cfg.data.patch_size,
-            tubelet_size=cfg.data.tubelet_size, seed=cfg.train.seed, global_batch=self.global_batch,
-            group_of=videos.group_of, rank=self.processes.rank, world_size=self.processes.world_size,
+            cfg.mask,
+            fpcs=videos.fpcs,
+            crop_size=cfg.data.crop_size,
+            patch_size=cfg.data.patch_size,
+            tubelet_size=cfg.data.tubelet_size,
+            seed=cfg.train.seed,
+            global_batch=self.global_batch,
+            group_of=videos.group_of,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
             sum_over_processes=self.processes.sum_on_host,
         )
         self.masks: StepMasks | JointMasks = masks
@@ -115,13 +129,18 @@ class Trainer:
             self.masks = add_image_masks(masks, cfg, self.processes.rank, self.processes.world_size)
         whole = self.processes.distributed and not sharded
         self.train_step = TrainStep(
-            self.model, cfg, data_parallel(self.model, cfg, len(videos.fpcs)) if whole else None,
-            self.processes.world_size, optimizer_of(self.model, cfg, len(videos.fpcs)) if whole else AdamWEMA)
+            self.model,
+            cfg,
+            data_parallel(self.model, cfg, len(videos.fpcs)) if whole else None,
+            self.processes.world_size,
+            optimizer_of(self.model, cfg, len(videos.fpcs)) if whole else AdamWEMA,
+        )
         self.speed_ups = SpeedUps(cfg, self.train_step, self.processes, self._say)
         self._run: StepCallable | None = None
         surroundings = Surroundings(self.batch_size, self.global_batch, self._global_images, self.backend)
         self.checkpoints = RunCheckpoints(
-            cfg, self.folder, self.train_step, self.masks, surroundings, self.processes, self.console)
+            cfg, self.folder, self.train_step, self.masks, surroundings, self.processes, self.console
+        )
         start = self.checkpoints.start(resume or cfg.train.auto_resume)
         self.step, self._recent_loss, self._saved_step = start.step, start.loss, start.saved_step
         self.writer = self.checkpoints.writer
@@ -187,8 +206,10 @@ class Trainer:
         if self._stop_code == _NO_CLIPS and self._no_clips is not None:
             raise self._no_clips
         if self._stop_code == _CLOSED and self.processes.is_first:
-            raise UserError(f"nobody reads the output any more (a closed pipe): stopped at step {self.step}, after a "
-                            "checkpoint was written; continue with --resume")
+            raise UserError(
+                f"nobody reads the output any more (a closed pipe): stopped at step {self.step}, after a "
+                "checkpoint was written; continue with --resume"
+            )
         return summary
 
     def _loop(self, log: MetricsLog, progress: ProgressReport, speed: Speed) -> None:
@@ -212,17 +233,30 @@ class Trainer:
             times = timer.end()
             num_clips = sum(len(clips) for clips in batch.clips) * self.processes.world_size
             # Without the features and predictions, which would pile up until the next line of the log.
-            pending.append(Pending(
-                self.step, result.loss, result.grad_norm, result.part_norms, result.skipped,
-                {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
-                num_clips, times, batch.sample_ids))
+            pending.append(
+                Pending(
+                    self.step,
+                    result.loss,
+                    result.grad_norm,
+                    result.part_norms,
+                    result.skipped,
+                    {"lr": result.lr, "weight_decay": result.weight_decay, "momentum": result.momentum},
+                    num_clips,
+                    times,
+                    batch.sample_ids,
+                )
+            )
             output = result.output
             self.step += 1
             progress.advance(self.step)
             if self.profiler is not None:
                 self.profiler.after_step(self.step)
-            due = (self.step % every == 0 or self.step == self.last_step or self._kept_for_good() is not None
-                   or self._save_asked)
+            due = (
+                self.step % every == 0
+                or self.step == self.last_step
+                or self._kept_for_good() is not None
+                or self._save_asked
+            )
             self.watchdog.at(self.step, Phase.LOG)
             # The first one, which shows how the run begins.
             if due or self.step % self.cfg.train.log_every == 0 or self.step == 1:
@@ -274,8 +308,9 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            raise UserError(explain(
-                self.cfg, self.batch_size, self.device, batch.step, self.processes.world_size)) from error
+            raise UserError(
+                explain(self.cfg, self.batch_size, self.device, batch.step, self.processes.world_size)
+            ) from error
 
     def _choose_step(self, batch: Batch, masks: list[MaskBatch]) -> StepCallable:
         """Compiled blocks and CUDA graphs, as configured or as measured on this batch; training is as it would be."""
@@ -319,8 +354,7 @@ class Trainer:
         return self.folder / f"e{finished - 1}.pt" if due else None
 
     def _flush(
-        self, pending: list[Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport,
-        speed: Speed
+        self, pending: list[Pending], output: JEPAOutput | None, log: MetricsLog, progress: ProgressReport, speed: Speed
     ) -> None:
         """Read the figures of the pending steps back and write them down, with the health of the last one's output."""
         ipe = self.cfg.optimization.ipe
@@ -335,9 +369,13 @@ class Trainer:
         took = sum(map(sum, figures.times))
         self._recent_loss = figures.mean_loss
         progress.report(
-            self.step, loss=self._recent_loss, lr=pending[-1].schedule["lr"],
+            self.step,
+            loss=self._recent_loss,
+            lr=pending[-1].schedule["lr"],
             clips_per_s=sum(p.num_clips for p in pending) / took,
-            data_wait=sum(wait for wait, _ in figures.times) / took, explained=health.get("explained"))
+            data_wait=sum(wait for wait, _ in figures.times) / took,
+            explained=health.get("explained"),
+        )
         if first:
             self.health.look(row)
         for p, loss, norm, skip in zip(pending, figures.losses, figures.norms, figures.skipped, strict=True):
@@ -349,7 +387,8 @@ class Trainer:
                 f"{self._num_outliers} steps up to step {self.step} were skipped because of their loss, more than "
                 f"{self.cfg.optimization.loss_reg_std_mult:g} standard deviations above the mean of the last ones; "
                 f"checkpoints are in {self.folder}. Try a smaller optimization.lr, or a larger "
-                "optimization.loss_reg_std_mult")
+                "optimization.loss_reg_std_mult"
+            )
         num_bad = self.bad_steps.in_a_row
         if num_bad >= self.cfg.train.rollback_after and self._can_roll_back:
             self._roll_back()
@@ -358,7 +397,8 @@ class Trainer:
             raise UserError(
                 f"the gradients were not finite in {num_bad} steps in a row, up to step {self.step}{again}; "
                 f"checkpoints are in {self.folder}, the steps and their clips in {self.bad_steps.path}. Try a smaller "
-                "optimization.lr, or train.dtype=bfloat16 in place of float16")
+                "optimization.lr, or train.dtype=bfloat16 in place of float16"
+            )
 
     @property
     def _can_roll_back(self) -> bool:
@@ -373,9 +413,11 @@ class Trainer:
         """Weights, optimizer and target encoder of the last checkpoint; data and schedules go on where they are."""
         self.checkpoints.roll_back()
         self._num_rollbacks += 1
-        self._say(f"the last {self.bad_steps.in_a_row} steps up to step {self.step} were bad ({self.bad_steps.path}): "
-                  f"back to the weights of step {self._saved_step}, on with the data that comes next; this is time "
-                  f"{self._num_rollbacks} of at most {self.cfg.train.max_rollbacks}")
+        self._say(
+            f"the last {self.bad_steps.in_a_row} steps up to step {self.step} were bad ({self.bad_steps.path}): "
+            f"back to the weights of step {self._saved_step}, on with the data that comes next; this is time "
+            f"{self._num_rollbacks} of at most {self.cfg.train.max_rollbacks}"
+        )
         self.bad_steps.in_a_row = 0
 
     @property
@@ -383,8 +425,7 @@ class Trainer:
         return 0 if self.cfg.img_data is None else self.cfg.img_data.per_process * self.processes.world_size
 
     def _build_loader(self) -> Loader:
-        names = [
-            str(self.manifests[name]) if name in self.manifests else name for name in self.cfg.data.datasets]
+        names = [str(self.manifests[name]) if name in self.manifests else name for name in self.cfg.data.datasets]
         data = self.cfg.data.model_copy(update={"datasets": names})
         return build_loader(data, self.processes.rank, self.processes.world_size, self.device)
 
@@ -393,8 +434,10 @@ class Trainer:
         names = self.cfg.data.datasets
         if SYNTHETIC not in names:
             if self.cfg.train.probe is True:
-                raise ConfigError(f"train.probe needs the labels of the clips that {SYNTHETIC!r} stands for; "
-                                  "set train.probe=false for other data")
+                raise ConfigError(
+                    f"train.probe needs the labels of the clips that {SYNTHETIC!r} stands for; "
+                    "set train.probe=false for other data"
+                )
             self.cfg.train.probe = False
         cache = self.cfg.data.cache_dir or default_cache_dir()
         wanted = {name: GENERATED[name] for name in dict.fromkeys(names) if name in GENERATED}
@@ -414,11 +457,14 @@ class Trainer:
         names = self.cfg.data.datasets
         return {
             "encoder_parameters": _num_parameters(self.model.encoder),
-            "predictor_parameters": _num_parameters(self.model.predictor), "videos": self.loader.num_videos,
+            "predictor_parameters": _num_parameters(self.model.predictor),
+            "videos": self.loader.num_videos,
             "manifests": [
-                name if "://" in name else str(Path(self.manifests.get(name, name)).absolute()) for name in names],
+                name if "://" in name else str(Path(self.manifests.get(name, name)).absolute()) for name in names
+            ],
             "held_out": str(self.manifests[names[0]].with_name("val.csv")) if names[0] in self.manifests else None,
-            "clips_a_step": self.global_batch, "images_a_step": self._global_images,
+            "clips_a_step": self.global_batch,
+            "images_a_step": self._global_images,
             "processes": self.processes.world_size,
         }
 
@@ -438,12 +484,18 @@ class Trainer:
             f"{cfg.model.model_name}: encoder {counts[0]:.1f} M, predictor {counts[1]:.1f} M parameters, "
             f"{tokens} tokens a clip\n{self.loader.num_videos} videos{and_images}, {self.global_batch} clips{images} "
             f"a step, {self.device.type}{many}, {cfg.train.dtype}\n"
-            f"run folder {self.folder}", highlight=False, soft_wrap=True)
+            f"run folder {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
         if self.device.type == "cuda" and cfg.data.backend == "auto" and self.backend == "pyav":
             self._say(f"PyAV decodes, on the CPU: {dali.missing(self.device)}")
         if cfg.model.compile_model is True:
-            self.console.print("model.compile_model is set: the first step compiles, which may take a minute or two",
-                               highlight=False, soft_wrap=True)
+            self.console.print(
+                "model.compile_model is set: the first step compiles, which may take a minute or two",
+                highlight=False,
+                soft_wrap=True,
+            )
         if self.speed_ups.measures:
             self._say("what is set to auto is measured before the first step, which may take a minute or two")
 
@@ -456,7 +508,10 @@ class Trainer:
         if broken:
             self.console.print(
                 f"{len(broken)} of {self.loader.num_tried} videos could not be read and were replaced: "
-                f"{self.broken_list.path}", highlight=False, soft_wrap=True)
+                f"{self.broken_list.path}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if summary.exit_code:
             self.console.print("continue with --resume", highlight=False)
             return

@@ -93,11 +93,14 @@ def test_noised_targets(tmp_path: Path) -> None:
     assert not load(tmp_path, small(model__use_mask_tokens=False)).model.use_mask_tokens
 
 
-@pytest.mark.parametrize(("meta", "auto_resume", "read"), [
-    ({"load_checkpoint": False, "read_checkpoint": "a.pth.tar"}, False, None),
-    ({"load_checkpoint": True, "read_checkpoint": "a.pth.tar"}, False, Path("/runs/small/a.pth.tar")),
-    ({"load_checkpoint": True}, True, None),
-])
+@pytest.mark.parametrize(
+    ("meta", "auto_resume", "read"),
+    [
+        ({"load_checkpoint": False, "read_checkpoint": "a.pth.tar"}, False, None),
+        ({"load_checkpoint": True, "read_checkpoint": "a.pth.tar"}, False, Path("/runs/small/a.pth.tar")),
+        ({"load_checkpoint": True}, True, None),
+    ],
+)
 def test_where_a_run_starts(meta: dict[str, Any], auto_resume: bool, read: Path | None, tmp_path: Path) -> None:
     raw = small()
     raw["meta"].update(meta)
@@ -136,22 +139,25 @@ def test_unread_keys_are_listed_once(tmp_path: Path) -> None:
     assert cfg == load(tmp_path, small())
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"data_aug__auto_augment": True}, "data_aug.auto_augment (RandAugment) is not supported; set it to false"),
-    ({"data__dataset_type": "ImageNet"}, "data.dataset_type is 'ImageNet'; expected VideoDataset"),
-    ({"data__mask_type": "tubes"}, "data.mask_type is 'tubes'; expected multiblock3d or random_tube"),
-    ({"data__mask_type": "random_tube"}, "missing mask.0.ratio, mask.1.ratio"),
-    ({"data__sampling_rate": ...}, "missing data.sampling_rate; the reference has no default for it"),
-    ({"loss__reg_coeff": ..., "logging__write_tag": ...}, "missing logging.write_tag, loss.reg_coeff"),
-    ({"data__num_clips": 0}, "data.num_clips is 0; expected a whole number, at least 1"),
-    ({"data__batch_size": "x"}, "data.batch_size is 'x'; expected a whole number"),
-    ({"optimization__clip_grad": 0}, "optimization.clip_grad is 0; expected more than 0"),
-    ({"logging": ...}, "the section logging is missing"),
-    ({"mask": []}, "mask is []; expected a list"),
-    ({"meta__skip_batches": 10}, "meta.skip_batches is 10"),
-    ({"train": {"seed": 1}}, "mixes the reference's layout"),
-    ({"eval_name": "x"}, "evaluation config"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data_aug__auto_augment": True}, "data_aug.auto_augment (RandAugment) is not supported; set it to false"),
+        ({"data__dataset_type": "ImageNet"}, "data.dataset_type is 'ImageNet'; expected VideoDataset"),
+        ({"data__mask_type": "tubes"}, "data.mask_type is 'tubes'; expected multiblock3d or random_tube"),
+        ({"data__mask_type": "random_tube"}, "missing mask.0.ratio, mask.1.ratio"),
+        ({"data__sampling_rate": ...}, "missing data.sampling_rate; the reference has no default for it"),
+        ({"loss__reg_coeff": ..., "logging__write_tag": ...}, "missing logging.write_tag, loss.reg_coeff"),
+        ({"data__num_clips": 0}, "data.num_clips is 0; expected a whole number, at least 1"),
+        ({"data__batch_size": "x"}, "data.batch_size is 'x'; expected a whole number"),
+        ({"optimization__clip_grad": 0}, "optimization.clip_grad is 0; expected more than 0"),
+        ({"logging": ...}, "the section logging is missing"),
+        ({"mask": []}, "mask is []; expected a list"),
+        ({"meta__skip_batches": 10}, "meta.skip_batches is 10"),
+        ({"train": {"seed": 1}}, "mixes the reference's layout"),
+        ({"eval_name": "x"}, "evaluation config"),
+    ],
+)
 def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, small(**changes))
@@ -173,8 +179,10 @@ def test_every_shipped_file() -> None:
         assert (cfg.model.model_name, cfg.data.crop_size[0]) == (raw["model"]["model_name"], raw["data"]["crop_size"])
         assert cfg.optimization.lr == raw["optimization"]["lr"]
         assert (cfg.optimization.clip_grad, cfg.model.num_mask_tokens) == (10, 2)
-        recipe = load_recipe({"vitl16": "vitl16-224-v1", "vith16": "vith16-224-v1", "vith16_384": "vith16-384-v1"}[
-            file.stem], ["data.datasets=[a.csv]", f"train.out={cfg.train.out}", f"train.name={cfg.train.name}"])
+        recipe = load_recipe(
+            {"vitl16": "vitl16-224-v1", "vith16": "vith16-224-v1", "vith16_384": "vith16-384-v1"}[file.stem],
+            ["data.datasets=[a.csv]", f"train.out={cfg.train.out}", f"train.name={cfg.train.name}"],
+        )
         assert recipe == cfg
     for file in sorted(Path(REFERENCE).glob("configs/evals/*.yaml")):
         with pytest.raises(ConfigError, match="evaluation config"):

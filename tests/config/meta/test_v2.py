@@ -60,51 +60,68 @@ def test_given_keys_are_taken(tmp_path: Path) -> None:
     assert cfg.mask.masks[0].temporal_scale == (0.5, 1.0)
 
 
-@pytest.mark.parametrize(("key", "value", "section", "name", "expected"), [
-    ("meta__seed", 239, "train", "seed", 239),
-    ("meta__save_every_freq", 50, "train", "save_every_freq", 50),
-    ("meta__dtype", "float32", "train", "dtype", "float32"),
-    ("model__compile_model", True, "model", "compile_model", True),
-    ("model__use_activation_checkpointing", True, "model", "use_activation_checkpointing", True),
-    ("model__pred_num_heads", 12, "model", "pred_num_heads", 12),
-    ("model__uniform_power", True, "model", "uniform_power", True),
-    ("model__zero_init_mask_tokens", False, "model", "zero_init_mask_tokens", False),
-    ("model__use_rope", True, "model", "use_rope", True),
-    ("model__use_silu", True, "model", "use_silu", True),
-    ("model__use_pred_silu", True, "model", "use_pred_silu", True),
-    ("model__wide_silu", False, "model", "wide_silu", False),
-    ("data__datasets_weights", [0.25, 0.75], "data", "datasets_weights", [0.25, 0.75]),
-    ("data__crop_size", 280, "data", "crop_size", (280, 280)),
-    ("data__pin_mem", True, "data", "pin_mem", True),
-    ("data__num_workers", 8, "data", "num_workers", 8),
-    ("data_aug__random_resize_scale", [0.5, 0.6], "aug", "random_resize_scale", (0.5, 0.6)),
-    ("data_aug__random_resize_aspect_ratio", [0.9, 1.1], "aug", "random_resize_aspect_ratio", (0.9, 1.1)),
-    ("optimization__ipe", 300, "optimization", "ipe", 300),
-    ("optimization__ipe_scale", 1.25, "optimization", "ipe_scale", 1.25),
-    ("optimization__betas", [0.8, 0.95], "optimization", "betas", (0.8, 0.95)),
-    ("optimization__eps", 1e-6, "optimization", "eps", 1e-6),
-    ("mask__0__max_keep", 100, "mask", "max_keep", 100),
-    ("mask__0__max_temporal_keep", 0.5, "mask", "max_temporal_keep", 0.5),
-    ("mask__0__full_complement", True, "mask", "full_complement", True),
-    ("mask__0__pred_full_complement", True, "mask", "pred_full_complement", True),
-    ("mask__0__inv_block", True, "mask", "inv_block", True),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "section", "name", "expected"),
+    [
+        ("meta__seed", 239, "train", "seed", 239),
+        ("meta__save_every_freq", 50, "train", "save_every_freq", 50),
+        ("meta__dtype", "float32", "train", "dtype", "float32"),
+        ("model__compile_model", True, "model", "compile_model", True),
+        ("model__use_activation_checkpointing", True, "model", "use_activation_checkpointing", True),
+        ("model__pred_num_heads", 12, "model", "pred_num_heads", 12),
+        ("model__uniform_power", True, "model", "uniform_power", True),
+        ("model__zero_init_mask_tokens", False, "model", "zero_init_mask_tokens", False),
+        ("model__use_rope", True, "model", "use_rope", True),
+        ("model__use_silu", True, "model", "use_silu", True),
+        ("model__use_pred_silu", True, "model", "use_pred_silu", True),
+        ("model__wide_silu", False, "model", "wide_silu", False),
+        ("data__datasets_weights", [0.25, 0.75], "data", "datasets_weights", [0.25, 0.75]),
+        ("data__crop_size", 280, "data", "crop_size", (280, 280)),
+        ("data__pin_mem", True, "data", "pin_mem", True),
+        ("data__num_workers", 8, "data", "num_workers", 8),
+        ("data_aug__random_resize_scale", [0.5, 0.6], "aug", "random_resize_scale", (0.5, 0.6)),
+        ("data_aug__random_resize_aspect_ratio", [0.9, 1.1], "aug", "random_resize_aspect_ratio", (0.9, 1.1)),
+        ("optimization__ipe", 300, "optimization", "ipe", 300),
+        ("optimization__ipe_scale", 1.25, "optimization", "ipe_scale", 1.25),
+        ("optimization__betas", [0.8, 0.95], "optimization", "betas", (0.8, 0.95)),
+        ("optimization__eps", 1e-6, "optimization", "eps", 1e-6),
+        ("mask__0__max_keep", 100, "mask", "max_keep", 100),
+        ("mask__0__max_temporal_keep", 0.5, "mask", "max_temporal_keep", 0.5),
+        ("mask__0__full_complement", True, "mask", "full_complement", True),
+        ("mask__0__pred_full_complement", True, "mask", "pred_full_complement", True),
+        ("mask__0__inv_block", True, "mask", "inv_block", True),
+    ],
+)
 def test_optional_key(key: str, value: Any, section: str, name: str, expected: Any, tmp_path: Path) -> None:
     cfg = load(tmp_path, small(**{key: value}))
     node: Any = cfg.data.aug if section == "aug" else cfg.mask.masks[0] if section == "mask" else getattr(cfg, section)
     assert getattr(node, name) == expected
     default = load(tmp_path, small())
-    node = default.data.aug if section == "aug" else default.mask.masks[0] if section == "mask" else getattr(
-        default, section)
+    node = (
+        default.data.aug
+        if section == "aug"
+        else default.mask.masks[0]
+        if section == "mask"
+        else getattr(default, section)
+    )
     if key != "meta__dtype":
         assert getattr(node, name) != expected, "the value tried is the default, so the test shows nothing"
 
 
-@pytest.mark.parametrize("changes", [
-    {"meta__use_sdpa": True}, {"meta__sync_gc": True}, {"meta__skip_batches": -1}, {"data__persistent_workers": True},
-    {"data__dataset_type": "VideoDataset"}, {"data_aug__auto_augment": False}, {"data_aug__reprob": 0.0},
-    {"data_aug__motion_shift": False}, {"app": "vjepa"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"meta__use_sdpa": True},
+        {"meta__sync_gc": True},
+        {"meta__skip_batches": -1},
+        {"data__persistent_workers": True},
+        {"data__dataset_type": "VideoDataset"},
+        {"data_aug__auto_augment": False},
+        {"data_aug__reprob": 0.0},
+        {"data_aug__motion_shift": False},
+        {"app": "vjepa"},
+    ],
+)
 def test_accepted_without_a_word(changes: dict[str, Any], tmp_path: Path) -> None:
     raw = small()
     for name, value in changes.items():
@@ -114,18 +131,36 @@ def test_accepted_without_a_word(changes: dict[str, Any], tmp_path: Path) -> Non
 
 
 # What the reference loads at the start of a run, from its rules for load_checkpoint, read_checkpoint and anneal_ckpt.
-@pytest.mark.parametrize(("meta", "anneal", "auto_resume", "read", "ckpt"), [
-    ({"load_checkpoint": False}, {}, False, None, None),
-    ({"load_checkpoint": True}, {}, True, None, None),
-    ({"load_checkpoint": True, "read_checkpoint": "/c.pt"}, {}, False, Path("/c.pt"), None),
-    ({"load_checkpoint": False, "read_checkpoint": "/c.pt"}, {}, False, None, None),
-    ({"load_checkpoint": True}, {"is_anneal": True, "anneal_ckpt": "/a.pt"}, False, None, Path("/a.pt")),
-    ({"load_checkpoint": True}, {"is_anneal": True, "anneal_ckpt": "/a.pt", "resume_anneal": True}, True, None,
-     Path("/a.pt")),
-    ({"load_checkpoint": False}, {"is_anneal": True, "anneal_ckpt": "/a.pt", "resume_anneal": True}, False, None, None),
-])
+@pytest.mark.parametrize(
+    ("meta", "anneal", "auto_resume", "read", "ckpt"),
+    [
+        ({"load_checkpoint": False}, {}, False, None, None),
+        ({"load_checkpoint": True}, {}, True, None, None),
+        ({"load_checkpoint": True, "read_checkpoint": "/c.pt"}, {}, False, Path("/c.pt"), None),
+        ({"load_checkpoint": False, "read_checkpoint": "/c.pt"}, {}, False, None, None),
+        ({"load_checkpoint": True}, {"is_anneal": True, "anneal_ckpt": "/a.pt"}, False, None, Path("/a.pt")),
+        (
+            {"load_checkpoint": True},
+            {"is_anneal": True, "anneal_ckpt": "/a.pt", "resume_anneal": True},
+            True,
+            None,
+            Path("/a.pt"),
+        ),
+        (
+            {"load_checkpoint": False},
+            {"is_anneal": True, "anneal_ckpt": "/a.pt", "resume_anneal": True},
+            False,
+            None,
+            None,
+        ),
+    ],
+)
 def test_where_a_run_starts(
-    meta: dict[str, Any], anneal: dict[str, Any], auto_resume: bool, read: Path | None, ckpt: Path | None,
+    meta: dict[str, Any],
+    anneal: dict[str, Any],
+    auto_resume: bool,
+    read: Path | None,
+    ckpt: Path | None,
     tmp_path: Path,
 ) -> None:
     raw = small()
@@ -139,8 +174,17 @@ def test_where_a_run_starts(
 
 
 def test_overrides_in_both_languages(tmp_path: Path) -> None:
-    cfg = load(tmp_path, small(), "meta.seed=3", "optimization.lr=1e-3", "mask.0.num_blocks=4", "train.max_steps=9",
-               "data.datasets=[x.csv]", "data.dataset_fpcs=[4]", "folder=runs/x")
+    cfg = load(
+        tmp_path,
+        small(),
+        "meta.seed=3",
+        "optimization.lr=1e-3",
+        "mask.0.num_blocks=4",
+        "train.max_steps=9",
+        "data.datasets=[x.csv]",
+        "data.dataset_fpcs=[4]",
+        "folder=runs/x",
+    )
     assert (cfg.train.seed, cfg.optimization.lr, cfg.mask.masks[0].num_blocks) == (3, 1e-3, 4)
     assert (cfg.train.max_steps, cfg.data.datasets, cfg.train.out) == (9, ["x.csv"], Path("runs/x"))
     assert (cfg.model.num_frames, cfg.model.num_mask_tokens) == (4, 1)
@@ -171,31 +215,36 @@ def test_dump_is_ours_and_loads_back(tmp_path: Path) -> None:
     assert load_config(file) == cfg
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"data_aug__auto_augment": True}, "data_aug.auto_augment (RandAugment) is not supported; set it to false"),
-    ({"data_aug__reprob": 0.25}, "set it to 0"),
-    ({"data_aug__motion_shift": True}, "data_aug.motion_shift is not supported"),
-    ({"data__dataset_type": "ImageNet"}, "data.dataset_type is 'ImageNet'; expected VideoDataset"),
-    ({"model__use_mask_tokens": False}, "expected true"),
-    ({"model__use_mask_tokens": ...}, "expected true"),
-    ({"meta__skip_batches": 10}, "meta.skip_batches is 10"),
-    ({"meta__dtype": "bf16"}, "train.dtype is 'bf16'"),
-    ({"meta__dtype": ...}, "missing meta.dtype; the reference has no default for it"),
-    ({"optimization__lr": ..., "optimization__ema": ..., "folder": ...},
-     "missing folder, optimization.lr, optimization.ema; the reference has no default for them"),
-    ({"mask__0__num_blocks": ...}, "missing mask.0.num_blocks"),
-    ({"mask": []}, "mask is []; expected a list"),
-    ({"mask": [3]}, "mask.0 is 3"),
-    ({"loss": ...}, "the section loss is missing"),
-    ({"loss": 3}, "loss is 3; expected a section"),
-    ({"optimization__is_anneal": True}, "anneal_ckpt is not set"),
-    ({"optimization__lr": "x"}, "optimization.lr is 'x'; expected a number"),
-    ({"data__datasets_weights": [1]}, "datasets_weights has 1 entries for 2 datasets"),
-    ({"app": "vjepa_droid"}, "action-conditioned training (app: vjepa_droid) is not supported yet"),
-    ({"app": "other"}, "app is 'other'; expected vjepa or vjepa_2_1"),
-    ({"train": {"seed": 1}}, "mixes the reference's layout"),
-    ({"eval_name": "x"}, "evaluation config"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data_aug__auto_augment": True}, "data_aug.auto_augment (RandAugment) is not supported; set it to false"),
+        ({"data_aug__reprob": 0.25}, "set it to 0"),
+        ({"data_aug__motion_shift": True}, "data_aug.motion_shift is not supported"),
+        ({"data__dataset_type": "ImageNet"}, "data.dataset_type is 'ImageNet'; expected VideoDataset"),
+        ({"model__use_mask_tokens": False}, "expected true"),
+        ({"model__use_mask_tokens": ...}, "expected true"),
+        ({"meta__skip_batches": 10}, "meta.skip_batches is 10"),
+        ({"meta__dtype": "bf16"}, "train.dtype is 'bf16'"),
+        ({"meta__dtype": ...}, "missing meta.dtype; the reference has no default for it"),
+        (
+            {"optimization__lr": ..., "optimization__ema": ..., "folder": ...},
+            "missing folder, optimization.lr, optimization.ema; the reference has no default for them",
+        ),
+        ({"mask__0__num_blocks": ...}, "missing mask.0.num_blocks"),
+        ({"mask": []}, "mask is []; expected a list"),
+        ({"mask": [3]}, "mask.0 is 3"),
+        ({"loss": ...}, "the section loss is missing"),
+        ({"loss": 3}, "loss is 3; expected a section"),
+        ({"optimization__is_anneal": True}, "anneal_ckpt is not set"),
+        ({"optimization__lr": "x"}, "optimization.lr is 'x'; expected a number"),
+        ({"data__datasets_weights": [1]}, "datasets_weights has 1 entries for 2 datasets"),
+        ({"app": "vjepa_droid"}, "action-conditioned training (app: vjepa_droid) is not supported yet"),
+        ({"app": "other"}, "app is 'other'; expected vjepa or vjepa_2_1"),
+        ({"train": {"seed": 1}}, "mixes the reference's layout"),
+        ({"eval_name": "x"}, "evaluation config"),
+    ],
+)
 def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said in refused(tmp_path, small(**changes))
 

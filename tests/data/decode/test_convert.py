@@ -33,10 +33,34 @@ def smooth(height: int = 48, width: int = 64) -> np.ndarray:
     return np.stack([60 + 2 * x, 40 + 3 * y, 200 - x - y], axis=-1).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", [
-    "yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuvj420p", "yuvj444p", "nv12", "yuv420p10le",
-    "yuv422p10le", "yuv444p10le", "yuv420p9le", "yuv420p12le", "yuv444p14le", "yuv444p16le", "yuva420p", "gbrp",
-    "gbrp10le", "rgb24", "bgra", "yuyv422", "p010le"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "yuv420p",
+        "yuv422p",
+        "yuv444p",
+        "yuv440p",
+        "yuv411p",
+        "yuv410p",
+        "yuvj420p",
+        "yuvj444p",
+        "nv12",
+        "yuv420p10le",
+        "yuv422p10le",
+        "yuv444p10le",
+        "yuv420p9le",
+        "yuv420p12le",
+        "yuv444p14le",
+        "yuv444p16le",
+        "yuva420p",
+        "gbrp",
+        "gbrp10le",
+        "rgb24",
+        "bgra",
+        "yuyv422",
+        "p010le",
+    ],
+)
 def test_every_format_gives_back_the_picture(name: str) -> None:
     """Within what FFmpeg loses in making the frame."""
     rgb = smooth()
@@ -62,8 +86,11 @@ def test_gray_and_palettes() -> None:
     assert np.array_equal(ToPixels(index(), WHOLE, (48, 64), False)(indexed), ToRgb(index(), None)(indexed)[None])
 
 
-@pytest.mark.parametrize(("space", "red"), [
-    (1, 255), (2, 232), (5, 232), (6, 232), (9, 241)], ids=["bt709", "none", "bt470bg", "smpte170m", "bt2020"])
+@pytest.mark.parametrize(
+    ("space", "red"),
+    [(1, 255), (2, 232), (5, 232), (6, 232), (9, 241)],
+    ids=["bt709", "none", "bt470bg", "smpte170m", "bt2020"],
+)
 def test_the_matrix_is_that_of_the_tag(space: int, red: int) -> None:
     """Red of BT.709, read as what the tag says; without a tag it is read as BT.601."""
     frame = av.VideoFrame(64, 48, "yuv420p")
@@ -130,6 +157,7 @@ def test_what_is_cut_first_is_equal_to_the_bit() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (41, 67, 3), dtype=np.uint8)
     for box, size in ((Box(3, 5, 30, 50), (16, 24)), (Box(0, 40, 41, 27), (57, 31)), (Box(40, 66, 1, 1), (4, 4))):
         found = rgb_pixels(rgb, box, size, flip=True)
-        whole = clip_pixels(*torch.from_numpy(rgb)[None].unbind(-1), box, size, flip=True, chroma=CHROMA_444,
-                            colour=colour_ints("rgb"))
+        whole = clip_pixels(
+            *torch.from_numpy(rgb)[None].unbind(-1), box, size, flip=True, chroma=CHROMA_444, colour=colour_ints("rgb")
+        )
         assert torch.equal(found, whole)

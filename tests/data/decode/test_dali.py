@@ -56,9 +56,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> Callable[..., DataConfig]:
     def make(**changes: Any) -> DataConfig:
-        return DataConfig(**{
-            "datasets": [str(folder / "list.csv")], "batch_size": 4, "dataset_fpcs": [4], "crop_size": 32, "fps": 8.0,
-            "num_workers": 0, "cache_dir": tmp_path / "cache", "backend": "dali", "dali_threads": 1, **changes})
+        return DataConfig(
+            **{
+                "datasets": [str(folder / "list.csv")],
+                "batch_size": 4,
+                "dataset_fpcs": [4],
+                "crop_size": 32,
+                "fps": 8.0,
+                "num_workers": 0,
+                "cache_dir": tmp_path / "cache",
+                "backend": "dali",
+                "dali_threads": 1,
+                **changes,
+            }
+        )
 
     return make
 
@@ -152,8 +163,9 @@ def test_resume_and_workers_change_nothing(config: Callable[..., DataConfig]) ->
 
 
 @needs_dali
-def test_output_is_not_copied_and_not_overwritten(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  ) -> None:
+def test_output_is_not_copied_and_not_overwritten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(str(folder / "3.webm"), tmp_path)
     requests = [ClipRequest(source, np.arange(4) + shift, Box(0, 0, 48, 64), (32, 32), False) for shift in range(8)]
     preparer, finisher = DaliPreparer(on_gpu=False), DaliFinisher(CPU, (32, 32), 2, 1, 1, False)
@@ -168,7 +180,7 @@ def test_output_is_not_copied_and_not_overwritten(folder: Path, tmp_path: Path, 
     monkeypatch.setattr(DaliFinisher, "_output", output)
     kept, copies = [], []
     for first in range(0, 8, 2):
-        batch = preparer.collate([preparer.prepare(request) for request in requests[first:first + 2]])
+        batch = preparer.collate([preparer.prepare(request) for request in requests[first : first + 2]])
         clips = finisher.wait(finisher.start(batch)).clips
         assert clips.data_ptr() == pointers[-1]
         kept.append(clips)
@@ -192,8 +204,9 @@ def spoiled(videos: set[int]) -> Callable[[Any, ClipRequest], Any]:
 
 @needs_dali
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_sample_is_replaced_and_listed(config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch,
-                                              num_workers: int) -> None:
+def test_broken_sample_is_replaced_and_listed(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
     original = DaliPreparer.prepare
 
     def refuse(self: DaliPreparer, request: ClipRequest) -> Any:
@@ -216,8 +229,9 @@ def test_broken_sample_is_replaced_and_listed(config: Callable[..., DataConfig],
 
 
 @needs_dali
-def test_when_nothing_decodes_that_is_no_fault_of_the_files(config: Callable[..., DataConfig],
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_nothing_decodes_that_is_no_fault_of_the_files(
+    config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(DaliPreparer, "prepare", spoiled(set(range(8))))
     with pytest.raises(UserError, match="DALI decodes none of the 2 clips|DALI decodes none of the 4 clips"):
         collect(config(), 1)
@@ -257,8 +271,12 @@ def test_images_and_videos_in_one_batch(config: Callable[..., DataConfig], folde
     for number, file in enumerate(jpegs(3)):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(file)
     Image.new("RGB", (50, 40), (200, 10, 80)).save(tmp_path / "images" / "3.png")
-    cfg = config(datasets=[str(tmp_path / "images"), str(folder / "list.csv")], datasets_weights=[1.0, 1.0],
-                 batch_size=8, aug=AugmentationConfig(horizontal_flip=True))
+    cfg = config(
+        datasets=[str(tmp_path / "images"), str(folder / "list.csv")],
+        datasets_weights=[1.0, 1.0],
+        batch_size=8,
+        aug=AugmentationConfig(horizontal_flip=True),
+    )
     for batch, other in zip(collect(cfg, 2), collect(cfg.model_copy(update={"backend": "pyav"}), 2), strict=True):
         assert batch.labels == other.labels
         still = batch.clips[0].eq(batch.clips[0][:, :1]).all(dim=4).all(dim=3).all(dim=2).all(dim=1)
@@ -276,9 +294,15 @@ def test_program_that_does_not_close_the_loader_ends(folder: Path, tmp_path: Pat
         f"cfg = DataConfig(datasets=[{str(folder / 'list.csv')!r}], batch_size=4, dataset_fpcs=[4], crop_size=32,"
         f" num_workers=1, cache_dir={str(tmp_path)!r}, backend='dali', device_prefetch=3)\n"
         "loader = build_loader(cfg)\nfor number, batch in enumerate(loader):\n    if number == 2: break\n"
-        "print(batch.clips[0].shape)\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(Path(vjepa_fast.__file__).parents[1])})
+        "print(batch.clips[0].shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(vjepa_fast.__file__).parents[1])},
+    )
     assert done.returncode == 0 and "[4, 4, 32, 32, 3]" in done.stdout, done.stderr
 
 
@@ -291,20 +315,27 @@ def test_absence_is_a_sentence(config: Callable[..., DataConfig], monkeypatch: p
     assert choose("auto", torch.device("cuda")) == choose("auto", CPU) == choose("pyav", CPU) == "pyav"
 
 
-@pytest.mark.parametrize(("on_gpu", "about", "expected"), [
-    (False, ("vp9", "yuv420p", 64, 48), None), (False, ("h264", "yuv420p", 640, 360), "h264 video"),
-    (False, ("mjpeg", "yuvj422p", 640, 360), "mjpeg video in yuvj422p"), (True, ("h264", "yuv420p", 640, 360), None),
-    (True, ("hevc", "yuv420p10le", 640, 360), "hevc video in yuv420p10le"), (True, ("mjpeg", "yuvj420p", 640, 360),
-                                                                             "mjpeg video"),
-    (True, ("hevc", "yuv420p", 640, 120), "hevc video of less than 144 pixels")])
+@pytest.mark.parametrize(
+    ("on_gpu", "about", "expected"),
+    [
+        (False, ("vp9", "yuv420p", 64, 48), None),
+        (False, ("h264", "yuv420p", 640, 360), "h264 video"),
+        (False, ("mjpeg", "yuvj422p", 640, 360), "mjpeg video in yuvj422p"),
+        (True, ("h264", "yuv420p", 640, 360), None),
+        (True, ("hevc", "yuv420p10le", 640, 360), "hevc video in yuv420p10le"),
+        (True, ("mjpeg", "yuvj420p", 640, 360), "mjpeg video"),
+        (True, ("hevc", "yuv420p", 640, 120), "hevc video of less than 144 pixels"),
+    ],
+)
 def test_what_is_not_given_to_dali(on_gpu: bool, about: tuple[str, str, int, int], expected: str | None) -> None:
     assert DaliPreparer(on_gpu)._refuse(*about) == expected
 
 
 @needs_dali
 @pytest.mark.gpu
-def test_gpu_gives_the_frames_of_the_cpu(config: Callable[..., DataConfig], tmp_path: Path,
-                                         write_video: Callable[..., Path]) -> None:
+def test_gpu_gives_the_frames_of_the_cpu(
+    config: Callable[..., DataConfig], tmp_path: Path, write_video: Callable[..., Path]
+) -> None:
     why_not = dali.missing(torch.device("cuda"))
     if why_not is not None:
         pytest.skip(why_not)

@@ -22,7 +22,8 @@ FULL = "CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):\nout of memory"
 def message(reason: str) -> RuntimeError:
     return RuntimeError(
         "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.video`,\nwhich was used in the "
-        f"pipeline definition with the following traceback:\n\n  File 'x.py'\n\nencountered:\n\n{reason}\n{END}\n{END}")
+        f"pipeline definition with the following traceback:\n\n  File 'x.py'\n\nencountered:\n\n{reason}\n{END}\n{END}"
+    )
 
 
 def collect(monkeypatch: pytest.MonkeyPatch, reasons: dict[int, str], count: int = 3) -> tuple[list[int], list[Any]]:
@@ -50,10 +51,17 @@ def test_damaged_video_on_a_gpu_costs_itself_alone(reason: str, monkeypatch: pyt
     assert failed == [(1, f"DALI cannot decode it: {' '.join(reason.split())}")]
 
 
-@pytest.mark.parametrize("reason", [
-    FULL, "CUDA allocation failed", "Can't allocate 100 bytes on host.", "Failed to load libnvcuvid.so, needed by",
-    "CUDA driver API error CUDA_ERROR_NO_DEVICE (100):\nno CUDA-capable device is detected",
-    "CUDA runtime API error cudaErrorInitializationError (3):\ninitialization error"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        FULL,
+        "CUDA allocation failed",
+        "Can't allocate 100 bytes on host.",
+        "Failed to load libnvcuvid.so, needed by",
+        "CUDA driver API error CUDA_ERROR_NO_DEVICE (100):\nno CUDA-capable device is detected",
+        "CUDA runtime API error cudaErrorInitializationError (3):\ninitialization error",
+    ],
+)
 def test_trouble_of_the_device_stops_and_names_it(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="DALI cannot work on the CPU") as error:
         collect(monkeypatch, {1: reason})
@@ -65,10 +73,15 @@ def test_when_all_fail_the_run_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         collect(monkeypatch, dict.fromkeys(range(3), DAMAGED))
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    (str(message(DAMAGED)), "CUDA driver API error CUDA_ERROR_INVALID_VALUE (1): invalid argument"),
-    (str(message("Failed to decode sample #0 : ")), "Failed to decode sample #0"),
-    (str(message("nvImageCodec failure: '#3'")), "nvImageCodec failure: '#3'"),
-    ("Assert on 'x' failed:\nno such thing\nmore", "Assert on 'x' failed: no such thing"), ("", "no reason given")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (str(message(DAMAGED)), "CUDA driver API error CUDA_ERROR_INVALID_VALUE (1): invalid argument"),
+        (str(message("Failed to decode sample #0 : ")), "Failed to decode sample #0"),
+        (str(message("nvImageCodec failure: '#3'")), "nvImageCodec failure: '#3'"),
+        ("Assert on 'x' failed:\nno such thing\nmore", "Assert on 'x' failed: no such thing"),
+        ("", "no reason given"),
+    ],
+)
 def test_reason_is_one_line(text: str, reason: str) -> None:
     assert _reason(RuntimeError(text)) == reason

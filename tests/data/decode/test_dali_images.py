@@ -59,9 +59,15 @@ def test_jpeg_frames_equal_pillow_to_the_bit() -> None:
 
 
 @needs_dali
-@pytest.mark.parametrize("height, width, options", [
-    (48, 64, {"subsampling": "4:2:0"}), (75, 101, {"subsampling": "4:2:0", "progressive": True}),
-    (75, 101, {"subsampling": "4:2:2"}), (50, 40, {"subsampling": "4:4:4"})])
+@pytest.mark.parametrize(
+    "height, width, options",
+    [
+        (48, 64, {"subsampling": "4:2:0"}),
+        (75, 101, {"subsampling": "4:2:0", "progressive": True}),
+        (75, 101, {"subsampling": "4:2:2"}),
+        (50, 40, {"subsampling": "4:4:4"}),
+    ],
+)
 def test_clips_of_jpeg_frames_equal_pillow_to_the_bit(height: int, width: int, options: dict[str, Any]) -> None:
     """DALI decodes the blocks around a crop alone; they must be what a decoded frame has there."""
     files = []
@@ -83,7 +89,7 @@ def test_clips_of_jpeg_frames_equal_pillow_to_the_bit(height: int, width: int, o
 def test_damaged_jpeg_costs_itself_alone_and_has_a_reason() -> None:
     whole = next(jpegs(1))
     tables = whole.index(b"\xff\xc4") + 5
-    files = [whole, whole[:tables] + b"\xff" * 16 + whole[tables + 16:], whole]
+    files = [whole, whole[:tables] + b"\xff" * 16 + whole[tables + 16 :], whole]
     box, numbers = Box(0, 0, 48, 64), np.zeros(2, dtype=np.int64)
     preparer, finisher = DaliPreparer(on_gpu=False), DaliFinisher(CPU, (48, 64), 3, 1, 1, False)
     requests = [ClipRequest(Frames([file]), numbers, box, (48, 64), False) for file in files]

@@ -28,8 +28,13 @@ def h264(**options: Any) -> dict[str, Any]:
 
 def hevc(*params: str, keyint: int = 12, **options: Any) -> dict[str, Any]:
     fixed = (f"keyint={keyint}", f"min-keyint={keyint}", "bframes=3", "log-level=none", "pools=1", "frame-threads=1")
-    return {"name": "a.mp4", "codec": "libx265", "preset": "ultrafast", "x265-params": ":".join((*fixed, *params)),
-            **options}
+    return {
+        "name": "a.mp4",
+        "codec": "libx265",
+        "preset": "ultrafast",
+        "x265-params": ":".join((*fixed, *params)),
+        **options,
+    }
 
 
 def vp9(**options: Any) -> dict[str, Any]:
@@ -37,9 +42,14 @@ def vp9(**options: Any) -> dict[str, Any]:
 
 
 # Every second frame is one that no other refers to.
-LAYERS = {"lag-in-frames": "0", "b": "200k", "ts-parameters": (
-    "ts_number_layers=2:ts_target_bitrate=100,200:ts_rate_decimator=2,1:ts_periodicity=2:ts_layer_id=0,1:"
-    "ts_layering_mode=2")}
+LAYERS = {
+    "lag-in-frames": "0",
+    "b": "200k",
+    "ts-parameters": (
+        "ts_number_layers=2:ts_target_bitrate=100,200:ts_rate_decimator=2,1:ts_periodicity=2:ts_layer_id=0,1:"
+        "ts_layering_mode=2"
+    ),
+}
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"h264-gop-{gop}": h264(g=gop) for gop in ("1", "30", "250")},
@@ -89,9 +99,25 @@ CASES: dict[str, dict[str, Any]] = {
 COUNTED = {"h264-avi-b", "h264-raw", "vp8"}
 # Some frames can be left out.
 DROPPED = [
-    "h264-gop-30", "h264-gop-250", "h264-b-pyramid", "h264-open-gop", "h264-ts", "h264-slices", "h264-fragmented",
-    "h264-vfr", "h264-10-bit", "h264-odd-size", "hevc-gop-30", "hevc-gop-250", "hevc-open-gop", "hevc-sub-layers",
-    "hevc-ts", "hevc-fragmented", "hevc-10-bit", "hevc-odd-size", "vp9-layers-resilient",
+    "h264-gop-30",
+    "h264-gop-250",
+    "h264-b-pyramid",
+    "h264-open-gop",
+    "h264-ts",
+    "h264-slices",
+    "h264-fragmented",
+    "h264-vfr",
+    "h264-10-bit",
+    "h264-odd-size",
+    "hevc-gop-30",
+    "hevc-gop-250",
+    "hevc-open-gop",
+    "hevc-sub-layers",
+    "hevc-ts",
+    "hevc-fragmented",
+    "hevc-10-bit",
+    "hevc-odd-size",
+    "vp9-layers-resilient",
 ]
 
 
@@ -110,12 +136,13 @@ def rotate(path: Path) -> None:
     # The matrix is 40 bytes behind the version of the track's header.
     place = data.index(b"tkhd") + 44
     turn = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(data[:place] + b"".join(v.to_bytes(4, "big", signed=True) for v in turn) + data[place + 36:])
+    path.write_bytes(data[:place] + b"".join(v.to_bytes(4, "big", signed=True) for v in turn) + data[place + 36 :])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_any_frames_equal_those_of_a_whole_decode(case: str, tmp_path: Path, write_video: Callable[..., Path],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_frames_equal_those_of_a_whole_decode(
+    case: str, tmp_path: Path, write_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = dict(CASES[case])
     is_rotated = options.pop("rotated", False)
     path = write_video(tmp_path / options.pop("name"), **options)

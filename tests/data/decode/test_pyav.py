@@ -29,8 +29,9 @@ def decode_all(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_only_what_is_wanted_is_decoded(tmp_path: Path, write_video: Callable[..., Path],
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_wanted_is_decoded(
+    tmp_path: Path, write_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One frame of the last GOP: neither the GOPs before it nor a second pass over the file."""
     path = write_video(tmp_path / "a.mp4", num_frames=120, g="12", bf="2")
     index = build_index(str(path))
@@ -108,12 +109,12 @@ def test_unusable_files_say_why(tmp_path: Path, write_video: Callable[..., Path]
     assert reason("empty.mp4", b"") == "the file is empty"
     assert "FFmpeg cannot read it" in reason("noise.mp4", os.urandom(4096))
     assert "FFmpeg cannot read it" in reason("text.mp4", b"this is not a video\n" * 50)
-    assert "FFmpeg cannot read it" in reason("no_moov.mp4", plain[:len(plain) // 2])
-    assert "truncated" in reason("cut.mp4", mp4[:len(mp4) * 2 // 3])
+    assert "FFmpeg cannot read it" in reason("no_moov.mp4", plain[: len(plain) // 2])
+    assert "truncated" in reason("cut.mp4", mp4[: len(mp4) * 2 // 3])
     with av.open(str(tmp_path / "a.mp4")) as container:
         end_of_a_frame = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[20]
     assert "truncated" in reason("cut_between.mp4", mp4[:end_of_a_frame])
-    assert "truncated" in reason("cut.mkv", mkv[:len(mkv) // 2])
+    assert "truncated" in reason("cut.mkv", mkv[: len(mkv) // 2])
     head = len(mp4) - len(mp4) // 2
     assert reason("garbled.mp4", mp4[:head] + bytes(len(mp4) - head))
 
@@ -125,8 +126,9 @@ def test_directory_is_no_video(tmp_path: Path) -> None:
         decode_image(str(tmp_path))
 
 
-def test_index_is_cached_and_cache_survives_damage(tmp_path: Path, write_video: Callable[..., Path],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_cached_and_cache_survives_damage(
+    tmp_path: Path, write_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, cache = str(write_video(tmp_path / "a.mp4", bf="2")), tmp_path / "cache"
     built = load_index(path, cache)
     (entry,) = (file for file in cache.rglob("*") if file.is_file())
@@ -161,7 +163,7 @@ def test_images(tmp_path: Path) -> None:
     with pytest.raises(DecodeError):
         decode_image(str(tmp_path / "bad.jpg"))
     whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DecodeError):
         decode_image(str(tmp_path / "cut.png"))
 
@@ -177,9 +179,15 @@ def test_an_image_that_is_too_large_to_open(tmp_path: Path) -> None:
             read(str(tmp_path / "a.png"))
 
 
-@pytest.mark.parametrize(("error", "reason"), [
-    (MemoryError(), "it is too large: there is no memory for it"), (EOFError(), "it is damaged: EOFError"),
-    (IndexError("no such row"), "it is damaged: no such row"), (struct.error("short"), "it is damaged: short")])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "it is too large: there is no memory for it"),
+        (EOFError(), "it is damaged: EOFError"),
+        (IndexError("no such row"), "it is damaged: no such row"),
+        (struct.error("short"), "it is damaged: short"),
+    ],
+)
 def test_whatever_reading_raises_is_a_reason(error: Exception, reason: str) -> None:
     with pytest.raises(DecodeError) as caught, reading("a.png"):
         raise error
@@ -189,8 +197,9 @@ def test_whatever_reading_raises_is_a_reason(error: Exception, reason: str) -> N
 @pytest.mark.parametrize("shape", [(96, 128), (48, 40), (37, 91), (1, 1), (64, 48)])
 def test_resize_is_the_rounded_float_interpolation_within_one(shape: tuple[int, int]) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), dtype=np.uint8)
-    exact = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=(64, 48), mode="bilinear",
-                          align_corners=False).permute(0, 2, 3, 1)
+    exact = F.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=(64, 48), mode="bilinear", align_corners=False
+    ).permute(0, 2, 3, 1)
     resized = resize_clip(frames, (64, 48))
     assert resized.dtype == torch.uint8 and resized.is_contiguous()
     assert (resized.float() - exact.round()).abs().max() <= 1
@@ -205,7 +214,7 @@ def test_clips_of_packs_and_of_videos_are_resized_alike() -> None:
     for sample in range(50):
         rgb = rng.integers(0, 256, (256, 448, 3), dtype=np.uint8)
         box = crop_box(sample, 0, 256, 448, (0.3, 1.0), (0.75, 1.35), 239)
-        cut = rgb[None, box.top:box.top + box.height, box.left:box.left + box.width]
+        cut = rgb[None, box.top : box.top + box.height, box.left : box.left + box.width]
         differences.append(resize_clip(cut, (256, 256)).int() - rgb_pixels(rgb, box, (256, 256), False).int())
     all_of_them = torch.stack(differences)
     assert all_of_them.abs().max() == 1 and 0.15 < (all_of_them != 0).double().mean() < 0.2

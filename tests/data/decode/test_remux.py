@@ -20,8 +20,10 @@ H264 = {"codec": "libx264", "preset": "fast", "name": "a.mp4"}
 HEVC = {"codec": "libx265", "name": "a.mp4"}
 VP9 = {"codec": "libvpx-vp9", "name": "a.webm", "deadline": "realtime", "cpu-used": "8"}
 X265 = "bframes=3:log-level=none:pools=1:frame-threads=1"
-TWO_LAYERS = ("ts_number_layers=2:ts_target_bitrate=300,500:ts_rate_decimator=2,1:ts_periodicity=2:ts_layer_id=0,1:"
-              "ts_layering_mode=2")
+TWO_LAYERS = (
+    "ts_number_layers=2:ts_target_bitrate=300,500:ts_rate_decimator=2,1:ts_periodicity=2:ts_layer_id=0,1:"
+    "ts_layering_mode=2"
+)
 CASES: dict[str, dict[str, Any]] = {
     "h264-gop-1": {**H264, "g": "1"},
     "h264-gop-30": {**H264, "g": "30", "bf": "3", "b-pyramid": "normal"},
@@ -42,8 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "vp9-gop-30": {**VP9, "g": "30"},
     "vp9-gop-250": {**VP9, "g": "250"},
     "vp9-hidden": {**VP9, "cpu-used": "6", "auto-alt-ref": "1", "lag-in-frames": "25", "g": "80", "b": "200000"},
-    "vp9-layers": {**VP9, "g": "30", "lag-in-frames": "0", "error-resilient": "1", "b": "500000",
-                   "ts-parameters": TWO_LAYERS},
+    "vp9-layers": {
+        **VP9,
+        "g": "30",
+        "lag-in-frames": "0",
+        "error-resilient": "1",
+        "b": "500000",
+        "ts-parameters": TWO_LAYERS,
+    },
     "mjpeg": {"codec": "mjpeg", "name": "a.avi", "pix_fmt": "yuvj420p"},
 }
 NOT_DISPOSABLE = {"h264-no-b-frames", "vp9-gop-30", "vp9-gop-250", "vp9-hidden"}

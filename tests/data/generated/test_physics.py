@@ -23,8 +23,14 @@ from vjepa_fast.data.manifest import load_datasets
 
 
 def world(gravity: float, solid: bool = True) -> World:
-    return World(np.array([0.1, 0.07, 0.12]), np.array([[0.2, 0.3], [0.5, 0.6], [0.8, 0.2]]),
-                 np.array([[0.7, 0.3], [-0.4, 0.9], [-0.5, -0.6]]), gravity, solid, walls=[(0.95, 0.96)])
+    return World(
+        np.array([0.1, 0.07, 0.12]),
+        np.array([[0.2, 0.3], [0.5, 0.6], [0.8, 0.2]]),
+        np.array([[0.7, 0.3], [-0.4, 0.9], [-0.5, -0.6]]),
+        gravity,
+        solid,
+        walls=[(0.95, 0.96)],
+    )
 
 
 @pytest.mark.parametrize("gravity", [0.0, 0.8])
@@ -152,8 +158,27 @@ def test_files_and_labels(tmp_path: Path) -> None:
     surprise = json.loads((tmp_path / "a" / "surprise_labels.json").read_text())
     assert [entry["violation"] is None for entry in surprise.values()] == [True, False]
     # Again: the same bytes, by the command line and in another process.
-    subprocess.run([sys.executable, "-m", "vjepa_fast.data.physics", "--out", str(tmp_path / "b"), "--train", "4",
-                    "--val", "1", "--surprise", "2", "--size", "64", "--frames", "8"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "vjepa_fast.data.physics",
+            "--out",
+            str(tmp_path / "b"),
+            "--train",
+            "4",
+            "--val",
+            "1",
+            "--surprise",
+            "2",
+            "--size",
+            "64",
+            "--frames",
+            "8",
+        ],
+        check=True,
+        capture_output=True,
+    )
     for path in (tmp_path / "a").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path.name

@@ -80,7 +80,7 @@ def test_clips_are_what_sampling_asks_for(folder: Path) -> None:
             # Neighbours, half the rate that is stored.
             assert np.diff(numbers).tolist() == [2, 2, 2]
         box = sampling.crop_box(sample, 0, 32, 32, (0.3, 1.0), (0.75, 1.35), cfg.seed)
-        crop = frames[numbers, box.top:box.top + box.height, box.left:box.left + box.width]
+        crop = frames[numbers, box.top : box.top + box.height, box.left : box.left + box.width]
         expected = resize_clip(crop, (32, 32), sampling.is_flipped(sample, 0, cfg.seed))
         assert torch.equal(batch.clips[0][sample], expected)
     assert phases == {0, 1}
@@ -98,10 +98,19 @@ def test_workers_processes_and_spawn(folder: Path) -> None:
 
 
 def test_mixture_of_pack_and_videos(folder: Path, video_folder: Path, tmp_path: Path) -> None:
-    cfg = config(folder, video_folder / "list.csv", datasets_weights=[0.5, 0.5], dataset_fpcs=[2, 4],
-                 cache_dir=tmp_path, batch_size=8)
-    seen = {(group, len(labels)) for batch in batches(cfg, 6) for group, labels in
-            zip(batch.group_ids, batch.labels, strict=True)}
+    cfg = config(
+        folder,
+        video_folder / "list.csv",
+        datasets_weights=[0.5, 0.5],
+        dataset_fpcs=[2, 4],
+        cache_dir=tmp_path,
+        batch_size=8,
+    )
+    seen = {
+        (group, len(labels))
+        for batch in batches(cfg, 6)
+        for group, labels in zip(batch.group_ids, batch.labels, strict=True)
+    }
     assert {group for group, _ in seen} == {0, 1}
 
 
@@ -110,8 +119,13 @@ def test_training_on_a_mixture(folder: Path, video_folder: Path, tmp_path: Path)
     losses = []
     for run in range(2):
         (tmp_path / str(run)).mkdir()
-        cfg = tiny_config(folder, tmp_path / "cache", f"data.datasets={names}", "data.datasets_weights=[0.5, 0.5]",
-                          "train.max_steps=4")
+        cfg = tiny_config(
+            folder,
+            tmp_path / "cache",
+            f"data.datasets={names}",
+            "data.datasets_weights=[0.5, 0.5]",
+            "train.max_steps=4",
+        )
         Trainer(cfg, folder=tmp_path / str(run)).fit()
         with (tmp_path / str(run) / "log_r0.csv").open(newline="") as file:
             losses.append([float(row["loss"]) for row in csv.DictReader(file)])
@@ -138,8 +152,9 @@ def test_short_videos(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("phases", [None, 2])
-def test_two_phases_of_a_video_with_one_frame(write_video: Callable[..., Path], tmp_path: Path, phases: int | None,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_phases_of_a_video_with_one_frame(
+    write_video: Callable[..., Path], tmp_path: Path, phases: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if phases:
         # As earlier packs have it.
         monkeypatch.setattr(encode, "packed_frames", lambda *_: (np.zeros(1, dtype=np.int64), 4.0, phases))
@@ -150,8 +165,10 @@ def test_two_phases_of_a_video_with_one_frame(write_video: Callable[..., Path], 
         assert (batch.clips[0] == batch.clips[0][:, :1]).all()
 
 
-@pytest.mark.parametrize(("own", "fps", "clips"), [
-    (4.1, 4.1, 4.1), (4.1, 1.0, 0.82), (29.97, 9.99, 9.99), (29.97, 4.0, 29.97 / 7), (0.5, 0.5, 0.25)])
+@pytest.mark.parametrize(
+    ("own", "fps", "clips"),
+    [(4.1, 4.1, 4.1), (4.1, 1.0, 0.82), (29.97, 9.99, 9.99), (29.97, 4.0, 29.97 / 7), (0.5, 0.5, 0.25)],
+)
 def test_rates_are_those_of_the_clips(folder: Path, own: float, fps: float, clips: float) -> None:
     assert own / sampling.clip_step(own, 4, fps=fps) == pytest.approx(clips)
     pack = Pack(str(folder))
@@ -165,8 +182,11 @@ def test_rates_are_those_of_the_clips(folder: Path, own: float, fps: float, clip
 
 def test_rates_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for fps in (16.0, 6.0):
-        with pytest.raises(ConfigError, match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second, of which "
-                                              rf"clips would show 8; expected data.fps=8 .* --fps {fps:g}, or"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second, of which "
+            rf"clips would show 8; expected data.fps=8 .* --fps {fps:g}, or",
+        ):
             build_loader(config(folder, fps=fps))
     build_loader(config(folder, fps=4.0))
     build_loader(config(folder, fps=None, duration=1.0))
@@ -194,13 +214,15 @@ def test_damaged_shards(copy: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[start + size // 2] ^= 1
     shard.write_bytes(data)
-    assert reason(copy, 0) == (f"shard-000000.tar of pack {copy} is damaged at byte {start}: what lies there is not "
-                               "the frame that was packed")
+    assert reason(copy, 0) == (
+        f"shard-000000.tar of pack {copy} is damaged at byte {start}: what lies there is not the frame that was packed"
+    )
     for length in (start + 100, 0):
         os.truncate(shard, length)
         where = start + size if length else pack.index.frame_offset[0] + pack.index.frame_bytes[0]
-        assert reason(copy, 0) == (f"shard-000000.tar of pack {copy} is truncated: it ends before byte {where} of "
-                                   f"{len(data)}")
+        assert reason(copy, 0) == (
+            f"shard-000000.tar of pack {copy} is truncated: it ends before byte {where} of {len(data)}"
+        )
     shard.unlink()
     assert reason(copy, 0) == f"shard-000000.tar of pack {copy} is missing"
 

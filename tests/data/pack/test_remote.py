@@ -28,8 +28,9 @@ from vjepa_fast.data.pack.writer import make_pack
 @pytest.fixture(scope="module")
 def folder(video_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packs") / "pack"
-    make_pack(*read_manifest(str(video_folder / "list.csv")), out, PackSettings(8.0, 32, 90, False, 50_000),
-              num_workers=1)
+    make_pack(
+        *read_manifest(str(video_folder / "list.csv")), out, PackSettings(8.0, 32, 90, False, 50_000), num_workers=1
+    )
     return out
 
 
@@ -49,8 +50,15 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batches(name: Any, cache_dir: Path, **changes: Any) -> list[Batch]:
-    cfg = DataConfig(datasets=[str(name)], cache_dir=cache_dir, batch_size=4, dataset_fpcs=[4], crop_size=(32, 32),
-                     fps=8.0, **{"num_workers": 0, **changes})
+    cfg = DataConfig(
+        datasets=[str(name)],
+        cache_dir=cache_dir,
+        batch_size=4,
+        dataset_fpcs=[4],
+        crop_size=(32, 32),
+        fps=8.0,
+        **{"num_workers": 0, **changes},
+    )
     with build_loader(cfg, num_steps=4) as loader:
         return list(loader)
 
@@ -66,8 +74,9 @@ def test_memory(folder: Path, address: str, tmp_path: Path) -> None:
     assert cached.read_bytes() == (folder / "pack.index").read_bytes()
 
 
-def test_index_is_kept_until_it_changes(folder: Path, address: str, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_kept_until_it_changes(
+    folder: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = fsspec.filesystem("memory")
     copied = []
     get_file = type(memory).get_file
@@ -133,8 +142,11 @@ def test_a_server_that_fails_now_and_then(address: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(kind, "cat_file", fail)
     assert len(pack.read(0, np.arange(2))) == 2
     answers[:] = [OSError("try later")] * 3
-    with pytest.raises(DecodeError, match=r"shard-000000.tar of pack memory://packs/small cannot be read \(3 tries\): "
-                                          "try later"):
+    with pytest.raises(
+        DecodeError,
+        match=r"shard-000000.tar of pack memory://packs/small cannot be read \(3 tries\): "
+        "try later",
+    ):
         pack.read(0, np.arange(2))
 
 

@@ -35,8 +35,9 @@ SETTINGS = PackSettings(fps=8.0, short_side=32, shard_bytes=35_000)
 WriteVideo = Callable[..., Path]
 
 
-def pack(source: Path | str, out: Path, settings: PackSettings = SETTINGS, num_workers: int = 2, **options: Any,
-         ) -> Summary:
+def pack(
+    source: Path | str, out: Path, settings: PackSettings = SETTINGS, num_workers: int = 2, **options: Any
+) -> Summary:
     return make_pack(*read_manifest(str(source)), out, settings, num_workers=num_workers, **options)
 
 
@@ -85,13 +86,21 @@ def test_members_are_the_jpeg_of_the_decoded_frames(packed: Path, video_folder: 
         # 24 frames a second, 8 kept.
         numbers = np.arange(0, index.num_frames, 3)
         assert about == {
-            "label": number, "path": path, "num_frames": len(numbers), "fps": 8.0, "phases": 1, "height": 32,
-            "width": 32, "source": {"fps": 24.0, "height": 48, "width": 64, "frames": numbers.tolist()}}
+            "label": number,
+            "path": path,
+            "num_frames": len(numbers),
+            "fps": 8.0,
+            "phases": 1,
+            "height": 32,
+            "width": 32,
+            "source": {"fps": 24.0, "height": 48, "width": 64, "frames": numbers.tolist()},
+        }
         assert sorted(sample) == [f"{k:06d}.jpg" for k in range(len(numbers))]
         for k, frame in enumerate(frames_of(path, numbers)):
             expected = io.BytesIO()
             Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC).save(
-                expected, "JPEG", quality=90, subsampling="4:2:0", optimize=True)
+                expected, "JPEG", quality=90, subsampling="4:2:0", optimize=True
+            )
             assert sample[f"{k:06d}.jpg"] == expected.getvalue()
 
 
@@ -103,12 +112,12 @@ def test_index_finds_every_member(packed: Path) -> None:
     assert max(map(len, shards)) <= SETTINGS.shard_bytes
     found = samples(packed)
     for video in range(8):
-        first, end = index.video_first[video:video + 2].tolist()
+        first, end = index.video_first[video : video + 2].tolist()
         sample = found[f"{index.video_number[video]:08d}"]
         assert len(sample) == end - first + 1
         for k, frame in enumerate(range(first, end)):
             start, size = int(index.frame_offset[frame]), int(index.frame_bytes[frame])
-            assert shards[index.video_shard[video]][start:start + size] == sample[f"{k:06d}.jpg"]
+            assert shards[index.video_shard[video]][start : start + size] == sample[f"{k:06d}.jpg"]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -127,7 +136,7 @@ def test_psnr_and_sizes_are_true(video_folder: Path, tmp_path: Path) -> None:
         was = np.asarray(Image.fromarray(frames[k]).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float64)
         errors.append(np.mean((was - np.asarray(Image.open(io.BytesIO(sample[f"{k:06d}.jpg"])))) ** 2))
     assert summary.num_sampled == 2 and summary.num_frames == 27
-    assert summary.psnr == pytest.approx(10 * np.log10(255 ** 2 / np.mean(errors)))
+    assert summary.psnr == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
     assert summary.num_bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert summary.source_bytes == source.stat().st_size
 
@@ -159,7 +168,7 @@ def test_images_labels_and_equal_names(video_folder: Path, tmp_path: Path, write
         (tmp_path / name).mkdir()
         write_video(tmp_path / name / "same.mp4", num_frames=9 + (name == "b"))
     Image.new("RGB", (100, 80), (200, 30, 30)).save(tmp_path / "still.png")
-    (tmp_path / "list.csv").write_text('a/same.mp4::a dog\nb/same.mp4 7\nstill.png::ein Bär\n')
+    (tmp_path / "list.csv").write_text("a/same.mp4::a dog\nb/same.mp4 7\nstill.png::ein Bär\n")
     summary = pack(tmp_path / "list.csv", tmp_path / "out", PackSettings(fps=24.0, short_side=32))
     assert summary.num_videos == 3
     index = read_index(tmp_path / "out" / "pack.index", "packed")
@@ -172,9 +181,9 @@ def test_images_labels_and_equal_names(video_folder: Path, tmp_path: Path, write
 def with_broken(video_folder: Path, tmp_path: Path) -> Path:
     """Eight good videos, one cut short, one with damage in the middle, one that is missing."""
     data = (video_folder / "0.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     start = data.index(b"mdat") + 2000
-    (tmp_path / "holes.mp4").write_bytes(data[:start] + bytes(1500) + data[start + 1500:])
+    (tmp_path / "holes.mp4").write_bytes(data[:start] + bytes(1500) + data[start + 1500 :])
     lines = (video_folder / "list.csv").read_text().splitlines()
     rows = [f"{video_folder}/{line}" for line in lines]
     rows[2:2] = [f"{tmp_path}/cut.mp4 1", f"{tmp_path}/holes.mp4 1"]
@@ -238,8 +247,9 @@ def test_killed_and_resumed(packed: Path, video_folder: Path, tmp_path: Path, pl
     assert contents(out) == contents(packed)
 
 
-def test_what_is_done_is_not_done_again(packed: Path, video_folder: Path, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_done_again(
+    packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = tmp_path / "done"
     encode = writer.encode_video
 
@@ -260,8 +270,9 @@ def test_what_is_done_is_not_done_again(packed: Path, video_folder: Path, tmp_pa
     assert contents(tmp_path / "out") == contents(packed) and summary.num_videos == 8
 
 
-def test_full_disk_while_a_shard_is_written(packed: Path, video_folder: Path, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_a_shard_is_written(
+    packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -273,8 +284,9 @@ def test_full_disk_while_a_shard_is_written(packed: Path, video_folder: Path, tm
     assert contents(tmp_path / "out") == contents(packed)
 
 
-def test_a_lost_shard_is_made_again(packed: Path, video_folder: Path, tmp_path: Path,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_shard_is_made_again(
+    packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -337,14 +349,18 @@ def test_two_at_once(video_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(state, "_LOCK_SECONDS", 0.2)
     first = state.State(tmp_path / "out")
     first.begin({"fps": 8.0})
-    with (first.lock(), pytest.raises(UserError, match="another `vjepa-fast pack` is writing to"),
-          state.State(tmp_path / "out").lock()):
+    with (
+        first.lock(),
+        pytest.raises(UserError, match="another `vjepa-fast pack` is writing to"),
+        state.State(tmp_path / "out").lock(),
+    ):
         pass
 
 
 @pytest.mark.parametrize(("name", "is_after"), [("begin", False), ("begin", True), ("lock", False)])
-def test_another_command_is_faster(packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                   name: str, is_after: bool) -> None:
+def test_another_command_is_faster(
+    packed: Path, video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_after: bool
+) -> None:
     """It does all its work between two steps of this one."""
     step = getattr(state.State, name)
 
@@ -371,8 +387,12 @@ def test_damaged_index(packed: Path, tmp_path: Path) -> None:
     data = bytearray((packed / "pack.index").read_bytes())
     place = random.Random(0).randrange(1000, len(data))
     data[place] ^= 4
-    for content, message in ((bytes(data), "checksum"), (b"tar", "is no index of a pack"), (b"", "is no index"),
-                             (bytes(data)[:900], "is damaged")):
+    for content, message in (
+        (bytes(data), "checksum"),
+        (b"tar", "is no index of a pack"),
+        (b"", "is no index"),
+        (bytes(data)[:900], "is damaged"),
+    ):
         (tmp_path / "pack.index").write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_index(tmp_path / "pack.index", "here")

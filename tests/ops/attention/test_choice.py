@@ -44,8 +44,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
         monkeypatch.setattr(choice, "time_ms", time_ms)
         times["measured"] = 0.0
         measure = choice._measure
-        monkeypatch.setattr(choice, "_measure", lambda *args: (
-            times.update(measured=times["measured"] + 1), measure(*args))[1])
+        monkeypatch.setattr(
+            choice, "_measure", lambda *args: (times.update(measured=times["measured"] + 1), measure(*args))[1]
+        )
         yield times
 
 

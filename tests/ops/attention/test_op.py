@@ -113,15 +113,19 @@ def test_compiled_and_as_operators(stand_in: str, behind: int) -> None:
         return attention(x * 1, packing, 2, stand_in)
 
     out = compiled(qkv)
-    for found, expected in zip((out, torch.autograd.grad(out, qkv, grad)[0]), by_loop(qkv, grad, packing, 2),
-                               strict=True):
+    for found, expected in zip(
+        (out, torch.autograd.grad(out, qkv, grad)[0]), by_loop(qkv, grad, packing, 2), strict=True
+    ):
         torch.testing.assert_close(found, expected)
     half = qkv.detach().bfloat16()
     forward = (half, packing.cu_seqlens, 9, 2, behind > 0, stand_in)
     torch.library.opcheck(torch.ops.vjepa_fast.attention_fwd, forward, test_utils=("test_schema", "test_faketensor"))
     saved = torch.ops.vjepa_fast.attention_fwd(*forward)
-    torch.library.opcheck(torch.ops.vjepa_fast.attention_bwd, (half[:, :32], half, *saved, *forward[1:], False),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.vjepa_fast.attention_bwd,
+        (half[:, :32], half, *saved, *forward[1:], False),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_compiled_on_the_cpu() -> None:
@@ -140,10 +144,14 @@ def test_nothing_to_attend_to() -> None:
         assert not torch.autograd.grad(out.sum(), qkv)[0].any()
 
 
-@pytest.mark.parametrize(("shape", "lengths", "heads", "words"), [
-    ((4, 50), (4,), 2, "expected .L, 3"), ((4, 48), (3, 2), 2, "4 rows; the packing's sequences have 5"),
-    ((4, 48), (4,), 0, "H = 0"),
-])
+@pytest.mark.parametrize(
+    ("shape", "lengths", "heads", "words"),
+    [
+        ((4, 50), (4,), 2, "expected .L, 3"),
+        ((4, 48), (3, 2), 2, "4 rows; the packing's sequences have 5"),
+        ((4, 48), (4,), 0, "H = 0"),
+    ],
+)
 def test_shapes_that_do_not_fit(shape: tuple[int, int], lengths: tuple[int, ...], heads: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         attention(torch.zeros(shape), pack(lengths), heads)
@@ -162,7 +170,8 @@ def test_under_fake_tensors_nothing_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grad", "others", "expected"), [(True, True, False), (False, True, True), (True, False, True)])
+    ("grad", "others", "expected"), [(True, True, False), (False, True, True), (True, False, True)]
+)
 def test_cudnn_is_kept_out_of_training(grad: bool, others: bool, expected: bool) -> None:
     switches = torch.backends.cuda
     with contextlib.ExitStack() as undo:

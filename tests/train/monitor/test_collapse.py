@@ -12,8 +12,15 @@ import vjepa_fast as vf
 from vjepa_fast.train.monitor.collapse import CollapseWatch, Finding
 from vjepa_fast.train.trainer import Trainer
 
-HEALTHY = {"target_std": 0.55, "target_rank": 40.0, "context_std": 0.5, "context_rank": 20.0, "prediction_std": 0.2,
-           "explained": 0.2, "weight_rms": 0.02}
+HEALTHY = {
+    "target_std": 0.55,
+    "target_rank": 40.0,
+    "context_std": 0.5,
+    "context_rank": 20.0,
+    "prediction_std": 0.2,
+    "explained": 0.2,
+    "weight_rms": 0.02,
+}
 
 
 def watch(*looks: dict[str, float | None], changes: tuple[str, ...] = ()) -> list[Finding | None]:
@@ -35,24 +42,43 @@ def test_the_healthy_and_the_unknown_find_nothing() -> None:
     assert watch(nothing, nothing) == [None, None]
 
 
-@pytest.mark.parametrize(("kind", "cause", "rows", "changes"), [
-    ("constant targets", "gradient", [{}, {"target_std": 0.05}], ()),
-    ("constant targets", "momentum", [{}, {"target_std": 0.05}], ("optimization.ema=[0.5, 0.5]",)),
-    ("lost directions", "momentum", [{}, {"target_rank": 13.0}], ("optimization.ema=[0.0, 0.0]",)),
-    ("lost directions", "momentum", [{}, {"target_rank": 19.0, "explained": 0.05}], ("optimization.ema=[0.0, 0.0]",)),
-    ("lost directions", "learning rate", [{}, {"context_rank": 1.5, "weight_rms": 0.03}] + [{}] * 3
-     + [{"context_rank": 1.5}], ("optimization.lr=0.02", "optimization.warmup=0")),
-    ("vanishing weights", "weight decay", [{}] + [{"weight_rms": 0.01}] * 6 + [{"weight_rms": 0.001}], (
-        "optimization.weight_decay=50", "optimization.final_weight_decay=50")),
-    ("constant features", "weight decay", [{}] + [{"weight_rms": 0.01}] * 6
-     + [{"context_std": 0.05, "weight_rms": 0.001}], ("optimization.weight_decay=50",
-                                                      "optimization.final_weight_decay=50")),
-    ("constant features", "unknown", [{}, {"context_std": 0.05}], ()),
-    ("visible answer", "masks", [{}, {"explained": 0.97}], ()),
-    ("worse than a constant", "penalty", [{"explained": -1.5}] * 6, ("loss.prediction_l2=10",)),
-    ("worse than a constant", "learning rate", [{"explained": -1.5}] * 6, ()),
-    ("constant answer", "unknown", [{"explained": 0.0}] * 15, ("loss.loss_exp=1",)),
-])
+@pytest.mark.parametrize(
+    ("kind", "cause", "rows", "changes"),
+    [
+        ("constant targets", "gradient", [{}, {"target_std": 0.05}], ()),
+        ("constant targets", "momentum", [{}, {"target_std": 0.05}], ("optimization.ema=[0.5, 0.5]",)),
+        ("lost directions", "momentum", [{}, {"target_rank": 13.0}], ("optimization.ema=[0.0, 0.0]",)),
+        (
+            "lost directions",
+            "momentum",
+            [{}, {"target_rank": 19.0, "explained": 0.05}],
+            ("optimization.ema=[0.0, 0.0]",),
+        ),
+        (
+            "lost directions",
+            "learning rate",
+            [{}, {"context_rank": 1.5, "weight_rms": 0.03}] + [{}] * 3 + [{"context_rank": 1.5}],
+            ("optimization.lr=0.02", "optimization.warmup=0"),
+        ),
+        (
+            "vanishing weights",
+            "weight decay",
+            [{}] + [{"weight_rms": 0.01}] * 6 + [{"weight_rms": 0.001}],
+            ("optimization.weight_decay=50", "optimization.final_weight_decay=50"),
+        ),
+        (
+            "constant features",
+            "weight decay",
+            [{}] + [{"weight_rms": 0.01}] * 6 + [{"context_std": 0.05, "weight_rms": 0.001}],
+            ("optimization.weight_decay=50", "optimization.final_weight_decay=50"),
+        ),
+        ("constant features", "unknown", [{}, {"context_std": 0.05}], ()),
+        ("visible answer", "masks", [{}, {"explained": 0.97}], ()),
+        ("worse than a constant", "penalty", [{"explained": -1.5}] * 6, ("loss.prediction_l2=10",)),
+        ("worse than a constant", "learning rate", [{"explained": -1.5}] * 6, ()),
+        ("constant answer", "unknown", [{"explained": 0.0}] * 15, ("loss.loss_exp=1",)),
+    ],
+)
 def test_what_is_named(kind: str, cause: str, rows: list[dict[str, float]], changes: tuple[str, ...]) -> None:
     found = [finding for finding in watch(*rows, *rows[-1:], changes=changes) if finding is not None]
     # Once, however long it lasts.

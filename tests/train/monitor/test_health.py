@@ -92,8 +92,17 @@ def test_a_run_writes_them(make: Make, tmp_path: Path, capsys: pytest.CaptureFix
     make("train.max_steps=4").fit()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert all(math.isfinite(rows[0][key]) for key in (
-        "grad_norm_encoder", "grad_norm_predictor", "loss_mask1", "loss_slot0", "context_rank", "clip_cosine"))
+    assert all(
+        math.isfinite(rows[0][key])
+        for key in (
+            "grad_norm_encoder",
+            "grad_norm_predictor",
+            "loss_mask1",
+            "loss_slot0",
+            "context_rank",
+            "clip_cosine",
+        )
+    )
     said = capsys.readouterr().out
     assert "explained" in said and "predictions explain" in said
     assert not (tmp_path / "run" / "warnings.jsonl").exists()

@@ -10,8 +10,14 @@ from rich.console import Console
 
 from vjepa_fast.train.monitor.progress import ProgressReport, fitting
 
-FIGURES = {"loss": "loss 0.4093", "explained": "explained 16 %", "lr": "lr 2.07e-04", "speed": "79.2 clips/s",
-           "data wait": "data wait 1 %", "eta": "eta 0:11:20"}
+FIGURES = {
+    "loss": "loss 0.4093",
+    "explained": "explained 16 %",
+    "lr": "lr 2.07e-04",
+    "speed": "79.2 clips/s",
+    "data wait": "data wait 1 %",
+    "eta": "eta 0:11:20",
+}
 
 
 def shown(width: int, total: int = 3600) -> str:

@@ -97,15 +97,27 @@ def test_a_spike_of_a_long_run_is_drawn(tmp_path: Path) -> None:
 
 def test_speed_is_that_of_all_time_but_the_first_steps() -> None:
     seconds, wait = np.array([9.0, 9, 9, 1, 3]), np.array([8.0, 8, 8, 0, 1])
-    columns = {"step": np.arange(1.0, 6), "iter-time(ms)": 1e3 * seconds, "dataload-time(ms)": 1e3 * wait,
-               "clips_per_s": 8 / seconds}
+    columns = {
+        "step": np.arange(1.0, 6),
+        "iter-time(ms)": 1e3 * seconds,
+        "dataload-time(ms)": 1e3 * wait,
+        "clips_per_s": 8 / seconds,
+    }
     rate, share = Curves(columns, [], 0).speed()
     assert (rate, share) == pytest.approx((16 / 4, 1 / 4))
 
 
 def test_marks_of_warnings_and_curves_are_in_the_pictures(tmp_path: Path) -> None:
-    health = {"explained": 0.1, "context_std": 0.4, "target_rank": 9.0, "clip_cosine": 0.9, "loss_mask0": 1.0,
-              "loss_slot3": 1.0, "loss_slotx": 1.0, "grad_norm_encoder": 0.0}
+    health = {
+        "explained": 0.1,
+        "context_std": 0.4,
+        "target_rank": 9.0,
+        "clip_cosine": 0.9,
+        "loss_mask0": 1.0,
+        "loss_slot3": 1.0,
+        "loss_slotx": 1.0,
+        "grad_norm_encoder": 0.0,
+    }
     write(tmp_path, [3.0, 2.0, 1.0, 0.5], health)
     found = read_curves(tmp_path)
     for draw, num_panels in ((draw_learning, 6), (draw_training, 3)):

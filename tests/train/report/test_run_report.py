@@ -67,8 +67,10 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.yaml").write_text(dump(cfg))
     log = MetricsLog(folder, 0, 0)
     for step in range(4):
-        log.write([dict.fromkeys(COLUMNS, 1.0) | {"step": step, "loss": 1 - step / 8}],
-                  {"explained": 0.25, "target_rank": 17.0, "target_std": 0.5})
+        log.write(
+            [dict.fromkeys(COLUMNS, 1.0) | {"step": step, "loss": 1 - step / 8}],
+            {"explained": 0.25, "target_rank": 17.0, "target_std": 0.5},
+        )
     (folder / "latest.pt").touch()
     return folder
 
@@ -97,9 +99,19 @@ def test_a_page_of_its_own(run: Path) -> None:
     assert not {"script", "link", "iframe"} & page.tags
     assert "http" not in (run / "report.html").read_text()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("Run run <1>", "The log ends at step 4 of 320", "1.000 to 0.625", "25 %", "17", "vit_tiny",
-                  "float32, 239", "8 frames, 48 x 48 pixels, 6 frames/s", "there is no run.json",
-                  "optimization.lr 0.002 0.001", "None."):
+    for words in (
+        "Run run <1>",
+        "The log ends at step 4 of 320",
+        "1.000 to 0.625",
+        "25 %",
+        "17",
+        "vit_tiny",
+        "float32, 239",
+        "8 frames, 48 x 48 pixels, 6 frames/s",
+        "there is no run.json",
+        "optimization.lr 0.002 0.001",
+        "None.",
+    ):
         assert words in page.text, words
 
 
@@ -117,8 +129,16 @@ def test_commands_name_the_real_paths(run: Path) -> None:
 
 @pytest.mark.usefixtures("marked")
 def test_what_is_on_record(run: Path) -> None:
-    about = {"encoder_parameters": 1_500_000, "predictor_parameters": 300_000, "videos": 12, "processes": 2,
-             "manifests": ["/data/a b.csv"], "held_out": "/data/val.csv", "clips_a_step": 16, "images_a_step": 0}
+    about = {
+        "encoder_parameters": 1_500_000,
+        "predictor_parameters": 300_000,
+        "videos": 12,
+        "processes": 2,
+        "manifests": ["/data/a b.csv"],
+        "held_out": "/data/val.csv",
+        "clips_a_step": 16,
+        "images_a_step": 0,
+    }
     run_json.begin(run, 0, "cpu", about)
     page = page_of(run)
     assert "No end is on record" in page.text and "predictor 0.3 M parameters" in page.text
@@ -139,8 +159,10 @@ def test_what_is_on_record(run: Path) -> None:
 
 
 def test_warnings_and_lists_in_their_own_words(run: Path, marked: list[list[int]]) -> None:
-    warnings = [{"step": 2, "kind": "lost directions", "warning": "<b>the targets</b> collapse & fade"},
-                {"step": 3, "kind": "constant answer", "warning": "an easy answer"}]
+    warnings = [
+        {"step": 2, "kind": "lost directions", "warning": "<b>the targets</b> collapse & fade"},
+        {"step": 3, "kind": "constant answer", "warning": "an easy answer"},
+    ]
     (run / "warnings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in warnings) + '{"step": 4, "wa')
     page = page_of(run)
     assert "1 step 2: <b>the targets</b> collapse & fade 2 step 3: an easy answer" in page.text.replace("  ", " ")
@@ -169,10 +191,14 @@ def test_texts_of_a_config_are_texts(run: Path) -> None:
     assert "script" not in page.tags and "</pre><script>alert(1)</script>" in page.text
 
 
-@pytest.mark.parametrize(("content", "sentence"), [
-    (None, "There is no metrics.jsonl"), ("", "metrics.jsonl is empty"),
-    ('{"step": 0, "lo', "has no line that can be read"),
-])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "There is no metrics.jsonl"),
+        ("", "metrics.jsonl is empty"),
+        ('{"step": 0, "lo', "has no line that can be read"),
+    ],
+)
 def test_a_run_without_a_step(content: str | None, sentence: str, run: Path) -> None:
     for name in ("metrics.jsonl", "log_r0.csv"):
         (run / name).unlink()

@@ -35,11 +35,23 @@ class Waits(AssertionError):
 
 def config(frames: tuple[int, ...] = (4,), dtype: str = "float32", **changes: dict[str, Any]) -> Config:
     raw: dict[str, dict[str, Any]] = {
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 24,
-                  "pred_depth": 2, "pred_num_heads": 2},
+        "model": {
+            "model_name": "vit_tiny",
+            "embed_dim": 48,
+            "depth": 2,
+            "num_heads": 2,
+            "pred_embed_dim": 24,
+            "pred_depth": 2,
+            "pred_num_heads": 2,
+        },
         "mask": {},
-        "data": {"datasets": ["a"] * len(frames), "crop_size": 32, "patch_size": 8, "dataset_fpcs": list(frames),
-                 "batch_size": 4},
+        "data": {
+            "datasets": ["a"] * len(frames),
+            "crop_size": 32,
+            "patch_size": 8,
+            "dataset_fpcs": list(frames),
+            "batch_size": 4,
+        },
         "loss": {},
         "optimization": {"epochs": 2, "ipe": 10, "warmup": 0},
         "train": {"dtype": dtype},
@@ -142,22 +154,34 @@ def on_fake_gpu(model: VJEPA) -> VJEPA:
 
 CASES = {
     "V-JEPA 2.1, videos and images": config(
-        (4, 1), "bfloat16",
-        model={"depth": 4, "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,
-               "modality_embedding": True, "interpolate_rope": True},
+        (4, 1),
+        "bfloat16",
+        model={
+            "depth": 4,
+            "rope_style": "interleaved",
+            "n_output_distillation": 4,
+            "img_temporal_dim_size": 1,
+            "modality_embedding": True,
+            "interpolate_rope": True,
+        },
         loss={"predict_all": True, "weight_distance_loss": True, "lambda_warmup": [0, 2]},
-        optimization={"loss_reg_std_mult": 3.0, "loss_reg_min_epoch": 0}),
+        optimization={"loss_reg_std_mult": 3.0, "loss_reg_min_epoch": 0},
+    ),
     "plain": config(),
     "half precision, swiglu": config(
-        dtype="bfloat16", model={"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5}),
+        dtype="bfloat16", model={"use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5}
+    ),
     "two lengths, no truncation": config((4, 8), mask={"truncate": "none"}, loss={"reg_coeff": 0.1}),
     "sincos, recomputed": config(model={"use_rope": False, "activation_checkpointing": "full"}),
     "recomputed selectively": config(model={"activation_checkpointing": "selective"}),
-    "V-JEPA 1": config(model={"use_rope": False, "mask_token_by": "mask", "init": "vjepa1"},
-                       optimization={"ipe": 1, "clip_grad": 0.1}),
+    "V-JEPA 1": config(
+        model={"use_rope": False, "mask_token_by": "mask", "init": "vjepa1"}, optimization={"ipe": 1, "clip_grad": 0.1}
+    ),
     "learned positions, noised targets": config(
-        dtype="bfloat16", model={"use_rope": False, "positions": "learned", "use_mask_tokens": False},
-        loss={"prediction_l2": 0.01}),
+        dtype="bfloat16",
+        model={"use_rope": False, "positions": "learned", "use_mask_tokens": False},
+        loss={"prediction_l2": 0.01},
+    ),
 }
 
 
@@ -198,9 +222,16 @@ class WatchedStep(GraphedStep):
 GRAPHED = {
     "plain": {},
     "swiglu, drop path, noised targets": {
-        "use_silu": True, "use_pred_silu": True, "drop_path_rate": 0.5, "use_mask_tokens": False},
+        "use_silu": True,
+        "use_pred_silu": True,
+        "drop_path_rate": 0.5,
+        "use_mask_tokens": False,
+    },
     "sincos, recomputed, a token for each mask": {
-        "use_rope": False, "activation_checkpointing": "full", "mask_token_by": "mask"},
+        "use_rope": False,
+        "activation_checkpointing": "full",
+        "mask_token_by": "mask",
+    },
     "recomputed selectively": {"activation_checkpointing": "selective"},
     "pixels": {"objective": "pixels"},
 }
@@ -210,8 +241,13 @@ GRAPHED = {
 @pytest.mark.parametrize("truncate", ["batch_min", "none"])
 def test_what_is_captured_takes_nothing_from_the_host(model, truncate, fake_gpu):
     # A demand is taken at its word, where there is no GPU to ask.
-    cfg = config(dtype="bfloat16", model={"attention": "varlen", **model}, mask={"truncate": truncate},
-                 loss={"reg_coeff": 0.0 if "objective" in model else 0.1}, optimization={"clip_grad": 0.1})
+    cfg = config(
+        dtype="bfloat16",
+        model={"attention": "varlen", **model},
+        mask={"truncate": truncate},
+        loss={"reg_coeff": 0.0 if "objective" in model else 0.1},
+        optimization={"clip_grad": 0.1},
+    )
     device = torch.device("cuda")
     torch.manual_seed(0)
     jepa, batches = VJEPA(cfg.model), [batch_of(cfg, step) for step in range(4)]
@@ -228,12 +264,21 @@ def test_what_is_captured_takes_nothing_from_the_host(model, truncate, fake_gpu)
     assert len(result.output.packed_predictions) == sum(masks[0].target_lengths)
 
 
-@pytest.mark.parametrize("wait", [
-    lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x.any()),
-    lambda x: torch.tensor([1, 2], device=x.device), lambda x: torch.ones(3).to(x.device),
-    lambda x: torch.ones(3).to(x.device, non_blocking=True), lambda x: torch.ones(3).pin_memory().to(x.device),
-    lambda x: x.repeat_interleave(x.long()),
-])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool(x.any()),
+        lambda x: torch.tensor([1, 2], device=x.device),
+        lambda x: torch.ones(3).to(x.device),
+        lambda x: torch.ones(3).to(x.device, non_blocking=True),
+        lambda x: torch.ones(3).pin_memory().to(x.device),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
 def test_the_watch_sees(wait, fake_gpu):
     watch = NoWaiting()
     with fake_gpu, pytest.raises(Waits):

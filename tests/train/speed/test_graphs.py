@@ -28,23 +28,50 @@ from vjepa_fast.train.step import TrainStep
 
 
 def config(
-    dtype: str = "float32", truncate: str = "batch_min", reg_coeff: float = 0.0, clip_grad: float | None = None,
-    loss: dict | None = None, loss_reg_std_mult: float | None = None, **model
+    dtype: str = "float32",
+    truncate: str = "batch_min",
+    reg_coeff: float = 0.0,
+    clip_grad: float | None = None,
+    loss: dict | None = None,
+    loss_reg_std_mult: float | None = None,
+    **model,
 ) -> Config:
-    return Config.model_validate({
-        "model": {"model_name": "vit_tiny", "embed_dim": 48, "depth": 2, "num_heads": 2, "pred_embed_dim": 32,
-                  "pred_depth": 1, "pred_num_heads": 2, "zero_init_mask_tokens": False, **model},
-        "mask": {"truncate": truncate},
-        "loss": {"reg_coeff": reg_coeff, **(loss or {})},
-        "data": {"crop_size": 48, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 3},
-        # With a small eps the first steps are lr times the signs of gradients, some of which are rounding alone.
-        "optimization": {"epochs": 2 if clip_grad is None else 8, "ipe": 20 if clip_grad is None else 5, "warmup": 0.5,
-                         "loss_reg_std_mult": loss_reg_std_mult, "loss_reg_num_tracking_steps": 4,
-                         "loss_reg_min_epoch": 0, "clip_grad": clip_grad, "start_lr": 1e-4, "lr": 3e-3,
-                         "final_lr": 1e-3, "weight_decay": 0.04, "final_weight_decay": 0.4, "ema": [0.9, 1.0],
-                         "eps": 1e-4},
-        "train": {"dtype": dtype},
-    })
+    return Config.model_validate(
+        {
+            "model": {
+                "model_name": "vit_tiny",
+                "embed_dim": 48,
+                "depth": 2,
+                "num_heads": 2,
+                "pred_embed_dim": 32,
+                "pred_depth": 1,
+                "pred_num_heads": 2,
+                "zero_init_mask_tokens": False,
+                **model,
+            },
+            "mask": {"truncate": truncate},
+            "loss": {"reg_coeff": reg_coeff, **(loss or {})},
+            "data": {"crop_size": 48, "patch_size": 8, "dataset_fpcs": [4], "batch_size": 3},
+            # With a small eps the first steps are lr times the signs of gradients, some of which are rounding alone.
+            "optimization": {
+                "epochs": 2 if clip_grad is None else 8,
+                "ipe": 20 if clip_grad is None else 5,
+                "warmup": 0.5,
+                "loss_reg_std_mult": loss_reg_std_mult,
+                "loss_reg_num_tracking_steps": 4,
+                "loss_reg_min_epoch": 0,
+                "clip_grad": clip_grad,
+                "start_lr": 1e-4,
+                "lr": 3e-3,
+                "final_lr": 1e-3,
+                "weight_decay": 0.04,
+                "final_weight_decay": 0.4,
+                "ema": [0.9, 1.0],
+                "eps": 1e-4,
+            },
+            "train": {"dtype": dtype},
+        }
+    )
 
 
 def train_step(cfg: Config, device: str = "cpu") -> TrainStep:
@@ -53,8 +80,7 @@ def train_step(cfg: Config, device: str = "cpu") -> TrainStep:
 
 
 def batch(step: int, cfg: Config, device: str = "cpu") -> tuple[Tensor, MaskBatch]:
-    clips = torch.randint(
-        0, 256, (3, 4, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
+    clips = torch.randint(0, 256, (3, 4, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
     return clips.to(device), MaskSampler(cfg.mask, (2, 6, 6), 0)(step, range(3 * step, 3 * step + 3), device)
 
 
@@ -89,13 +115,23 @@ CASES = {
     "no truncation, variance term": {"truncate": "none", "reg_coeff": 0.1},
     # Clipped from the sixth of ten steps on, when all is captured.
     "sincos, swiglu, recomputed, a token for each mask, clipped": {
-        "use_rope": False, "use_silu": True, "use_pred_silu": True, "activation_checkpointing": "full",
-        "mask_token_by": "mask", "clip_grad": 0.05},
+        "use_rope": False,
+        "use_silu": True,
+        "use_pred_silu": True,
+        "activation_checkpointing": "full",
+        "mask_token_by": "mask",
+        "clip_grad": 0.05,
+    },
     # The weight of the context tokens' loss grows from the third to the eighth of ten steps.
     "V-JEPA 2.1": {
-        "depth": 4, "rope_style": "interleaved", "n_output_distillation": 4, "img_temporal_dim_size": 1,
-        "modality_embedding": True, "interpolate_rope": True,
-        "loss": {"predict_all": True, "weight_distance_loss": True, "lambda_warmup": [2, 7]}},
+        "depth": 4,
+        "rope_style": "interleaved",
+        "n_output_distillation": 4,
+        "img_temporal_dim_size": 1,
+        "modality_embedding": True,
+        "interpolate_rope": True,
+        "loss": {"predict_all": True, "weight_distance_loss": True, "lambda_warmup": [2, 7]},
+    },
     "drop path, half precision": {"drop_path_rate": 0.5, "dtype": "bfloat16"},
 }
 
@@ -227,8 +263,11 @@ def test_the_cheapest_bucket_that_holds_a_batch_serves_it(on_cpu: None, monkeypa
         before = [(bucket.num_runs, id(bucket.figures)) for bucket in graphed.buckets]
         graphed(step, clips, masks)
         holding = [b.room for b in graphed.buckets if Sizes.of(masks).fits(b.room)]
-        used = [b.room for b, was in zip(graphed.buckets, before or [(0, id(None))] * 2, strict=True)
-                if (b.num_runs, id(b.figures)) != was or b.masks.cu_seqlens_context[-1] == sum(masks.context_lengths)]
+        used = [
+            b.room
+            for b, was in zip(graphed.buckets, before or [(0, id(None))] * 2, strict=True)
+            if (b.num_runs, id(b.figures)) != was or b.masks.cu_seqlens_context[-1] == sum(masks.context_lengths)
+        ]
         assert min(room.context for room in holding) in [room.context for room in used]
 
 
@@ -292,8 +331,16 @@ def test_a_checkpoint_goes_on(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp
     cfg = config()
     graphed = recorded(cfg, monkeypatch)
     run(graphed, range(4), cfg)
-    meta_format.save_checkpoint(tmp_path / "latest.pt", graphed.train_step.model, graphed.optimizer, epoch=0, loss=0.0,
-                         batch_size=3, world_size=1, lr=1e-3)
+    meta_format.save_checkpoint(
+        tmp_path / "latest.pt",
+        graphed.train_step.model,
+        graphed.optimizer,
+        epoch=0,
+        loss=0.0,
+        batch_size=3,
+        world_size=1,
+        lr=1e-3,
+    )
     assert {float(state["step"]) for state in graphed.optimizer.state.values()} == {4.0}
     for group in graphed.optimizer.param_groups:
         assert group["lr"] == graphed.train_step.schedules.lr(3)
@@ -319,8 +366,9 @@ def test_a_capture_that_fails(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> 
     said: list[str] = []
     graphed, oracle = Fails(train_step(cfg), expected(cfg), said.append), train_step(cfg)
     assert run(graphed, range(6), cfg) == pytest.approx(run(oracle, range(6), cfg), rel=1e-5)
-    assert said == ["steps run without CUDA graphs from here on: a capture failed: operation not permitted when stream "
-                    "is capturing"]
+    assert said == [
+        "steps run without CUDA graphs from here on: a capture failed: operation not permitted when stream is capturing"
+    ]
     assert graphed.num_replayed == 0 and graphed.num_eager >= 3
 
 
@@ -334,8 +382,10 @@ def test_hooks_that_come_later_end_the_captures(on_cpu: None, monkeypatch: pytes
     graphed.train_step.model.predictor.predictor_proj.bias.register_hook(seen.append)
     run(graphed, [0, 0], cfg)
     assert len(seen) == 2 and graphed.num_replayed == 0
-    assert said == ["steps run without CUDA graphs from here on: predictor.predictor_proj.bias has a hook, which a "
-                    "replay would not call"]
+    assert said == [
+        "steps run without CUDA graphs from here on: predictor.predictor_proj.bias has a hook, which a "
+        "replay would not call"
+    ]
 
 
 def test_batches_of_other_kinds_run_eagerly(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,16 +399,21 @@ def test_batches_of_other_kinds_run_eagerly(on_cpu: None, monkeypatch: pytest.Mo
         graphed(1, clips[:2], masks.narrow(0, 2))
         graphed(2, [clips[:1], clips[1:]], [masks.narrow(0, 1), masks.narrow(1, 3)])
     assert graphed.num_eager == 4
-    assert said == ["a batch of another shape than the first runs without a CUDA graph",
-                    "a batch with clips of several lengths runs without a CUDA graph"]
+    assert said == [
+        "a batch of another shape than the first runs without a CUDA graph",
+        "a batch with clips of several lengths runs without a CUDA graph",
+    ]
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, cfg: Config) -> TrainStep:
     """A step that believes in a GPU as far as `refusal` looks."""
     step = train_step(cfg)
     parameter = step.model.encoder.patch_embed.proj.weight
-    monkeypatch.setattr(type(step.model), "parameters", lambda self: iter([SimpleNamespace(
-        device=torch.device("cuda"), dtype=parameter.dtype)]))
+    monkeypatch.setattr(
+        type(step.model),
+        "parameters",
+        lambda self: iter([SimpleNamespace(device=torch.device("cuda"), dtype=parameter.dtype)]),
+    )
     monkeypatch.setattr(graphs, "use_triton", lambda _: True)
     return step
 
@@ -367,19 +422,27 @@ def optimizer_of_another_kind(step: TrainStep) -> None:
     step.optimizer = torch.optim.AdamW([torch.zeros(1)])  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("why", "settings", "change", "num_groups"), [
-    (None, {}, None, 1),
-    ("2 lengths", {}, None, 2),
-    ("loss scale", {"dtype": "float16"}, None, 1),
-    ("cuts batches up", {}, lambda step: setattr(step, "num_micro", 2), 1),
-    ("recomputed blocks", {"drop_path_rate": 0.1, "activation_checkpointing": "selective"}, None, 1),
-    ("optimizer is AdamW,", {}, optimizer_of_another_kind, 1),
-    ("encoder.blocks.0 has a hook", {}, lambda step: step.model.encoder.blocks[0].register_forward_hook(print), 1),
-    ("the optimizer has a hook", {}, lambda step: step.optimizer.register_step_post_hook(print), 1),
-    ("model.attention=sdpa cannot serve", {"attention": "sdpa"}, None, 1),
-], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("why", "settings", "change", "num_groups"),
+    [
+        (None, {}, None, 1),
+        ("2 lengths", {}, None, 2),
+        ("loss scale", {"dtype": "float16"}, None, 1),
+        ("cuts batches up", {}, lambda step: setattr(step, "num_micro", 2), 1),
+        ("recomputed blocks", {"drop_path_rate": 0.1, "activation_checkpointing": "selective"}, None, 1),
+        ("optimizer is AdamW,", {}, optimizer_of_another_kind, 1),
+        ("encoder.blocks.0 has a hook", {}, lambda step: step.model.encoder.blocks[0].register_forward_hook(print), 1),
+        ("the optimizer has a hook", {}, lambda step: step.optimizer.register_step_post_hook(print), 1),
+        ("model.attention=sdpa cannot serve", {"attention": "sdpa"}, None, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_what_graphs_cannot_serve(
-    why: str | None, settings: dict, change: Callable[[TrainStep], object] | None, num_groups: int, on_cpu: None,
+    why: str | None,
+    settings: dict,
+    change: Callable[[TrainStep], object] | None,
+    num_groups: int,
+    on_cpu: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     step = on_gpu(monkeypatch, config(**settings))

@@ -27,8 +27,22 @@ def preloaded(folder: Path) -> dict[str, str]:
         pytest.skip("needs a C++ compiler, or a PyTorch that was built for CUDA")
     root, library = Path(torch.__file__).parent, folder / "fake_cuda.so"
     subprocess.run(
-        [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", str(HERE / "fake_cuda.cpp"), "-o",
-         str(library), f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
+        [
+            compiler,
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{root / 'include'}",
+            str(HERE / "fake_cuda.cpp"),
+            "-o",
+            str(library),
+            f"-L{root / 'lib'}",
+            f"-Wl,-rpath,{root / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+        ],
+        check=True,
+    )
     return {"LD_PRELOAD": str(library)}
 
 
@@ -37,7 +51,11 @@ def test_a_step_on_fake_cuda_tensors_never_waits(tmp_path):
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "fake_cuda_step.py")],
-        env={**os.environ, **preloaded(tmp_path)}, capture_output=True, text=True, cwd=HERE.parents[1])
+        env={**os.environ, **preloaded(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parents[1],
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 

@@ -35,15 +35,29 @@ class Event:
 
 def test_operators_go_to_the_innermost_label() -> None:
     events = [
-        Event("aten::mm", 0, 1), Event("target encoder", 2, 10), Event("patch embedding", 3, 5),
-        Event("aten::mm", 4, 5), Event("aten::mm", 6, 7), Event("backward", 10, 20), Event("aten::sum", 11, 12),
-        Event("predictor, backward", 13, 13), Event("aten::mm", 14, 15), Event("aten::mm", 16, 17),
-        Event("optimizer", 20, 30), Event("aten::add", 20, 21),
+        Event("aten::mm", 0, 1),
+        Event("target encoder", 2, 10),
+        Event("patch embedding", 3, 5),
+        Event("aten::mm", 4, 5),
+        Event("aten::mm", 6, 7),
+        Event("backward", 10, 20),
+        Event("aten::sum", 11, 12),
+        Event("predictor, backward", 13, 13),
+        Event("aten::mm", 14, 15),
+        Event("aten::mm", 16, 17),
+        Event("optimizer", 20, 30),
+        Event("aten::add", 20, 21),
         Event("kernel", 4, 5, device_type=torch.autograd.DeviceType.CUDA),
     ]
     found = times_by_part(reversed(events), gpu=False)
-    assert found == {"other": 1.0, "patch embedding": 1.0, "target encoder": 1.0, "loss, backward": 1.0,
-                     "predictor, backward": 2.0, "optimizer": 1.0}
+    assert found == {
+        "other": 1.0,
+        "patch embedding": 1.0,
+        "target encoder": 1.0,
+        "loss, backward": 1.0,
+        "predictor, backward": 2.0,
+        "optimizer": 1.0,
+    }
     assert times_by_part(events, gpu=True)["predictor, backward"] == 6.0
     lines = shares_table(found, 2).splitlines()
     assert lines[1].split() == ["patch", "embedding", "0.500", "14.3%"]
@@ -72,8 +86,18 @@ def test_nothing_is_recorded_without_a_profiler(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_kinds() -> None:
-    assert [kind_of(name) for name in (
-        "aten::mm", "aten::addmm", "aten::convolution", "vjepa_fast::patch_embed_bwd",
-        "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_cudnn_attention_forward",
-        "aten::_flash_attention_backward", "vjepa_fast::attention_bwd", "vjepa_fast::layer_norm_fwd", "aten::add",
-    )] == ["matmul"] * 4 + ["attention"] * 4 + ["other"] * 2
+    assert [
+        kind_of(name)
+        for name in (
+            "aten::mm",
+            "aten::addmm",
+            "aten::convolution",
+            "vjepa_fast::patch_embed_bwd",
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_cudnn_attention_forward",
+            "aten::_flash_attention_backward",
+            "vjepa_fast::attention_bwd",
+            "vjepa_fast::layer_norm_fwd",
+            "aten::add",
+        )
+    ] == ["matmul"] * 4 + ["attention"] * 4 + ["other"] * 2

@@ -22,11 +22,17 @@ from vjepa_fast.train.trainer import Trainer
 def everything(step: TrainStep) -> dict[str, object]:
     """All that a step may write to."""
     optimizer = step.optimizer.state_dict()
-    return copy.deepcopy({
-        "weights": dict(step.model.state_dict()), "moments": optimizer["state"], "groups": optimizer["param_groups"],
-        "scaler": step.scaler and step.scaler.state_dict(), "generator": torch.get_rng_state(),
-        "figures": (step.optimizer.grad_norm, step.optimizer.skipped),
-        "gradients": [name for name, p in step.model.named_parameters() if p.grad is not None]})
+    return copy.deepcopy(
+        {
+            "weights": dict(step.model.state_dict()),
+            "moments": optimizer["state"],
+            "groups": optimizer["param_groups"],
+            "scaler": step.scaler and step.scaler.state_dict(),
+            "generator": torch.get_rng_state(),
+            "figures": (step.optimizer.grad_norm, step.optimizer.skipped),
+            "gradients": [name for name, p in step.model.named_parameters() if p.grad is not None],
+        }
+    )
 
 
 def equal(a: object, b: object) -> bool:
@@ -91,8 +97,17 @@ def make(video_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 
     def build(name: str, *changes: str) -> Trainer:
         (tmp_path / name).mkdir()
-        return Trainer(tiny_config(video_csv, tmp_path / "cache", "train.max_steps=4", "train.log_every=1",
-                                   "train.dtype=bfloat16", *changes), folder=tmp_path / name)
+        return Trainer(
+            tiny_config(
+                video_csv,
+                tmp_path / "cache",
+                "train.max_steps=4",
+                "train.log_every=1",
+                "train.dtype=bfloat16",
+                *changes,
+            ),
+            folder=tmp_path / name,
+        )
 
     return build
 
@@ -104,6 +119,7 @@ def fitted(trainer: Trainer) -> tuple[dict[str, torch.Tensor], float]:
 
 def seconds(with_it: float, without: float) -> Callable[..., dict[str, float]]:
     """A race with these results; its sides have still run."""
+
     def run(sides: dict, device: torch.device, rounds: int) -> dict[str, float]:
         race(sides, device, 1)
         return {"with": with_it, "without": without}
@@ -134,9 +150,7 @@ def test_what_is_faster_is_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     assert equal((weights, loss), fitted(always))
 
 
-def test_without_a_compiler(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_compiler(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def missing(device: torch.device) -> None:
         raise compiled_blocks.NotCompiled("no C++ compiler was found")
 
@@ -174,7 +188,8 @@ def test_graphs_are_measured_where_they_can_serve(monkeypatch: pytest.MonkeyPatc
         assert type(chosen) is kind
     assert said == [
         "train.cuda_graphs=auto: CUDA graphs are used, 1000 ms a step with and 2000 ms without",
-        "train.cuda_graphs=auto: CUDA graphs are not used, 2000 ms a step with and 1000 ms without"]
+        "train.cuda_graphs=auto: CUDA graphs are not used, 2000 ms a step with and 1000 ms without",
+    ]
     assert runs.count("graphed") == 2 * (3 * len(trials) + 1)
     assert equal(everything(step), before)
     # Graphs that gave up on the way ran eagerly, however the times came out.
@@ -212,7 +227,8 @@ def test_auto_on_a_gpu() -> None:
     trials = [speedups.Trial(number, *([part] for part in batch(number, cfg, "cuda"))) for number in range(4)]
     processes = speedups.Processes(torch.device("cuda"))
     chosen = speedups.SpeedUps(cfg, step, processes, said.append).choose(
-        trials, [speedups.Sizes.of(trial.masks[0]) for trial in trials], 1, False)
+        trials, [speedups.Sizes.of(trial.masks[0]) for trial in trials], 1, False
+    )
     assert [sentence.partition(":")[0] for sentence in said] == ["model.compile_model=auto", "train.cuda_graphs=auto"]
     assert all("ms a step with and" in sentence for sentence in said), said
     # With so small a model nearly all of a step is launches.
@@ -226,8 +242,16 @@ def test_auto_on_a_gpu() -> None:
 def test_a_run_with_graphs(video_csv: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     trainer = Trainer(
-        tiny_config(video_csv, tmp_path / "cache", "train.device=cuda", "train.dtype=bfloat16", "train.max_steps=20",
-                    "train.cuda_graphs=true"), folder=tmp_path / "run")
+        tiny_config(
+            video_csv,
+            tmp_path / "cache",
+            "train.device=cuda",
+            "train.dtype=bfloat16",
+            "train.max_steps=20",
+            "train.cuda_graphs=true",
+        ),
+        folder=tmp_path / "run",
+    )
     summary = trainer.fit()
     assert summary.step == 20 and 0 < summary.loss < 2
     assert isinstance(trainer._run, speedups.GraphedStep) and trainer._run.num_replayed > 0

@@ -63,8 +63,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("host", "copied", "expected"), CASES.values(), ids=CASES.keys())
-def test_gpu_waits_for_what_the_stream_waits_for(timeline: Timeline, host: float, copied: float, expected: float,
-                                                 ) -> None:
+def test_gpu_waits_for_what_the_stream_waits_for(
+    timeline: Timeline, host: float, copied: float, expected: float
+) -> None:
     timer = StepTimer(torch.device("cuda"))
     timeline.compute(50)
     timer.ask()

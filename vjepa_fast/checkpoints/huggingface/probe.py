@@ -15,10 +15,20 @@ from torch import Tensor
 from vjepa_fast.common.errors import UserError
 
 _PROBE = {"linear": "classifier", "pooler.query_tokens": "pooler.query_tokens"}
-_PROBE_BLOCK = {"norm1": "layer_norm1", "attn.proj": "self_attn.out_proj", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2"}
-_PROBE_CROSS = {"norm1": "layer_norm1", "xattn.q": "cross_attn.q_proj", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2"}
+_PROBE_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_PROBE_CROSS = {
+    "norm1": "layer_norm1",
+    "xattn.q": "cross_attn.q_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 _CROSS, _CROSS_HF = "pooler.cross_attention_block.", "pooler.cross_attention_layer."
 _SELF, _SELF_HF = "pooler.blocks.", "pooler.self_attention_layers."
 
@@ -52,8 +62,10 @@ def classifier_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block and block[2] in _PROBE_BLOCK:
             result[f"{_SELF_HF}{block[1]}.{_PROBE_BLOCK[block[2]]}.{kind}"] = value
         else:
-            raise UserError(f"parameter {key!r} of an attentive probe has no place in VJEPA2ForVideoClassification; "
-                            "expected a probe as V-JEPA 2 trains them")
+            raise UserError(
+                f"parameter {key!r} of an attentive probe has no place in VJEPA2ForVideoClassification; "
+                "expected a probe as V-JEPA 2 trains them"
+            )
     return result
 
 
@@ -92,6 +104,7 @@ def classifier_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block and block[2] in blocks:
             result[f"{_SELF}{block[1]}.{blocks[block[2]]}.{kind}"] = value
         else:
-            raise UserError(f"unexpected key {key!r} in a Hugging Face state; expected those of "
-                            "VJEPA2ForVideoClassification")
+            raise UserError(
+                f"unexpected key {key!r} in a Hugging Face state; expected those of VJEPA2ForVideoClassification"
+            )
     return result

@@ -71,8 +71,10 @@ def from_hf(hf_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     for key, value in hf_state.items():
         part, _, name = key.partition(".")
         if part not in parts:
-            raise UserError(f"unexpected key {key!r} in a Hugging Face state; expected the keys of VJEPA2Model, "
-                            "which begin with encoder. or predictor.")
+            raise UserError(
+                f"unexpected key {key!r} in a Hugging Face state; expected the keys of VJEPA2Model, "
+                "which begin with encoder. or predictor."
+            )
         parts[part][name] = value
     encoder, predictor = parts["encoder"], parts["predictor"]
     if not predictor:
@@ -103,8 +105,10 @@ def _part_to_hf(state: Mapping[str, Tensor], blocks: str, names: dict[str, str])
             target = inner and f"layer.{match[1]}.{inner}"
         # An image model's patch embedding bears the same name but is a 2-D convolution.
         if target is None or (layer == "patch_embed.proj" and value.ndim == 4):
-            raise UserError(f"parameter {key!r} of shape {list(value.shape)} has no place in VJEPA2Model; "
-                            "expected a video model with RoPE and GELU")
+            raise UserError(
+                f"parameter {key!r} of shape {list(value.shape)} has no place in VJEPA2Model; "
+                "expected a video model with RoPE and GELU"
+            )
         result[f"{target}.{kind}"] = value
     return result
 

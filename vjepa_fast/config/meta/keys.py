@@ -85,8 +85,10 @@ class KeyReader:
     def check_complete(self) -> None:
         """Raises ConfigError where a key is missing."""
         if self.missing:
-            raise ConfigError(f"{self.source}: missing {', '.join(self.missing)}; the reference has no default for "
-                              f"{'it' if len(self.missing) == 1 else 'them'}, so the file must say")
+            raise ConfigError(
+                f"{self.source}: missing {', '.join(self.missing)}; the reference has no default for "
+                f"{'it' if len(self.missing) == 1 else 'them'}, so the file must say"
+            )
 
     def check_common(self, aug: dict[str, Any], data: dict[str, Any], meta: dict[str, Any]) -> None:
         """Options that are not implemented here; they are taken out of `aug` and `data`.
@@ -97,10 +99,13 @@ class KeyReader:
         for key, what in OFF.items():
             if aug.pop(key):
                 raise ConfigError(
-                    f"{self.source}: {what} is not supported; set it to {'0' if key == 'reprob' else 'false'}")
+                    f"{self.source}: {what} is not supported; set it to {'0' if key == 'reprob' else 'false'}"
+                )
         kind = data.pop("dataset_type")
         if str(kind).lower() != "videodataset":
             raise ConfigError(f"{self.source}: data.dataset_type is {describe(kind)}; expected VideoDataset")
         if meta["skip_batches"] not in (-1, 0, None):
-            raise ConfigError(f"{self.source}: meta.skip_batches is {meta['skip_batches']}; expected -1, a resumed run "
-                              "continues with the clip after the last one by itself")
+            raise ConfigError(
+                f"{self.source}: meta.skip_batches is {meta['skip_batches']}; expected -1, a resumed run "
+                "continues with the clip after the last one by itself"
+            )

@@ -27,36 +27,75 @@ _MARKS = {
 _READ: dict[str, dict[str, Any]] = {
     "logging": {"folder": REQUIRED, "write_tag": REQUIRED},
     "meta": {
-        "load_checkpoint": None, "read_checkpoint": None, "seed": 0, "save_every_freq": -1, "skip_batches": -1,
-        "use_sdpa": False, "dtype": REQUIRED,
+        "load_checkpoint": None,
+        "read_checkpoint": None,
+        "seed": 0,
+        "save_every_freq": -1,
+        "skip_batches": -1,
+        "use_sdpa": False,
+        "dtype": REQUIRED,
     },
     "model": {
-        "model_name": REQUIRED, "pred_depth": REQUIRED, "pred_embed_dim": REQUIRED, "uniform_power": True,
-        "use_mask_tokens": True, "zero_init_mask_tokens": True,
+        "model_name": REQUIRED,
+        "pred_depth": REQUIRED,
+        "pred_embed_dim": REQUIRED,
+        "uniform_power": True,
+        "use_mask_tokens": True,
+        "zero_init_mask_tokens": True,
     },
     "data": {
-        "dataset_type": "videodataset", "mask_type": "multiblock3d", "datasets": [], "datasets_weights": None,
-        "batch_size": REQUIRED, "num_clips": REQUIRED, "num_frames": REQUIRED, "tubelet_size": REQUIRED,
-        "sampling_rate": None, "clip_duration": None, "crop_size": 224, "patch_size": REQUIRED, "pin_mem": False,
-        "num_workers": 1, "filter_short_videos": False, "decode_one_clip": True, "log_resource_utilization": False,
+        "dataset_type": "videodataset",
+        "mask_type": "multiblock3d",
+        "datasets": [],
+        "datasets_weights": None,
+        "batch_size": REQUIRED,
+        "num_clips": REQUIRED,
+        "num_frames": REQUIRED,
+        "tubelet_size": REQUIRED,
+        "sampling_rate": None,
+        "clip_duration": None,
+        "crop_size": 224,
+        "patch_size": REQUIRED,
+        "pin_mem": False,
+        "num_workers": 1,
+        "filter_short_videos": False,
+        "decode_one_clip": True,
+        "log_resource_utilization": False,
     },
     "data_aug": {
-        "random_resize_aspect_ratio": [3 / 4, 4 / 3], "random_resize_scale": [0.3, 1.0], "motion_shift": False,
-        "reprob": 0.0, "auto_augment": False,
+        "random_resize_aspect_ratio": [3 / 4, 4 / 3],
+        "random_resize_scale": [0.3, 1.0],
+        "motion_shift": False,
+        "reprob": 0.0,
+        "auto_augment": False,
     },
     "loss": {"loss_exp": REQUIRED, "reg_coeff": REQUIRED},
     "optimization": {
-        "ipe": None, "ipe_scale": 1.0, "clip_grad": None, "weight_decay": REQUIRED, "final_weight_decay": REQUIRED,
-        "epochs": REQUIRED, "warmup": REQUIRED, "start_lr": REQUIRED, "lr": REQUIRED, "final_lr": REQUIRED,
-        "ema": REQUIRED, "betas": [0.9, 0.999], "eps": 1e-8,
+        "ipe": None,
+        "ipe_scale": 1.0,
+        "clip_grad": None,
+        "weight_decay": REQUIRED,
+        "final_weight_decay": REQUIRED,
+        "epochs": REQUIRED,
+        "warmup": REQUIRED,
+        "start_lr": REQUIRED,
+        "lr": REQUIRED,
+        "final_lr": REQUIRED,
+        "ema": REQUIRED,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
     },
 }
 """Every key that the reference reads, with its default."""
 
 _MASKS: dict[str, dict[str, Any]] = {
     "multiblock3d": {
-        "spatial_scale": REQUIRED, "temporal_scale": REQUIRED, "aspect_ratio": REQUIRED, "num_blocks": REQUIRED,
-        "max_temporal_keep": 1.0, "max_keep": None,
+        "spatial_scale": REQUIRED,
+        "temporal_scale": REQUIRED,
+        "aspect_ratio": REQUIRED,
+        "num_blocks": REQUIRED,
+        "max_temporal_keep": 1.0,
+        "max_keep": None,
     },
     "random_tube": {"ratio": REQUIRED},
 }
@@ -68,8 +107,12 @@ _UNUSED = ("decode_one_clip", "log_resource_utilization")
 
 def is_v1(raw: dict[str, Any]) -> bool:
     """Whether a file of the reference's layout is one of V-JEPA 1."""
-    found = [name for section, names in _MARKS.items() for name in names
-             if isinstance(raw.get(section), dict) and name in raw[section]]
+    found = [
+        name
+        for section, names in _MARKS.items()
+        for name in names
+        if isinstance(raw.get(section), dict) and name in raw[section]
+    ]
     return "logging" in raw or len(found) > 1
 
 
@@ -84,8 +127,10 @@ def convert(raw: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]
     data = values["data"]
     mask_type = data["mask_type"]
     if mask_type not in _MASKS:
-        raise ConfigError(f"{source}: data.mask_type is {describe(mask_type)}; expected {' or '.join(_MASKS)} (the "
-                          "reference takes every other name for random_tube)")
+        raise ConfigError(
+            f"{source}: data.mask_type is {describe(mask_type)}; expected {' or '.join(_MASKS)} (the "
+            "reference takes every other name for random_tube)"
+        )
     masks = reader.masks(raw, _MASKS[mask_type])
     if data["sampling_rate"] is None and data["clip_duration"] is None:
         reader.missing.append("data.sampling_rate")
@@ -137,5 +182,7 @@ def _map(values: dict[str, dict[str, Any]], masks: list[dict[str, Any]], reader:
 def _start(meta: dict[str, Any], folder: str) -> dict[str, Any]:
     """What a run continues: the file named, relative to the folder, else what lies in the folder."""
     named = meta["read_checkpoint"] if meta["load_checkpoint"] else None
-    return {"auto_resume": bool(meta["load_checkpoint"]) and named is None,
-            "read_checkpoint": None if named is None else str(Path(folder) / str(named))}
+    return {
+        "auto_resume": bool(meta["load_checkpoint"]) and named is None,
+        "read_checkpoint": None if named is None else str(Path(folder) / str(named)),
+    }

@@ -28,41 +28,89 @@ _SERVED = ("vjepa", "vjepa_2_1")
 
 READ: dict[str, dict[str, Any]] = {
     "meta": {
-        "load_checkpoint": None, "read_checkpoint": None, "seed": 0, "save_every_freq": -1, "skip_batches": -1,
-        "use_sdpa": False, "sync_gc": False, "dtype": REQUIRED,
+        "load_checkpoint": None,
+        "read_checkpoint": None,
+        "seed": 0,
+        "save_every_freq": -1,
+        "skip_batches": -1,
+        "use_sdpa": False,
+        "sync_gc": False,
+        "dtype": REQUIRED,
     },
     "model": {
-        "compile_model": False, "use_activation_checkpointing": False, "model_name": REQUIRED,
-        "pred_depth": REQUIRED, "pred_num_heads": None, "pred_embed_dim": REQUIRED, "uniform_power": False,
-        "use_mask_tokens": False, "zero_init_mask_tokens": True, "use_rope": False, "use_silu": False,
-        "use_pred_silu": False, "wide_silu": True,
+        "compile_model": False,
+        "use_activation_checkpointing": False,
+        "model_name": REQUIRED,
+        "pred_depth": REQUIRED,
+        "pred_num_heads": None,
+        "pred_embed_dim": REQUIRED,
+        "uniform_power": False,
+        "use_mask_tokens": False,
+        "zero_init_mask_tokens": True,
+        "use_rope": False,
+        "use_silu": False,
+        "use_pred_silu": False,
+        "wide_silu": True,
     },
     "data": {
-        "dataset_type": "videodataset", "datasets": [], "datasets_weights": None, "dataset_fpcs": REQUIRED,
-        "batch_size": REQUIRED, "tubelet_size": REQUIRED, "fps": REQUIRED, "crop_size": 224,
-        "patch_size": REQUIRED, "pin_mem": False, "num_workers": 1, "persistent_workers": True,
+        "dataset_type": "videodataset",
+        "datasets": [],
+        "datasets_weights": None,
+        "dataset_fpcs": REQUIRED,
+        "batch_size": REQUIRED,
+        "tubelet_size": REQUIRED,
+        "fps": REQUIRED,
+        "crop_size": 224,
+        "patch_size": REQUIRED,
+        "pin_mem": False,
+        "num_workers": 1,
+        "persistent_workers": True,
     },
     "data_aug": {
-        "random_resize_aspect_ratio": [3 / 4, 4 / 3], "random_resize_scale": [0.3, 1.0], "motion_shift": False,
-        "reprob": 0.0, "auto_augment": False,
+        "random_resize_aspect_ratio": [3 / 4, 4 / 3],
+        "random_resize_scale": [0.3, 1.0],
+        "motion_shift": False,
+        "reprob": 0.0,
+        "auto_augment": False,
     },
     "loss": {"loss_exp": REQUIRED},
     "optimization": {
-        "is_anneal": False, "anneal_ckpt": None, "resume_anneal": False, "ipe": None, "ipe_scale": 1.0,
-        "weight_decay": REQUIRED, "final_weight_decay": REQUIRED, "epochs": REQUIRED, "warmup": REQUIRED,
-        "start_lr": REQUIRED, "lr": REQUIRED, "final_lr": REQUIRED, "ema": REQUIRED, "betas": [0.9, 0.999],
+        "is_anneal": False,
+        "anneal_ckpt": None,
+        "resume_anneal": False,
+        "ipe": None,
+        "ipe_scale": 1.0,
+        "weight_decay": REQUIRED,
+        "final_weight_decay": REQUIRED,
+        "epochs": REQUIRED,
+        "warmup": REQUIRED,
+        "start_lr": REQUIRED,
+        "lr": REQUIRED,
+        "final_lr": REQUIRED,
+        "ema": REQUIRED,
+        "betas": [0.9, 0.999],
         "eps": 1e-8,
     },
 }
 """Every key that the reference reads, with its default."""
 
 MASK_KEYS: dict[str, Any] = {
-    "spatial_scale": REQUIRED, "temporal_scale": REQUIRED, "aspect_ratio": REQUIRED, "num_blocks": REQUIRED,
-    "max_temporal_keep": 1.0, "max_keep": None, "full_complement": False, "pred_full_complement": False,
+    "spatial_scale": REQUIRED,
+    "temporal_scale": REQUIRED,
+    "aspect_ratio": REQUIRED,
+    "num_blocks": REQUIRED,
+    "max_temporal_keep": 1.0,
+    "max_keep": None,
+    "full_complement": False,
+    "pred_full_complement": False,
     "inv_block": False,
 }
 assert set(MASK_KEYS) == set(MaskSpec.model_fields) - {
-    "strategy", "ratio", "temporal_probability", "round_context_down"}
+    "strategy",
+    "ratio",
+    "temporal_probability",
+    "round_context_down",
+}
 
 
 def is_meta(raw: dict[str, Any]) -> bool:
@@ -91,8 +139,10 @@ def check_kind(raw: dict[str, Any], source: str) -> None:
     ours = sorted(_OURS & set(raw))
     if ours:
         theirs = sorted(_MARKS & set(raw))
-        raise ConfigError(f"{source} mixes the reference's layout ({', '.join(theirs)}) with ours ({', '.join(ours)}); "
-                          "keep to one of them")
+        raise ConfigError(
+            f"{source} mixes the reference's layout ({', '.join(theirs)}) with ours ({', '.join(ours)}); "
+            "keep to one of them"
+        )
     if not _EVALUATION.isdisjoint(raw):
         raise ConfigError(f"{source} is an evaluation config of the reference; `train` takes a pretraining config")
     app = raw.get("app", "vjepa")
@@ -108,7 +158,8 @@ def map_values(
     """Our dict for what was read of a file."""
     source = reader.source
     meta, model, data, aug, optimization = (
-        dict(values[name]) for name in ("meta", "model", "data", "data_aug", "optimization"))
+        dict(values[name]) for name in ("meta", "model", "data", "data_aug", "optimization")
+    )
     reader.check_common(aug, data, meta)
     if not model["use_mask_tokens"]:
         raise ConfigError(f"{source}: model.use_mask_tokens is false (the reference's default); expected true")
@@ -118,8 +169,10 @@ def map_values(
     resume_anneal = bool(optimization.pop("resume_anneal"))
     load = bool(meta["load_checkpoint"])
     if anneal and optimization["anneal_ckpt"] is None:
-        raise ConfigError(f"{source}: optimization.is_anneal is true but optimization.anneal_ckpt is not set; set it "
-                          "to the checkpoint of the pretraining run")
+        raise ConfigError(
+            f"{source}: optimization.is_anneal is true but optimization.anneal_ckpt is not set; set it "
+            "to the checkpoint of the pretraining run"
+        )
     # The reference loads one of three: its own latest.pt, read_checkpoint, or anneal_ckpt; see "log/checkpointing
     # paths" in its main().
     if not (anneal and load):

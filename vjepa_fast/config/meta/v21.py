@@ -16,19 +16,25 @@ from vjepa_fast.config.yaml_io import describe
 
 APP = "vjepa_2_1"
 
-_LOSS: dict[str, Any] = {
-    "lambda_value_img": 0.0, "lambda_value_vid": 0.0, "lambda_progressive": True,
-}
+_LOSS: dict[str, Any] = {"lambda_value_img": 0.0, "lambda_value_vid": 0.0, "lambda_progressive": True}
 """Keys of `model` that are about the loss, and lie there in our layout."""
 
 _NETWORKS: dict[str, Any] = {
-    "init_type": "default", "img_temporal_dim_size": None, "interpolate_rope": False, "modality_embedding": False,
+    "init_type": "default",
+    "img_temporal_dim_size": None,
+    "interpolate_rope": False,
+    "modality_embedding": False,
 }
 
 _OFF: dict[str, dict[str, Any]] = {
     "model": {
-        "is_causal": False, "pred_is_causal": False, "n_registers": 0, "n_registers_predictor": 0,
-        "has_cls_first": False, "normalize_predictor": False, "levels_predictor": 4,
+        "is_causal": False,
+        "pred_is_causal": False,
+        "n_registers": 0,
+        "n_registers_predictor": 0,
+        "has_cls_first": False,
+        "normalize_predictor": False,
+        "levels_predictor": 4,
     },
     "loss": {"shift_by_n": None},
     "optimization": {"use_radamw": False},
@@ -40,19 +46,31 @@ READ: dict[str, dict[str, Any]] = {
     **v2.READ,
     "model": {**v2.READ["model"], **_LOSS, **_NETWORKS, **_OFF["model"]},
     "loss": {
-        "loss_exp": REQUIRED, "predict_all": True, "weight_distance_loss": False, "offset_context_loss": False,
+        "loss_exp": REQUIRED,
+        "predict_all": True,
+        "weight_distance_loss": False,
+        "offset_context_loss": False,
         **_OFF["loss"],
     },
     "optimization": {
-        **v2.READ["optimization"], "loss_reg_std_mult": None, "loss_reg_num_tracking_steps": 300,
-        "loss_reg_min_epoch": 50, **_OFF["optimization"],
+        **v2.READ["optimization"],
+        "loss_reg_std_mult": None,
+        "loss_reg_num_tracking_steps": 300,
+        "loss_reg_min_epoch": 50,
+        **_OFF["optimization"],
     },
 }
 """Every key that the reference reads, with its default."""
 
 _IMAGES: dict[str, Any] = {
-    "dataset_type": "imagenet", "datasets": [], "datasets_weights": [], "dataset_fpcs": REQUIRED,
-    "batch_size": REQUIRED, "rank_ratio": 0.25, "num_workers": None, "crop_size": 512,
+    "dataset_type": "imagenet",
+    "datasets": [],
+    "datasets_weights": [],
+    "dataset_fpcs": REQUIRED,
+    "batch_size": REQUIRED,
+    "rank_ratio": 0.25,
+    "num_workers": None,
+    "crop_size": 512,
 }
 
 
@@ -74,9 +92,11 @@ def convert(raw: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]
     if raw.get("img_mask") is not None:
         if not isinstance(raw["img_mask"], list):
             raise ConfigError(
-                f"{source}: img_mask is {describe(raw['img_mask'])}; expected a list with one entry a mask")
+                f"{source}: img_mask is {describe(raw['img_mask'])}; expected a list with one entry a mask"
+            )
         image_masks = [
-            reader.read(mask, f"img_mask.{index}", v2.MASK_KEYS) for index, mask in enumerate(raw["img_mask"])]
+            reader.read(mask, f"img_mask.{index}", v2.MASK_KEYS) for index, mask in enumerate(raw["img_mask"])
+        ]
     reader.top_level(raw, {*READ, "app", "folder", "mask", "img_data", "img_mask"})
     reader.check_complete()
     _check_off(values, source)
@@ -102,20 +122,25 @@ def _check_off(values: dict[str, dict[str, Any]], source: str) -> None:
         for name, served in keys.items():
             given = values[section].pop(name)
             if given != served and bool(given or served):
-                raise ConfigError(f"{source}: {section}.{name} is {describe(given)}, which is not supported; expected "
-                                  f"{describe(served)}")
+                raise ConfigError(
+                    f"{source}: {section}.{name} is {describe(given)}, which is not supported; expected "
+                    f"{describe(served)}"
+                )
 
 
 def _images(images: dict[str, Any], data: dict[str, Any], source: str) -> dict[str, Any]:
     kind = images.pop("dataset_type")
     if str(kind).lower() != "videodataset":
-        raise ConfigError(f"{source}: img_data.dataset_type is {describe(kind)}; expected VideoDataset, with a CSV of "
-                          "paths of images")
+        raise ConfigError(
+            f"{source}: img_data.dataset_type is {describe(kind)}; expected VideoDataset, with a CSV of paths of images"
+        )
     fpcs = images.pop("dataset_fpcs")
     if fpcs != [1] * len(fpcs):
         raise ConfigError(f"{source}: img_data.dataset_fpcs is {describe(fpcs)}; expected 1 for every dataset")
     crop_size = images.pop("crop_size")
     if crop_size != data["crop_size"]:
-        raise ConfigError(f"{source}: img_data.crop_size is {describe(crop_size)} but data.crop_size is "
-                          f"{describe(data['crop_size'])}; expected the same, as images and videos share a step")
+        raise ConfigError(
+            f"{source}: img_data.crop_size is {describe(crop_size)} but data.crop_size is "
+            f"{describe(data['crop_size'])}; expected the same, as images and videos share a step"
+        )
     return {**images, "datasets_weights": images["datasets_weights"] or None}

@@ -88,26 +88,32 @@ class DataConfig(Section):
         if not given:
             self.fps = 4
         if self.batch_size is not None and self.global_batch_size is not None:
-            raise ValueError("batch_size (per process) and global_batch_size (all processes) are both set; "
-                             "keep one and set the other to null")
+            raise ValueError(
+                "batch_size (per process) and global_batch_size (all processes) are both set; "
+                "keep one and set the other to null"
+            )
         if self.batch_size is None and self.global_batch_size is None:
             self.batch_size = 24
         name = "global_batch_size" if self.batch_size is None else "batch_size"
         if getattr(self, name) % self.clips_per_video:
-            raise ValueError(f"clips_per_video {self.clips_per_video} does not divide {name} {getattr(self, name)}; "
-                             "set it to a divisor, so that the clips of a video are in one step")
+            raise ValueError(
+                f"clips_per_video {self.clips_per_video} does not divide {name} {getattr(self, name)}; "
+                "set it to a divisor, so that the clips of a video are in one step"
+            )
         count = len(self.datasets)
         if count and len(self.dataset_fpcs) not in (1, count):
             raise ValueError(
                 f"dataset_fpcs has {len(self.dataset_fpcs)} entries for {count} datasets; expected one for "
-                "all or one a dataset")
+                "all or one a dataset"
+            )
         if count and len(self.dataset_fpcs) == 1:
             self.dataset_fpcs = self.dataset_fpcs * count
         if self.datasets_weights is not None:
             if len(self.datasets_weights) != count:
                 raise ValueError(
                     f"datasets_weights has {len(self.datasets_weights)} entries for {count} datasets; expected one a "
-                    "dataset, or null")
+                    "dataset, or null"
+                )
             if min(self.datasets_weights) < 0 or sum(self.datasets_weights) <= 0:
                 raise ValueError(f"datasets_weights is {self.datasets_weights}; expected weights >= 0 with a sum > 0")
         for fpc in self.dataset_fpcs:
@@ -125,7 +131,8 @@ class DataConfig(Section):
         assert self.global_batch_size is not None
         if self.global_batch_size % world_size:
             raise ValueError(
-                f"data.global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
+                f"data.global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes"
+            )
         return self.global_batch_size // world_size
 
 

@@ -57,11 +57,16 @@ class MaskSpec(Section):
             unused |= {"temporal_probability"} if self.strategy != "mixture" else set()
             unused |= {"round_context_down"} if self.strategy != "tube" else set()
         # A written config names every key, so only a value that would have changed something counts.
-        changed = [name for name in type(self).model_fields
-                   if name in unused and getattr(self, name) != type(self).model_fields[name].default]
+        changed = [
+            name
+            for name in type(self).model_fields
+            if name in unused and getattr(self, name) != type(self).model_fields[name].default
+        ]
         if changed:
-            raise ValueError(f"strategy {self.strategy} does not use {' and '.join(changed)}; remove "
-                             f"{'it' if len(changed) == 1 else 'them'} or choose another strategy")
+            raise ValueError(
+                f"strategy {self.strategy} does not use {' and '.join(changed)}; remove "
+                f"{'it' if len(changed) == 1 else 'them'} or choose another strategy"
+            )
         return self
 
 
@@ -90,7 +95,9 @@ class MaskConfig(Section):
     def _check(self) -> MaskConfig:
         others = sorted({spec.strategy for spec in self.masks} - {"multiblock"})
         if self.source == "reference" and others:
-            raise ValueError(f"source reference draws multiblock masks only, but a mask has strategy {others[0]} (the "
-                             "reference's tubes come from a stream that its loading processes share with cropping); "
-                             "set source to counter")
+            raise ValueError(
+                f"source reference draws multiblock masks only, but a mask has strategy {others[0]} (the "
+                "reference's tubes come from a stream that its loading processes share with cropping); "
+                "set source to counter"
+            )
         return self

@@ -10,7 +10,14 @@ from pydantic import Field, model_validator
 from vjepa_fast.config.sections.base import Checkpointing, Dtype, NonNegative, PositiveInt, Section, Size, Switch
 
 MODEL_NAMES = (
-    "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_giant_xformers", "vit_gigantic",
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "vit_giant",
+    "vit_giant_xformers",
+    "vit_gigantic",
     "vit_gigantic_xformers",
 )
 """Each may end in `_rope`."""
@@ -105,27 +112,36 @@ class ModelConfig(Section):
         known = [*MODEL_NAMES, *(f"{name}_rope" for name in MODEL_NAMES)]
         if self.model_name not in known:
             nearest = get_close_matches(self.model_name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"model_name is {self.model_name!r}; did you mean {nearest}? "
-                             f"Known: {', '.join(MODEL_NAMES)}, each also with _rope at the end")
+            raise ValueError(
+                f"model_name is {self.model_name!r}; did you mean {nearest}? "
+                f"Known: {', '.join(MODEL_NAMES)}, each also with _rope at the end"
+            )
         if self.positions == "learned" and (self.use_rope or self.model_name.endswith("_rope")):
             raise ValueError("positions is learned, but RoPE is on, which takes their place; set use_rope to false")
         if self.modality_embedding and self.img_temporal_dim_size is None:
-            raise ValueError("modality_embedding tells videos from images, of which there are none; set "
-                             "img_temporal_dim_size to 1")
+            raise ValueError(
+                "modality_embedding tells videos from images, of which there are none; set img_temporal_dim_size to 1"
+            )
         if self.return_all_tokens and self.n_output_distillation is None:
-            raise ValueError("return_all_tokens (from loss.predict_all) is of V-JEPA 2.1; set n_output_distillation to "
-                             "4 as well")
+            raise ValueError(
+                "return_all_tokens (from loss.predict_all) is of V-JEPA 2.1; set n_output_distillation to 4 as well"
+            )
         if self.n_output_distillation is not None and not (self.use_rope or self.model_name.endswith("_rope")):
-            raise ValueError("n_output_distillation is of V-JEPA 2.1, which has rotary positions only; set use_rope to "
-                             "true")
+            raise ValueError(
+                "n_output_distillation is of V-JEPA 2.1, which has rotary positions only; set use_rope to true"
+            )
         if self.n_output_distillation is not None and not self.use_mask_tokens:
-            raise ValueError("n_output_distillation is of V-JEPA 2.1, whose predictor starts from mask tokens; set "
-                             "use_mask_tokens to true")
+            raise ValueError(
+                "n_output_distillation is of V-JEPA 2.1, whose predictor starts from mask tokens; set "
+                "use_mask_tokens to true"
+            )
         if self.objective == "pixels" and (
-                self.n_output_distillation is not None or not self.use_mask_tokens
-                or self.img_temporal_dim_size is not None):
-            raise ValueError("objective is pixels, a baseline for videos with mask tokens; set n_output_distillation "
-                             "and img_temporal_dim_size to null and use_mask_tokens to true, or objective to latent")
+            self.n_output_distillation is not None or not self.use_mask_tokens or self.img_temporal_dim_size is not None
+        ):
+            raise ValueError(
+                "objective is pixels, a baseline for videos with mask tokens; set n_output_distillation "
+                "and img_temporal_dim_size to null and use_mask_tokens to true, or objective to latent"
+            )
         if self.teacher_embed_dim is not None and self.n_output_distillation is None:
             raise ValueError("teacher_embed_dim is of V-JEPA 2.1; set n_output_distillation as well")
         return self
@@ -156,20 +172,27 @@ class LossConfig(Section):
     def model_options(self) -> dict[str, Any]:
         """What vjepa_fast.VJEPA takes of it: `vf.VJEPA(cfg.model, **cfg.loss.model_options())`."""
         return {
-            "loss_exp": self.loss_exp, "reg_coeff": self.reg_coeff, "prediction_l2": self.prediction_l2,
-            "weight_distance_loss": self.weight_distance_loss, "offset_context_loss": self.offset_context_loss,
+            "loss_exp": self.loss_exp,
+            "reg_coeff": self.reg_coeff,
+            "prediction_l2": self.prediction_l2,
+            "weight_distance_loss": self.weight_distance_loss,
+            "offset_context_loss": self.offset_context_loss,
             "context_scale": (self.lambda_value_vid, self.lambda_value_img),
         }
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         if self.lambda_warmup[0] >= self.lambda_warmup[1]:
-            raise ValueError(f"lambda_warmup is {list(self.lambda_warmup)}; expected two steps, the first below the "
-                             "second")
+            raise ValueError(
+                f"lambda_warmup is {list(self.lambda_warmup)}; expected two steps, the first below the second"
+            )
         if not self.predict_all and (self.weight_distance_loss or self.offset_context_loss):
-            raise ValueError("weight_distance_loss and offset_context_loss weigh the loss of context tokens, which "
-                             "predict_all=true adds")
+            raise ValueError(
+                "weight_distance_loss and offset_context_loss weigh the loss of context tokens, which "
+                "predict_all=true adds"
+            )
         if self.offset_context_loss and not self.weight_distance_loss:
-            raise ValueError("offset_context_loss is about distances, which weight_distance_loss=true takes into "
-                             "account")
+            raise ValueError(
+                "offset_context_loss is about distances, which weight_distance_loss=true takes into account"
+            )
         return self

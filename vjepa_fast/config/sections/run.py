@@ -7,15 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vjepa_fast.config.sections.base import (
-    Dtype,
-    NonNegative,
-    PositiveFloat,
-    PositiveInt,
-    Range,
-    Section,
-    Switch,
-)
+from vjepa_fast.config.sections.base import Dtype, NonNegative, PositiveFloat, PositiveInt, Range, Section, Switch
 
 
 class OptimizationConfig(Section):
@@ -63,8 +55,10 @@ class OptimizationConfig(Section):
             if not 0 <= value < 1:
                 raise ValueError(f"betas is {list(self.betas)}; expected two numbers in [0, 1)")
         if self.schedule == "wsd" and self.warmup + self.anneal > self.ipe_scale * self.epochs:
-            raise ValueError(f"warmup {self.warmup:g} + anneal {self.anneal:g} epochs do not fit the "
-                             f"{self.ipe_scale * self.epochs:g} epochs (ipe_scale * epochs) of the wsd schedule")
+            raise ValueError(
+                f"warmup {self.warmup:g} + anneal {self.anneal:g} epochs do not fit the "
+                f"{self.ipe_scale * self.epochs:g} epochs (ipe_scale * epochs) of the wsd schedule"
+            )
         return self
 
     @property

@@ -47,5 +47,4 @@ def make_backend(cfg: DataConfig, device: torch.device, batch_size: int) -> tupl
     num_ahead = cfg.device_prefetch or (4 if on_gpu else 2)
     share = max(1, available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     num_threads = cfg.dali_threads or (8 if on_gpu else share)
-    return DaliPreparer(on_gpu), DaliFinisher(
-        device, cfg.crop_size, batch_size, num_ahead, num_threads, cfg.pin_mem)
+    return DaliPreparer(on_gpu), DaliFinisher(device, cfg.crop_size, batch_size, num_ahead, num_threads, cfg.pin_mem)

@@ -62,7 +62,7 @@ class ToRgb:
         top, left, height, width = self._box
         # A stream may change its size on the way; every frame takes the size of the index.
         rgb = self._reformatter.reformat(frame, *self._size, format="rgb24", threads=1).to_ndarray()
-        return rgb[top:top + height, left:left + width]
+        return rgb[top : top + height, left : left + width]
 
 
 class ToPixels:
@@ -87,26 +87,48 @@ class ToPixels:
         layout, matrix = _layout(frame.format.name), _MATRICES.get(int(frame.colorspace))
         same_size = (frame.width, frame.height) == (self._index.width, self._index.height)
         is_large = max(frame.width, frame.height) > MAX_SIDE
-        if (layout is None or matrix is None or not same_size or is_large
-                or any(plane.line_size <= 0 for plane in planes)):
+        if (
+            layout is None
+            or matrix is None
+            or not same_size
+            or is_large
+            or any(plane.line_size <= 0 for plane in planes)
+        ):
             return rgb_pixels(self._to_rgb(frame), self._box, self._size, self._flip)
         tag = int(frame.color_range)
         is_full_range = tag == _FULL or (layout.is_full_range and tag != _LIMITED)
         y, *rest = (_samples(plane, layout.depth > 8) for plane in planes)
-        y = y[:, :, :frame.width]
+        y = y[:, :, : frame.width]
         if layout.steps is None:
-            return clip_pixels(y, y, y, self._box, self._size, flip=self._flip, depth=layout.depth, chroma=CHROMA_444,
-                               colour=colour_ints("gray", is_full_range, layout.depth))
+            return clip_pixels(
+                y,
+                y,
+                y,
+                self._box,
+                self._size,
+                flip=self._flip,
+                depth=layout.depth,
+                chroma=CHROMA_444,
+                colour=colour_ints("gray", is_full_range, layout.depth),
+            )
         width = -(-frame.width // layout.steps[1])
         if layout.num_planes == 2:
-            u, v = rest[0][:, :, :2 * width:2], rest[0][:, :, 1:2 * width:2]
+            u, v = rest[0][:, :, : 2 * width : 2], rest[0][:, :, 1 : 2 * width : 2]
         else:
             u, v = (plane[:, :, :width] for plane in rest)
         down, across = layout.steps
         site = across - 1 if self._index.codec in _CENTRED_CODECS else 0
-        return clip_pixels(y, u, v, self._box, self._size, flip=self._flip, depth=layout.depth,
-                           chroma=Chroma(down, across, down - 1, site),
-                           colour=colour_ints(matrix, is_full_range, layout.depth))
+        return clip_pixels(
+            y,
+            u,
+            v,
+            self._box,
+            self._size,
+            flip=self._flip,
+            depth=layout.depth,
+            chroma=Chroma(down, across, down - 1, site),
+            colour=colour_ints(matrix, is_full_range, layout.depth),
+        )
 
 
 def rgb_pixels(rgb: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
@@ -119,9 +141,10 @@ def rgb_pixels(rgb: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> 
     if max(height, width) > MAX_SIDE:
         raise DecodeError(f"a crop of {width} x {height} pixels is too large; {MAX_SIDE} a side are the most")
     # Cut out here, so that the whole picture may be larger than that.
-    red, green, blue = torch.from_numpy(rgb[top:top + height, left:left + width])[None].unbind(-1)
-    return clip_pixels(red, green, blue, (0, 0, height, width), size, flip=flip, chroma=CHROMA_444,
-                       colour=colour_ints("rgb"))
+    red, green, blue = torch.from_numpy(rgb[top : top + height, left : left + width])[None].unbind(-1)
+    return clip_pixels(
+        red, green, blue, (0, 0, height, width), size, flip=flip, chroma=CHROMA_444, colour=colour_ints("rgb")
+    )
 
 
 def _samples(plane: Any, is_wide: bool) -> Tensor:

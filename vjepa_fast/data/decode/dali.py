@@ -49,8 +49,10 @@ def missing(device: torch.device) -> str | None:
         try:
             ctypes.CDLL("libnvcuvid.so.1")
         except OSError:
-            return ("the driver's video library libnvcuvid.so.1 is not there; in a container start it with "
-                    "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video")
+            return (
+                "the driver's video library libnvcuvid.so.1 is not there; in a container start it with "
+                "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+            )
     return None
 
 

@@ -30,9 +30,22 @@ from vjepa_fast.data.decode.dali import DaliBatch, EncodedClip
 from vjepa_fast.data.decode.pyav import resize_clip
 
 _DEVICE_TROUBLE = (
-    "out of memory", "cuda allocation failed", "can't allocate", "could not allocate physical", "bad_alloc", "nvml",
-    "nvcuvid", "libcuda", "cuinit", "no cuda-capable device", "initialization error", "failed to load cuda driver",
-    "failed to initialize driver", "driver is not installed", "driver version is insufficient")
+    "out of memory",
+    "cuda allocation failed",
+    "can't allocate",
+    "could not allocate physical",
+    "bad_alloc",
+    "nvml",
+    "nvcuvid",
+    "libcuda",
+    "cuinit",
+    "no cuda-capable device",
+    "initialization error",
+    "failed to load cuda driver",
+    "failed to initialize driver",
+    "driver is not installed",
+    "driver version is insufficient",
+)
 """Parts of messages that are no file's fault. The names of CUDA and NVDEC functions are not among them: damaged streams
 fail in these too, as "CUDA driver API error CUDA_ERROR_INVALID_VALUE (1): invalid argument"."""
 _LAST_LINE = "Current pipeline object is no longer valid."
@@ -75,8 +88,9 @@ class DaliFinisher:
         pin: pin what PyAV has decoded before it is copied.
     """
 
-    def __init__(self, device: torch.device, size: tuple[int, int], batch_size: int, num_ahead: int, num_threads: int,
-                 pin: bool) -> None:
+    def __init__(
+        self, device: torch.device, size: tuple[int, int], batch_size: int, num_ahead: int, num_threads: int, pin: bool
+    ) -> None:
         self.num_ahead = num_ahead
         self._device = device
         self._size = size
@@ -93,19 +107,23 @@ class DaliFinisher:
             if what not in self._warned:
                 self._warned.add(what)
                 where = "with this GPU" if self._device.type == "cuda" else "on the CPU"
-                warnings.warn(f"DALI does not decode {what} {where}: PyAV decodes such clips in the decoding processes",
-                              RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"DALI does not decode {what} {where}: PyAV decodes such clips in the decoding processes",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         samples: dict[str, list[_Sample]] = {}
         blob, at = collated.blob.numpy(), 0
         for position, clip, sizes in collated.encoded:
             ends = at + np.cumsum(sizes)
-            files = [blob[end - size:end] for end, size in zip(ends.tolist(), sizes, strict=True)]
+            files = [blob[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
             at = int(ends[-1])
             samples.setdefault("jpeg" if clip.frames is None else "video", []).append(_Sample(position, clip, files))
         runs = [self._launch((kind, collated.num_frames), clips) for kind, clips in samples.items()]
         copied = None if collated.pixels is None else self._host.start(collated.pixels)
         return _Started(
-            len(collated.encoded) + len(collated.decoded), collated.num_frames, runs, collated.decoded, copied)
+            len(collated.encoded) + len(collated.decoded), collated.num_frames, runs, collated.decoded, copied
+        )
 
     def wait(self, started: _Started) -> Finished:
         shape = started.size, started.num_frames, *self._size, 3
@@ -169,16 +187,20 @@ class DaliFinisher:
                 self._raise_if_device(error)
                 failed.append((sample.position, f"DALI cannot decode it: {_reason(error)}"))
         if not outputs and len(run.samples) > 1:
-            raise UserError(f"DALI decodes none of the {len(run.samples)} clips of a batch ({_reason(first)}); set "
-                            "data.backend=pyav") from first
+            raise UserError(
+                f"DALI decodes none of the {len(run.samples)} clips of a batch ({_reason(first)}); set "
+                "data.backend=pyav"
+            ) from first
         return outputs
 
     def _raise_if_device(self, error: RuntimeError) -> None:
         reason = _reason(error)
         if any(part in reason.lower() for part in _DEVICE_TROUBLE):
             where = "GPU" if self._device.type == "cuda" else "CPU"
-            raise UserError(f"DALI cannot work on the {where} ({reason}); if memory is full lower data.device_prefetch "
-                            "or the batch size, otherwise set data.backend=pyav") from error
+            raise UserError(
+                f"DALI cannot work on the {where} ({reason}); if memory is full lower data.device_prefetch "
+                "or the batch size, otherwise set data.backend=pyav"
+            ) from error
 
     def _output(self, run: _Run) -> Any:
         # On a GPU this does not wait for the decoder: the stream does.
@@ -201,9 +223,14 @@ class DaliFinisher:
             flat = torch.from_dlpack(output.as_tensor())
             return list(flat.split([len(sample.files) for sample in samples]))
         numbers = iter(range(len(output)))
-        return [resize_clip(
-            torch.stack([torch.from_dlpack(output[next(numbers)]) for _ in sample.files]).numpy(), self._size,
-            sample.clip.flip) for sample in samples]
+        return [
+            resize_clip(
+                torch.stack([torch.from_dlpack(output[next(numbers)]) for _ in sample.files]).numpy(),
+                self._size,
+                sample.clip.flip,
+            )
+            for sample in samples
+        ]
 
     def _build(self, key: tuple[str, int]) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -212,8 +239,12 @@ class DaliFinisher:
         on_gpu = self._device.type == "cuda"
         batch_size = self._batch_size * (num_frames if kind == "jpeg" else 1)
         out_bytes = self._size[0] * self._size[1] * 3 * (num_frames if kind == "video" else 1)
-        pipeline = Pipeline(batch_size=batch_size, num_threads=self._num_threads,
-                            device_id=self._device.index if on_gpu else None, prefetch_queue_depth=1)
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=self._num_threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
         with pipeline:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
             corner, shape = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("corner", "shape"))
@@ -234,9 +265,17 @@ class DaliFinisher:
             frames = fn.slice(frames, corner, shape, **cut)
             start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end"))
             # The hint lets the output be allocated once: DALI's memory is not torch's, and grows by doubling.
-            pipeline.set_outputs(fn.resize(
-                frames, size=list(self._size), roi_start=start, roi_end=end, antialias=False,
-                interp_type=types.INTERP_LINEAR, bytes_per_sample_hint=out_bytes))
+            pipeline.set_outputs(
+                fn.resize(
+                    frames,
+                    size=list(self._size),
+                    roi_start=start,
+                    roi_end=end,
+                    antialias=False,
+                    interp_type=types.INTERP_LINEAR,
+                    bytes_per_sample_hint=out_bytes,
+                )
+            )
         pipeline.build()
         return pipeline
 
@@ -254,7 +293,7 @@ def _reason(error: RuntimeError) -> str:
     """What DALI's message says happened, as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() not in ("", _LAST_LINE)]
     starts = [number for number, before in enumerate(lines[:-1], 1) if before == "encountered:"]
-    rest = iter(lines[starts[0] if starts else 0:])
+    rest = iter(lines[starts[0] if starts else 0 :])
     reason = next(rest, "no reason given")
     while reason.endswith(":") and (more := next(rest, None)) is not None:
         reason = f"{reason} {more}"

@@ -46,7 +46,7 @@ class DisposableFinder:
         """bool, one per packet."""
         layers = np.array(self._layers, dtype=np.int64)
         if self._codec == "vp9":
-            return (layers >= 0) & np.array([*self._resets[1:], True])[:len(layers)]
+            return (layers >= 0) & np.array([*self._resets[1:], True])[: len(layers)]
         return (layers >= 0) & (layers == self._highest)
 
     def _layer_of_slices(self, data: bytes) -> int:

@@ -161,8 +161,17 @@ def build_index(path: str) -> VideoIndex:
         exact = (numbers < len(pts)) & (pts[np.minimum(numbers, len(pts) - 1)] == key_pts)
         keyframe_dts = np.array([k[1] for k in keys], dtype=np.int64)
         not_needed = [p[0] for p, found in zip(packets, finder.found(), strict=True) if found and not p[3]]
-        return VideoIndex(len(pts), float(rate or 0), width, height, pts, numbers[exact], keyframe_dts[exact],
-                          np.isin(pts, not_needed), codec_name)
+        return VideoIndex(
+            len(pts),
+            float(rate or 0),
+            width,
+            height,
+            pts,
+            numbers[exact],
+            keyframe_dts[exact],
+            np.isin(pts, not_needed),
+            codec_name,
+        )
 
 
 def _check_leading(path: str) -> None:
@@ -234,10 +243,14 @@ def load_index(path: str, cache_dir: Path | None = None) -> VideoIndex:
 def _write(file: Path, index: VideoIndex) -> None:
     arrays = [index.pts, index.keyframes, index.keyframe_dts, np.flatnonzero(index.disposable)]
     body = b"".join(array.astype("<i8").tobytes() for array in arrays)
-    header = json.dumps({
-        "version": _VERSION, "crc": zlib.crc32(body), "lengths": [len(array) for array in arrays],
-        "frame": [index.num_frames, index.avg_fps, index.width, index.height, index.codec],
-    }).encode()
+    header = json.dumps(
+        {
+            "version": _VERSION,
+            "crc": zlib.crc32(body),
+            "lengths": [len(array) for array in arrays],
+            "frame": [index.num_frames, index.avg_fps, index.width, index.height, index.codec],
+        }
+    ).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent)
     try:

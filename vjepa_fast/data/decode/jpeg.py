@@ -44,7 +44,8 @@ def decode_jpeg_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
         files = source.read_jpegs(wanted)
         images[id(source)] = {
             number: _decode(file, Image.new("RGB", (source.width, source.height), None))
-            for number, file in zip(wanted.tolist(), files, strict=True)}
+            for number, file in zip(wanted.tolist(), files, strict=True)
+        }
     clips = []
     for request in requests:
         wanted, places = np.unique(request.frame_numbers, return_inverse=True)

@@ -82,7 +82,7 @@ def units(data: bytes, size: int) -> Iterator[int]:
         start = size
         while start < end:
             yield start
-            start += int.from_bytes(data[start - size:start], "big") + size
+            start += int.from_bytes(data[start - size : start], "big") + size
         return
     start = data.find(b"\0\0\1") + 3
     while 3 <= start < end:
@@ -101,9 +101,9 @@ def vp9_frames(data: bytes) -> Iterator[bytes]:
     start = 0
     for i in range(count):
         place = index + 1 + i * size_bytes
-        size = int.from_bytes(data[place:place + size_bytes], "little")
+        size = int.from_bytes(data[place : place + size_bytes], "little")
         if size:
-            yield data[start:start + min(size, 8)]
+            yield data[start : start + min(size, 8)]
         start += size
 
 

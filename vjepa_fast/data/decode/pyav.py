@@ -53,8 +53,10 @@ def decode_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
     assert all(request.source is source for request in requests)
     if isinstance(source, ImageSource):
         rgb = decode_image(source.path)
-        return [rgb_pixels(rgb, request.box, request.size, request.flip).repeat(len(request.frame_numbers), 1, 1, 1)
-                for request in requests]
+        return [
+            rgb_pixels(rgb, request.box, request.size, request.flip).repeat(len(request.frame_numbers), 1, 1, 1)
+            for request in requests
+        ]
     assert isinstance(source, VideoSource)
     converters = [ToPixels(source.index, one.box, one.size, one.flip) for one in requests]
     wanted = [set(one.frame_numbers.tolist()) for one in requests]
@@ -63,8 +65,9 @@ def decode_clips(requests: Sequence[ClipRequest]) -> list[Tensor]:
         return {clip: converters[clip](frame) for clip, own in enumerate(wanted) if number in own}
 
     found = _decode(source.path, source.index, np.concatenate([one.frame_numbers for one in requests]), convert)
-    return [torch.cat([found[number][clip] for number in one.frame_numbers.tolist()])
-            for clip, one in enumerate(requests)]
+    return [
+        torch.cat([found[number][clip] for number in one.frame_numbers.tolist()]) for clip, one in enumerate(requests)
+    ]
 
 
 def decode_frames(path: str, index: VideoIndex, frame_numbers: np.ndarray, box: Box | None = None) -> np.ndarray:
@@ -108,8 +111,9 @@ def _decode(path: str, index: VideoIndex, frame_numbers: np.ndarray, convert: Ca
     return found
 
 
-def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T],
-                   ) -> Iterator[tuple[int, T]]:
+def _decode_by_pts(
+    path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T]
+) -> Iterator[tuple[int, T]]:
     number_of = {int(index.pts[number]): int(number) for number in wanted}
     not_needed = set(index.pts[index.disposable].tolist())
     gops = np.searchsorted(index.keyframes, wanted, side="right") - 1
@@ -141,8 +145,9 @@ def _decode_by_pts(path: str, index: VideoIndex, wanted: np.ndarray, convert: Ca
             codec.flush_buffers()
 
 
-def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], passed: set[int],
-                not_needed: set[int]) -> Iterator[Any]:
+def _decode_gop(
+    codec: Any, packets: Iterator[Any], start_pts: int, due: set[int], passed: set[int], not_needed: set[int]
+) -> Iterator[Any]:
     started = False
     for packet in packets:
         if packet.is_keyframe:
@@ -160,8 +165,9 @@ def _decode_gop(codec: Any, packets: Iterator[Any], start_pts: int, due: set[int
     yield from codec.decode(None)
 
 
-def _decode_all(path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T],
-                ) -> Iterator[tuple[int, T]]:
+def _decode_all(
+    path: str, index: VideoIndex, wanted: np.ndarray, convert: Callable[[int, Any], T]
+) -> Iterator[tuple[int, T]]:
     numbers = set(wanted.tolist())
     last = int(wanted[-1])
     number_of = {int(pts): number for number, pts in enumerate(index.pts)} if index.seekable else None

@@ -35,8 +35,12 @@ from vjepa_fast.data.generated.physics_world import World
 from vjepa_fast.data.generated.synthetic import Uniforms, background, encode, write_text
 
 KINDS = ("bounce", "collision", "occlusion", "gravity")
-VIOLATIONS = {"bounce": ("through", "vanish", "jump"), "collision": ("vanish", "jump"),
-              "occlusion": ("vanish", "jump"), "gravity": ("vanish", "jump")}
+VIOLATIONS = {
+    "bounce": ("through", "vanish", "jump"),
+    "collision": ("vanish", "jump"),
+    "occlusion": ("vanish", "jump"),
+    "gravity": ("vanish", "jump"),
+}
 """What can go wrong in a scene."""
 
 HORIZON = 10.0
@@ -95,8 +99,13 @@ def simulate(seed: int, split: int, video: int, num_frames: int, fps: int, impos
     kind = KINDS[video % len(KINDS)]
     radius = np.array([draw.between(*bounds) for bounds in _RADIUS])
     gravity = draw.between(*_GRAVITY)
-    world = World(radius, np.zeros((2, 2)), np.zeros((2, 2)), gravity if kind == "gravity" else 0.0,
-                  solid=kind in ("collision", "gravity"))
+    world = World(
+        radius,
+        np.zeros((2, 2)),
+        np.zeros((2, 2)),
+        gravity if kind == "gravity" else 0.0,
+        solid=kind in ("collision", "gravity"),
+    )
     boxes: dict[str, tuple[float, float, float, float]] = {}
     middle, half = draw.between(0.44, 0.56), draw.between(0.14, 0.18)
     free = [(r, 1 - r) for r in radius]
@@ -151,7 +160,8 @@ def _move(scene: Scene, world: World, num_frames: int, fps: int, jump: float) ->
             for turn in np.linspace(0, 2 * math.pi, 64):
                 spot = world.place[0] + _JUMP * np.array([math.cos(jump + turn), math.sin(jump + turn)])
                 inside = np.all((spot > r) & (spot < 1 - r)) and all(
-                    spot[0] + r < left or spot[0] - r > right for left, right in world.walls)
+                    spot[0] + r < left or spot[0] - r > right for left, right in world.walls
+                )
                 if inside and np.linalg.norm(spot - world.place[1]) > world.radius.sum():
                     world.place[0] = spot
                     break
@@ -202,8 +212,10 @@ def render(scene: Scene, seed: int, split: int, video: int, size: int) -> tuple[
     x = (np.arange(size) + 0.5) / size
     boxes = {name: _box(x, *sides) for name, sides in scene.boxes.items()}
     for t in range(num_frames):
-        covers = [np.clip(0.5 + size * (r - np.hypot(x[None] - px, x[:, None] - py)), 0, 1) * there
-                  for r, (px, py), there in zip(scene.radius, scene.position[t], scene.present[t], strict=True)]
+        covers = [
+            np.clip(0.5 + size * (r - np.hypot(x[None] - px, x[:, None] - py)), 0, 1) * there
+            for r, (px, py), there in zip(scene.radius, scene.position[t], scene.present[t], strict=True)
+        ]
         picture = ground.copy()
         for i in scene.front:
             offset = (x - scene.position[t, i, 0])[None], (x - scene.position[t, i, 1])[:, None]
@@ -243,13 +255,24 @@ def _paint(draw: Uniforms, colour: np.ndarray) -> Callable[[np.ndarray, np.ndarr
 def _box(x: np.ndarray, left: float, top: float, right: float, bottom: float) -> np.ndarray:
     """Share of each pixel that lies in a box, [size, size]."""
     half = 0.5 / len(x)
-    sides = [np.clip((np.minimum(high, x + half) - np.maximum(low, x - half)) / (2 * half), 0, 1)
-             for low, high in ((top, bottom), (left, right))]
+    sides = [
+        np.clip((np.minimum(high, x + half) - np.maximum(low, x - half)) / (2 * half), 0, 1)
+        for low, high in ((top, bottom), (left, right))
+    ]
     return sides[0][:, None] * sides[1][None]
 
 
-def make_physics(folder: Path, num_train: int, num_val: int, num_surprise: int = 0, seed: int = 0, *, size: int = 96,
-                 num_frames: int = 36, fps: int = 12) -> PhysicsSet:
+def make_physics(
+    folder: Path,
+    num_train: int,
+    num_val: int,
+    num_surprise: int = 0,
+    seed: int = 0,
+    *,
+    size: int = 96,
+    num_frames: int = 36,
+    fps: int = 12,
+) -> PhysicsSet:
     """Writes videos, manifests and labels, unless the folder already holds exactly these.
 
     Args:
@@ -268,10 +291,19 @@ def make_physics(folder: Path, num_train: int, num_val: int, num_surprise: int =
     if size < 16 or size % 2 or min(counts) < 0 or num_surprise % 2 or min(num_frames, fps) < 1:
         raise UserError(
             f"size {size}, {num_train} + {num_val} + {num_surprise} videos of {num_frames} frames at {fps} a second; "
-            "expected an even size of at least 16, an even number of surprising videos, and frames")
+            "expected an even size of at least 16, an even number of surprising videos, and frames"
+        )
     made = PhysicsSet(folder / "train.csv", folder / "val.csv", folder / "surprise.csv")
-    recipe = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "num_surprise": num_surprise,
-              "seed": seed, "size": size, "num_frames": num_frames, "fps": fps}
+    recipe = {
+        "version": _VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "num_surprise": num_surprise,
+        "seed": seed,
+        "size": size,
+        "num_frames": num_frames,
+        "fps": fps,
+    }
     try:
         if json.loads((folder / _MARKER).read_text()) == recipe:
             return made
@@ -281,12 +313,14 @@ def make_physics(folder: Path, num_train: int, num_val: int, num_surprise: int =
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARKER).unlink(missing_ok=True)
         for split, (csv, count) in enumerate(
-                ((made.train_csv, num_train), (made.val_csv, num_val), (made.surprise_csv, num_surprise))):
+            ((made.train_csv, num_train), (made.val_csv, num_val), (made.surprise_csv, num_surprise))
+        ):
             _make_split(csv, split, count, seed, size, num_frames, fps, pairs=split == 2)
         write_text(folder / _MARKER, json.dumps(recipe))
     except OSError as error:
-        raise UserError(f"the clips cannot be written to {folder}: {error.strerror}; free some space or name another "
-                        "folder") from error
+        raise UserError(
+            f"the clips cannot be written to {folder}: {error.strerror}; free some space or name another folder"
+        ) from error
     return made
 
 
@@ -302,13 +336,21 @@ def _make_split(
         frames, visible, hidden_by = render(scene, seed, split, number, size)
         encode(folder / f"{video:05d}.mp4", frames, fps)
         entries[f"{folder.name}/{video:05d}.mp4"] = {
-            "kind": scene.kind, "label": int(scene.violation is not None) if pairs else KINDS.index(scene.kind),
-            "violation": None if scene.violation is None else dict(
-                zip(("kind", "frame"), scene.violation, strict=True)),
-            "radius": scene.radius.round(6).tolist(), "front": scene.front.tolist(), "boxes": scene.boxes,
-            "position": scene.position.round(6).tolist(), "velocity": scene.velocity.round(6).tolist(),
+            "kind": scene.kind,
+            "label": int(scene.violation is not None) if pairs else KINDS.index(scene.kind),
+            "violation": None
+            if scene.violation is None
+            else dict(zip(("kind", "frame"), scene.violation, strict=True)),
+            "radius": scene.radius.round(6).tolist(),
+            "front": scene.front.tolist(),
+            "boxes": scene.boxes,
+            "position": scene.position.round(6).tolist(),
+            "velocity": scene.velocity.round(6).tolist(),
             "contact_in": [[None if math.isnan(v) else round(v, 6) for v in row] for row in scene.contact_in.tolist()],
-            "present": scene.present.tolist(), "visible": visible.round(4).tolist(), "hidden_by": hidden_by}
+            "present": scene.present.tolist(),
+            "visible": visible.round(4).tolist(),
+            "hidden_by": hidden_by,
+        }
     write_text(csv.with_name(f"{csv.stem}_labels.json"), json.dumps(entries))
     write_text(csv, "".join(f"{path} {entry['label']}\n" for path, entry in entries.items()))
 
@@ -344,8 +386,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     args = parser.parse_args()
     try:
-        made = make_physics(args.out, args.train, args.val, args.surprise, args.seed, size=args.size,
-                            num_frames=args.frames, fps=args.fps)
+        made = make_physics(
+            args.out,
+            args.train,
+            args.val,
+            args.surprise,
+            args.seed,
+            size=args.size,
+            num_frames=args.frames,
+            fps=args.fps,
+        )
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{made.train_csv}  {made.val_csv}  {made.surprise_csv}")

@@ -75,15 +75,16 @@ class Uniforms:
         count = math.prod(shape)
         assert self._used + count <= len(self._values)
         self._used += count
-        return self._values[self._used - count:self._used].reshape(shape)
+        return self._values[self._used - count : self._used].reshape(shape)
 
     def between(self, low: float, high: float) -> float:
         """Uniform in [low, high)."""
         return low + (high - low) * float(self.take(1)[0])
 
 
-def make_synthetic(folder: Path, num_train: int, num_val: int, seed: int = 0, *, size: int = 96,
-                   num_frames: int = 36, fps: int = 12) -> SyntheticSet:
+def make_synthetic(
+    folder: Path, num_train: int, num_val: int, seed: int = 0, *, size: int = 96, num_frames: int = 36, fps: int = 12
+) -> SyntheticSet:
     """Writes the videos, manifests and labels, unless the folder already holds exactly these.
 
     Every file is renamed into place when it is whole, and a marker is written last: an interrupted generation is done
@@ -102,8 +103,15 @@ def make_synthetic(folder: Path, num_train: int, num_val: int, seed: int = 0, *,
     """
     folder = Path(folder)
     made = SyntheticSet(folder / "train.csv", folder / "val.csv")
-    recipe = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "seed": seed, "size": size,
-              "num_frames": num_frames, "fps": fps}
+    recipe = {
+        "version": _VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "seed": seed,
+        "size": size,
+        "num_frames": num_frames,
+        "fps": fps,
+    }
     if _read_marker(folder) == recipe:
         return made
     try:
@@ -115,7 +123,8 @@ def make_synthetic(folder: Path, num_train: int, num_val: int, seed: int = 0, *,
     except OSError as error:
         raise UserError(
             f"the synthetic clips cannot be written to {folder}: {error.strerror}; free some space or name another "
-            "folder") from error
+            "folder"
+        ) from error
     return made
 
 
@@ -133,7 +142,8 @@ def load_labels(manifest: Path) -> dict[str, VideoLabels]:
     folder = os.path.dirname(os.path.abspath(manifest))
     return {
         os.path.join(folder, path): VideoLabels(
-            np.array(entry["position"]), np.array(entry["velocity"]), int(entry["class_id"]))
+            np.array(entry["position"]), np.array(entry["velocity"]), int(entry["class_id"])
+        )
         for path, entry in entries.items()
     }
 
@@ -164,8 +174,11 @@ def _make_split(manifest: Path, split: int, count: int, seed: int, size: int, nu
         frames, labels = render(seed, split, video, size, num_frames)
         encode(folder / f"{video:05d}.mp4", frames, fps)
         entries[f"{folder.name}/{video:05d}.mp4"] = {
-            "class_id": labels.class_id, "shape": SHAPES[labels.class_id],
-            "position": labels.position.round(6).tolist(), "velocity": labels.velocity.round(6).tolist()}
+            "class_id": labels.class_id,
+            "shape": SHAPES[labels.class_id],
+            "position": labels.position.round(6).tolist(),
+            "velocity": labels.velocity.round(6).tolist(),
+        }
     write_text(_labels_of(manifest), json.dumps(entries))
     write_text(manifest, "".join(f"{path} {entry['class_id']}\n" for path, entry in entries.items()))
 
@@ -196,7 +209,7 @@ def _simulate(draw: Uniforms, radius: np.ndarray, num_frames: int) -> tuple[np.n
     speed = _SPEED[0] + (_SPEED[1] - _SPEED[0]) * draw.take(_NUM_OBJECTS)
     motion = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
     solid = draw.take(_NUM_OBJECTS, _NUM_OBJECTS) < 0.5
-    mass = radius ** 2
+    mass = radius**2
     positions, velocities = [], []
     for _ in range(num_frames):
         positions.append(place.copy())
@@ -221,7 +234,7 @@ def _collide(place: np.ndarray, motion: np.ndarray, mass: np.ndarray, radius: np
     closing = float((motion[a] - motion[b]) @ apart)
     if distance == 0 or distance > radius[a] + radius[b] or closing >= 0:
         return
-    impulse = 2 * closing / (distance ** 2 * (mass[a] + mass[b])) * apart
+    impulse = 2 * closing / (distance**2 * (mass[a] + mass[b])) * apart
     motion[a] -= mass[b] * impulse
     motion[b] += mass[a] * impulse
 
@@ -277,8 +290,11 @@ def encode(path: Path, frames: np.ndarray, fps: int) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with av.open(str(temporary), "w", format="mp4") as container:
         # The same bytes on every processor: with AVX-512 x264 even differs from one run to the next.
-        stream: Any = container.add_stream("libx264", rate=fps, options={
-            "preset": "veryfast", "crf": "20", "threads": "1", "g": "24", "x264-params": "cpu-independent=1"})
+        stream: Any = container.add_stream(
+            "libx264",
+            rate=fps,
+            options={"preset": "veryfast", "crf": "20", "threads": "1", "g": "24", "x264-params": "cpu-independent=1"},
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -120,8 +120,13 @@ def encode_video(path: str, label: Any, key: str, settings: PackSettings, out: B
         packed.crcs.append(zlib.crc32(data))
         _write_member(out, f"{key}.{number:06d}.jpg", data)
     about = {
-        "label": label, "path": path, "num_frames": len(packed.sizes), "fps": fps * max(1, phases), "phases": phases,
-        "height": packed.height, "width": packed.width,
+        "label": label,
+        "path": path,
+        "num_frames": len(packed.sizes),
+        "fps": fps * max(1, phases),
+        "phases": phases,
+        "height": packed.height,
+        "width": packed.width,
         "source": {"fps": source_fps, "height": height, "width": width, "frames": numbers.tolist()},
     }
     _write_member(out, f"{key}.json", json.dumps(about).encode())
@@ -173,7 +178,7 @@ def _compress(picture: np.ndarray, packed: Encoded, settings: PackSettings, is_s
     data = buffer.getvalue()
     if is_sampled:
         difference = np.asarray(image, dtype=np.float64) - decode_jpegs([data], packed.height, packed.width)[0]
-        packed.squared_error += float(np.mean(difference ** 2))
+        packed.squared_error += float(np.mean(difference**2))
         packed.num_sampled += 1
     return data
 

@@ -28,9 +28,20 @@ _ALIGNMENT = 64
 _BLOCK = 512
 # Fields of PackIndex, and their type in the file.
 _ARRAYS = {
-    "shard_bytes": "<i8", "video_number": "<i8", "video_first": "<i8", "video_fps": "<f8", "video_shard": "<i4",
-    "video_height": "<u2", "video_width": "<u2", "video_phases": "|u1", "frame_offset": "<i8", "frame_bytes": "<u4",
-    "frame_crc": "<u4", "path_ends": "<i8", "path_text": "|u1", "label_text": "|u1",
+    "shard_bytes": "<i8",
+    "video_number": "<i8",
+    "video_first": "<i8",
+    "video_fps": "<f8",
+    "video_shard": "<i4",
+    "video_height": "<u2",
+    "video_width": "<u2",
+    "video_phases": "|u1",
+    "frame_offset": "<i8",
+    "frame_bytes": "<u4",
+    "frame_crc": "<u4",
+    "path_ends": "<i8",
+    "path_text": "|u1",
+    "label_text": "|u1",
 }
 
 
@@ -127,8 +138,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def encode_index(settings: PackSettings, manifest: str, shards: Sequence[tuple[int, Sequence[PackedFrames]]],
-                 paths: Sequence[str], labels: Sequence[Any]) -> bytes:
+def encode_index(
+    settings: PackSettings,
+    manifest: str,
+    shards: Sequence[tuple[int, Sequence[PackedFrames]]],
+    paths: Sequence[str],
+    labels: Sequence[Any],
+) -> bytes:
     """The file of an index.
 
     Args:
@@ -154,7 +170,8 @@ def encode_index(settings: PackSettings, manifest: str, shards: Sequence[tuple[i
         "path_ends": ends,
         "path_text": np.frombuffer(text, dtype=np.uint8),
         "label_text": np.frombuffer(
-            json.dumps([labels[video.number] for video in videos], separators=(",", ":")).encode(), dtype=np.uint8),
+            json.dumps([labels[video.number] for video in videos], separators=(",", ":")).encode(), dtype=np.uint8
+        ),
     }
     body = bytearray()
     lengths = {}
@@ -163,8 +180,15 @@ def encode_index(settings: PackSettings, manifest: str, shards: Sequence[tuple[i
         lengths[name] = len(array)
         body += array.tobytes()
         body += bytes(-len(body) % _ALIGNMENT)
-    header = json.dumps({"settings": asdict(settings), "manifest": manifest, "lengths": lengths, "bytes": len(body),
-                         "crc": zlib.crc32(body)}).encode()
+    header = json.dumps(
+        {
+            "settings": asdict(settings),
+            "manifest": manifest,
+            "lengths": lengths,
+            "bytes": len(body),
+            "crc": zlib.crc32(body),
+        }
+    ).encode()
     padding = -(len(_MAGIC) + len(header) + 1) % _ALIGNMENT
     return _MAGIC + header + b" " * padding + b"\n" + body
 
@@ -185,12 +209,14 @@ def read_index(path: Path, name: str) -> PackIndex:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     except OSError as error:
         raise UserError(f"the index of pack {name!r} cannot be read: {error.strerror or error}") from error
-    if bytes(data[:len(_MAGIC)]) != _MAGIC:
-        raise UserError(f"{path} is no index of a pack, or one of another version; expected it to begin with "
-                        f"{_MAGIC.decode().strip()!r}. `vjepa-fast pack` of this version makes one anew")
+    if bytes(data[: len(_MAGIC)]) != _MAGIC:
+        raise UserError(
+            f"{path} is no index of a pack, or one of another version; expected it to begin with "
+            f"{_MAGIC.decode().strip()!r}. `vjepa-fast pack` of this version makes one anew"
+        )
     try:
         start = header_end(data)
-        header = json.loads(bytes(data[len(_MAGIC):start]))
+        header = json.loads(bytes(data[len(_MAGIC) : start]))
         body = data[start:]
         if len(body) != header["bytes"] or zlib.crc32(body) != header["crc"]:
             raise ValueError("checksum")
@@ -201,8 +227,10 @@ def read_index(path: Path, name: str) -> PackIndex:
         labels = json.loads(arrays.pop("label_text").tobytes())
         return PackIndex(PackSettings(**header["settings"]), header["manifest"], labels, **arrays)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the index of pack {name!r} is damaged: its checksum does not fit. Copy it again from where "
-                        "the pack was made, or make the pack anew") from error
+        raise UserError(
+            f"the index of pack {name!r} is damaged: its checksum does not fit. Copy it again from where "
+            "the pack was made, or make the pack anew"
+        ) from error
 
 
 def header_end(data: memoryview | bytes) -> int:
@@ -211,4 +239,4 @@ def header_end(data: memoryview | bytes) -> int:
     Raises:
         ValueError: not within `data`.
     """
-    return bytes(data[:1 << 16]).index(b"\n", len(_MAGIC)) + 1
+    return bytes(data[: 1 << 16]).index(b"\n", len(_MAGIC)) + 1

@@ -62,8 +62,10 @@ class Pack:
         else:
             self._shards, path = LocalShards(name), Path(name) / INDEX_NAME
             if not path.exists():
-                raise UserError(f"pack {name!r} is unfinished; the `vjepa-fast pack` that began it, given once more, "
-                                "goes on where it stopped")
+                raise UserError(
+                    f"pack {name!r} is unfinished; the `vjepa-fast pack` that began it, given once more, "
+                    "goes on where it stopped"
+                )
             self.index = read_index(path, name)
         self.index_file = path
 
@@ -97,13 +99,15 @@ class Pack:
         own = self.index.settings.fps
         clips = own / clip_step(own, 1, fps=fps)
         if abs(clips / fps - 1) > _MAX_RATE_ERROR:
-            raise ConfigError(f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second, of which "
-                              f"clips would show {clips:g}; expected data.fps={own:g} or a whole fraction of it, a "
-                              f"pack made with --fps {fps:g}, or data.frame_step in place of data.fps")
+            raise ConfigError(
+                f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second, of which "
+                f"clips would show {clips:g}; expected data.fps={own:g} or a whole fraction of it, a "
+                f"pack made with --fps {fps:g}, or data.frame_step in place of data.fps"
+            )
 
     def num_phases(self, video: int) -> int:
         """In how many sequences a video's frames are dealt out in turn; 0 for an image."""
-        first, end = self.index.video_first[video:video + 2].tolist()
+        first, end = self.index.video_first[video : video + 2].tolist()
         # Earlier packs say two also of a video with a single frame.
         return min(int(self.index.video_phases[video]), end - first)
 
@@ -114,8 +118,16 @@ class Pack:
         count = int(index.video_first[number + 1] - index.video_first[number])
         assert 0 <= phase < stride
         return PackedVideo(
-            self, number, phase, index.paths[number], -(-(count - phase) // stride), float(index.video_fps[number]),
-            int(index.video_width[number]), int(index.video_height[number]), self.num_phases(number) == 0)
+            self,
+            number,
+            phase,
+            index.paths[number],
+            -(-(count - phase) // stride),
+            float(index.video_fps[number]),
+            int(index.video_width[number]),
+            int(index.video_height[number]),
+            self.num_phases(number) == 0,
+        )
 
     def read(self, video: int, frames: np.ndarray) -> list[bytes]:
         """The files of some frames of a video.
@@ -137,13 +149,17 @@ class Pack:
         files = []
         for start, size, crc, run in zip(starts, sizes, index.frame_crc[places].tolist(), run_of, strict=True):
             begin = start - ranges[run][0]
-            data = bytes(runs[run][begin:begin + size])
+            data = bytes(runs[run][begin : begin + size])
             if len(data) != size:
-                raise DecodeError(f"{shard_name(shard)} of pack {self.name} is truncated: it ends before byte "
-                                  f"{start + size} of {index.shard_bytes[shard]}")
+                raise DecodeError(
+                    f"{shard_name(shard)} of pack {self.name} is truncated: it ends before byte "
+                    f"{start + size} of {index.shard_bytes[shard]}"
+                )
             if data[:2] != _START or data[-2:] != _END or zlib.crc32(data) != crc:
-                raise DecodeError(f"{shard_name(shard)} of pack {self.name} is damaged at byte {start}: what lies "
-                                  "there is not the frame that was packed")
+                raise DecodeError(
+                    f"{shard_name(shard)} of pack {self.name} is damaged at byte {start}: what lies "
+                    "there is not the frame that was packed"
+                )
             files.append(data)
         return files
 

@@ -118,12 +118,15 @@ class RemoteShards:
                 if attempt == _NUM_TRIES - 1:
                     what = " ".join(str(error).split()) or type(error).__name__
                     raise DecodeError(
-                        f"{shard} of pack {self._address} cannot be read ({_NUM_TRIES} tries): {what}") from error
-                time.sleep(_FIRST_PAUSE * 4 ** attempt)
+                        f"{shard} of pack {self._address} cannot be read ({_NUM_TRIES} tries): {what}"
+                    ) from error
+                time.sleep(_FIRST_PAUSE * 4**attempt)
             else:
                 if len(data) > end - start:
-                    raise DecodeError(f"the server of pack {self._address} sends whole files where a part is asked for "
-                                      "(no HTTP range requests); copy the pack to a disk, or use another server")
+                    raise DecodeError(
+                        f"the server of pack {self._address} sends whole files where a part is asked for "
+                        "(no HTTP range requests); copy the pack to a disk, or use another server"
+                    )
                 return data
         raise AssertionError
 
@@ -144,10 +147,11 @@ class RemoteShards:
         except DecodeError as error:
             raise UserError(
                 f"dataset {self._address!r} is no finished pack: {error}; expected the address of a folder that "
-                "`vjepa-fast pack` made") from error
+                "`vjepa-fast pack` made"
+            ) from error
         # The header holds the checksum of the rest.
         with contextlib.suppress(ValueError):
-            head = head[:header_end(head)]
+            head = head[: header_end(head)]
         name = hashlib.sha256(self._address.encode() + b"\0" + head).hexdigest()
         path = (cache_dir or default_cache_dir()) / "packs" / f"{name}.index"
         if path.exists():
@@ -160,8 +164,10 @@ class RemoteShards:
                 os.replace(os.path.join(folder, INDEX_NAME), path)
         except Exception as error:
             what = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"the index of pack {self._address!r} cannot be copied to {path.parent}: {what}. "
-                            "data.cache_dir names another folder for it") from error
+            raise UserError(
+                f"the index of pack {self._address!r} cannot be copied to {path.parent}: {what}. "
+                "data.cache_dir names another folder for it"
+            ) from error
         return path
 
 

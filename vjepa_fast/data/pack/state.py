@@ -123,8 +123,9 @@ class State:
                     break
                 except OSError:
                     if time.monotonic() > until:
-                        raise UserError(f"another `vjepa-fast pack` is writing to {self.folder}; wait until it is "
-                                        "done, or stop it") from None
+                        raise UserError(
+                            f"another `vjepa-fast pack` is writing to {self.folder}; wait until it is done, or stop it"
+                        ) from None
                 time.sleep(0.1)
             yield
 
@@ -277,5 +278,6 @@ def check_same(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None
     """
     changed = [f"{name} {begun.get(name)} (now {value})" for name, value in now.items() if begun.get(name) != value]
     if changed:
-        raise UserError(f"--out {folder} was begun with {', '.join(changed)}; expected the same again, or another "
-                        "folder")
+        raise UserError(
+            f"--out {folder} was begun with {', '.join(changed)}; expected the same again, or another folder"
+        )

@@ -102,8 +102,16 @@ class _Encoder:
         return part
 
 
-def make_pack(paths: Sequence[str], labels: Sequence[Any], folder: Path, settings: PackSettings, *, num_workers: int,
-              max_broken: float = 0.1, report: Callable[[Counts], None] = lambda counts: None) -> Summary:
+def make_pack(
+    paths: Sequence[str],
+    labels: Sequence[Any],
+    folder: Path,
+    settings: PackSettings,
+    *,
+    num_workers: int,
+    max_broken: float = 0.1,
+    report: Callable[[Counts], None] = lambda counts: None,
+) -> Summary:
     """Packs the videos of a manifest, or goes on with it.
 
     Args:
@@ -171,21 +179,38 @@ def _finished(state: State, about: dict[str, Any], began: float) -> Summary:
     index = read_index(file, str(state.folder))
     check_same(state.folder, asdict(index.settings) | json.loads(index.manifest), about)
     state.remove()
-    return Summary(len(index), about["videos"] - len(index), len(index.frame_bytes), len(index.shard_bytes),
-                   int(index.shard_bytes.sum()) + file.stat().st_size, None, None, 0, None,
-                   time.perf_counter() - began)
+    return Summary(
+        len(index),
+        about["videos"] - len(index),
+        len(index.frame_bytes),
+        len(index.shard_bytes),
+        int(index.shard_bytes.sum()) + file.stat().st_size,
+        None,
+        None,
+        0,
+        None,
+        time.perf_counter() - began,
+    )
 
 
-def _finish(state: State, settings: PackSettings, about: dict[str, Any], last: list[Part], paths: Sequence[str],
-            labels: Sequence[Any], began: float) -> Summary:
+def _finish(
+    state: State,
+    settings: PackSettings,
+    about: dict[str, Any],
+    last: list[Part],
+    paths: Sequence[str],
+    labels: Sequence[Any],
+    began: float,
+) -> Summary:
     shards = []
     for shard in state.shards:
         offset, videos = 0, []
         for part in shard.parts:
             if part.encoded is not None:
                 one = part.encoded
-                videos.append(PackedFrames(
-                    part.number, one.height, one.width, one.fps, one.phases, one.sizes, one.crcs, offset))
+                videos.append(
+                    PackedFrames(part.number, one.height, one.width, one.fps, one.phases, one.sizes, one.crcs, offset)
+                )
                 offset += part.part_bytes
         shards.append((shard.num_bytes, videos))
     parts = [part for shard in state.shards for part in shard.parts] + last
@@ -204,10 +229,17 @@ def _finish(state: State, settings: PackSettings, about: dict[str, Any], last: l
     sampled = sum(part.encoded.num_sampled for part in packed if part.encoded)
     error = sum(part.encoded.squared_error for part in packed if part.encoded) / sampled
     return Summary(
-        len(packed), len(broken), sum(len(part.encoded.sizes) for part in packed if part.encoded), len(shards),
-        sum(size for size, _ in shards) + len(data), sum(part.source_bytes for part in packed),
-        10 * math.log10(255 ** 2 / error) if error else math.inf, sampled,
-        sum(part.cpu_ms for part in parts) / len(packed), time.perf_counter() - began)
+        len(packed),
+        len(broken),
+        sum(len(part.encoded.sizes) for part in packed if part.encoded),
+        len(shards),
+        sum(size for size, _ in shards) + len(data),
+        sum(part.source_bytes for part in packed),
+        10 * math.log10(255**2 / error) if error else math.inf,
+        sampled,
+        sum(part.cpu_ms for part in parts) / len(packed),
+        time.perf_counter() - began,
+    )
 
 
 def _too_many(broken: list[Part], num_tried: int, max_broken: float, paths: Sequence[str]) -> UserError:
@@ -216,4 +248,5 @@ def _too_many(broken: list[Part], num_tried: int, max_broken: float, paths: Sequ
         lines.append(f"  ... and {len(broken) - _NUM_SHOWN} more")
     return UserError(
         f"more than --max-broken {max_broken:g} of the videos cannot be packed, {len(broken)} of the {num_tried} "
-        f"tried; what is done is kept, and {ADVICE}:\n" + "\n".join(lines))
+        f"tried; what is done is kept, and {ADVICE}:\n" + "\n".join(lines)
+    )

@@ -92,8 +92,10 @@ class Backend:
         if dtype not in self.dtypes:
             return f"it serves {_names(self.dtypes)}, not {_names([dtype])}"
         if head_dim % self.head_dim_unit or head_dim > self.max_head_dim:
-            return (f"it serves head dims up to {self.max_head_dim} that are multiples of {self.head_dim_unit}, not "
-                    f"{head_dim}")
+            return (
+                f"it serves head dims up to {self.max_head_dim} that are multiples of {self.head_dim_unit}, not "
+                f"{head_dim}"
+            )
         if backward and (major, head_dim) in self.no_backward:
             return f"its backward does not compile for head dim {head_dim} on compute capability {major}.x"
         if backward and deterministic and major not in self.deterministic:
@@ -146,8 +148,10 @@ def _checked(function: Any, called: str, needed: Iterable[str], neutral: dict[st
     absent = [name for name in needed if name not in found]
     strange = [name for name, required in found.items() if required and name not in neutral and name not in needed]
     if absent or strange:
-        raise Unusable(f"{called} has another signature than those known here: " + " and ".join(
-            [f"no {name}" for name in absent] + [f"a {name} that must be given" for name in strange]))
+        raise Unusable(
+            f"{called} has another signature than those known here: "
+            + " and ".join([f"no {name}" for name in absent] + [f"a {name} that must be given" for name in strange])
+        )
     fixed = {name: value for name, value in neutral.items() if found.get(name)}
 
     def call(**given: Any) -> Any:
@@ -156,8 +160,16 @@ def _checked(function: Any, called: str, needed: Iterable[str], neutral: dict[st
     return call
 
 
-_NEUTRAL = {"dropout_p": 0.0, "causal": False, "is_causal": False, "window_size_left": -1, "window_size_right": -1,
-            "softcap": 0.0, "alibi_slopes": None, "return_softmax": False}
+_NEUTRAL = {
+    "dropout_p": 0.0,
+    "causal": False,
+    "is_causal": False,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "return_softmax": False,
+}
 
 
 def _flash_adapter(module: str, forward: str, backward: str, needs_lse: bool = False) -> Adapter:
@@ -169,20 +181,55 @@ def _flash_adapter(module: str, forward: str, backward: str, needs_lse: bool = F
     function = getattr(library, backward)
     lse_name = "softmax_lse" if "softmax_lse" in _signature(function) else "lse"
     run_backward = _checked(
-        function, backward, [*operands, "dout", "out", lse_name, "dq", "dk", "dv", "deterministic"], _NEUTRAL)
+        function, backward, [*operands, "dout", "out", lse_name, "dq", "dk", "dv", "deterministic"], _NEUTRAL
+    )
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = run_forward(q=q, k=k, v=v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
-                                   max_seqlen_k=longest, softmax_scale=scale, **options)
+        out, lse, *_ = run_forward(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            **options,
+        )
         return out, lse
 
     def bwd(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int,
-        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, deterministic: bool,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        deterministic: bool,
     ) -> None:
-        run_backward(dout=grad, q=q, k=k, v=v, out=out, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
-                     max_seqlen_k=longest, softmax_scale=scale, dq=dq, dk=dk, dv=dv, deterministic=deterministic,
-                     **{lse_name: lse})
+        run_backward(
+            dout=grad,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            deterministic=deterministic,
+            **{lse_name: lse},
+        )
 
     return Adapter(fwd, bwd)
 
@@ -201,7 +248,8 @@ def _load_fa3() -> Adapter:
 
 def _load_fa2() -> Adapter:
     return _flash_adapter(
-        "flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+        "flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"
+    )
 
 
 def _load_xformers() -> Adapter:
@@ -218,16 +266,36 @@ def _load_xformers() -> Adapter:
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-            q[None], k[None], v[None], attn_bias=mask(cu, longest, len(q)), scale=scale, op=fmha.flash.FwOp)
+            q[None], k[None], v[None], attn_bias=mask(cu, longest, len(q)), scale=scale, op=fmha.flash.FwOp
+        )
         return out[0], lse[0]
 
     def bwd(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int,
-        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, deterministic: bool,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        deterministic: bool,
     ) -> None:
         found = fmha.memory_efficient_attention_backward(
-            grad[None], out[None], lse[None], q[None], k[None], v[None], attn_bias=mask(cu, longest, len(q)),
-            scale=scale, op=fmha.flash.BwOp)
+            grad[None],
+            out[None],
+            lse[None],
+            q[None],
+            k[None],
+            v[None],
+            attn_bias=mask(cu, longest, len(q)),
+            scale=scale,
+            op=fmha.flash.BwOp,
+        )
         for target, value in zip((dq, dk, dv), found, strict=True):
             target.copy_(value[0])
 
@@ -237,24 +305,54 @@ def _load_xformers() -> Adapter:
 def _load_varlen() -> Adapter:
     importlib.import_module("torch.nn.attention.varlen")
     operands = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale"]
-    forward = _checked(torch.ops.torch_attn._varlen_attn.default, "torch_attn::_varlen_attn", operands,
-                       {"is_causal": False})
-    backward = _checked(torch.ops.torch_attn._varlen_attn_backward.default, "torch_attn::_varlen_attn_backward",
-                        [*operands, "grad_out", "out", "lse", "is_causal", "rng_state"], {})
+    forward = _checked(
+        torch.ops.torch_attn._varlen_attn.default, "torch_attn::_varlen_attn", operands, {"is_causal": False}
+    )
+    backward = _checked(
+        torch.ops.torch_attn._varlen_attn_backward.default,
+        "torch_attn::_varlen_attn_backward",
+        [*operands, "grad_out", "out", "lse", "is_causal", "rng_state"],
+        {},
+    )
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = forward(query=q, key=k, value=v, cu_seq_q=cu, cu_seq_k=cu, max_q=longest, max_k=longest,
-                               scale=scale)
+        out, lse, *_ = forward(
+            query=q, key=k, value=v, cu_seq_q=cu, cu_seq_k=cu, max_q=longest, max_k=longest, scale=scale
+        )
         return out, lse
 
     def bwd(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int,
-        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, deterministic: bool,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        deterministic: bool,
     ) -> None:
         # Of dropout, which there is none of. Whether the kernel is deterministic is torch's own switch.
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        found = backward(grad_out=grad, query=q, key=k, value=v, out=out, lse=lse, cu_seq_q=cu, cu_seq_k=cu,
-                         max_q=longest, max_k=longest, is_causal=False, rng_state=state, scale=scale)
+        found = backward(
+            grad_out=grad,
+            query=q,
+            key=k,
+            value=v,
+            out=out,
+            lse=lse,
+            cu_seq_q=cu,
+            cu_seq_k=cu,
+            max_q=longest,
+            max_k=longest,
+            is_causal=False,
+            rng_state=state,
+            scale=scale,
+        )
         for target, value in zip((dq, dk, dv), found, strict=True):
             target.copy_(value)
 
@@ -267,14 +365,25 @@ def _majors(*numbers: int) -> frozenset[int]:
 
 # FlashAttention 4 returns more than two values since 4.0.0b19, and takes python ints; FlashAttention 2 has one form of
 # return value since 2.7. Where neither measurement nor choice is possible, the first usable one of UNMEASURED serves.
-BACKENDS = {backend.name: backend for backend in (
-    Backend("fa4", "flash-attn-4", ">=4.0.0b19,<5", _load_fa4, _majors(9, 10, 11, 12), _majors(9, 10, 11), 128,
-            frozenset({(9, 104), (9, 112)})),
-    Backend("fa3", "flash_attn_3", ">=3.0.0b1,<4", _load_fa3, _majors(9), _majors(9), 256),
-    Backend("fa2", "flash-attn", ">=2.7,<3", _load_fa2, _majors(8, 9, 10, 12), _majors(8, 9, 10, 12), 256),
-    Backend("varlen", "torch", ">=2.11", _load_varlen, _majors(8, 9, 10, 11, 12), _majors(8, 9, 10, 11, 12), 256),
-    Backend("xformers", "xformers", ">=0.0.30", _load_xformers, _majors(8, 9, 10), _majors(), 256),
-)}
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "fa4",
+            "flash-attn-4",
+            ">=4.0.0b19,<5",
+            _load_fa4,
+            _majors(9, 10, 11, 12),
+            _majors(9, 10, 11),
+            128,
+            frozenset({(9, 104), (9, 112)}),
+        ),
+        Backend("fa3", "flash_attn_3", ">=3.0.0b1,<4", _load_fa3, _majors(9), _majors(9), 256),
+        Backend("fa2", "flash-attn", ">=2.7,<3", _load_fa2, _majors(8, 9, 10, 12), _majors(8, 9, 10, 12), 256),
+        Backend("varlen", "torch", ">=2.11", _load_varlen, _majors(8, 9, 10, 11, 12), _majors(8, 9, 10, 11, 12), 256),
+        Backend("xformers", "xformers", ">=0.0.30", _load_xformers, _majors(8, 9, 10), _majors(), 256),
+    )
+}
 UNMEASURED = ("varlen", "sdpa")
 NAMES = (*BACKENDS, "sdpa")
 """`sdpa` is torch's scaled_dot_product_attention on runs of equal length; it serves everything, everywhere."""

@@ -62,8 +62,12 @@ class Case:
 
     def describe(self) -> str:
         """In words; the part of a key that says which operands."""
-        words = [str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}", f"{self.num_heads} heads",
-                 "with backward" if self.backward else "forward only"]
+        words = [
+            str(self.dtype).removeprefix("torch."),
+            f"head dim {self.head_dim}",
+            f"{self.num_heads} heads",
+            "with backward" if self.backward else "forward only",
+        ]
         return ", ".join(words + ["deterministic"] * self.deterministic + ["dynamic lengths"] * self.dynamic)
 
 
@@ -86,8 +90,10 @@ def demand(requested: str | None) -> tuple[str, str]:
 
 def refusals(case: Case) -> dict[str, str | None]:
     """For every back end why it cannot serve the case; None: it can."""
-    found = {name: backend.refuses(case.device, case.dtype, case.head_dim, case.backward, case.deterministic)
-             for name, backend in BACKENDS.items()}
+    found = {
+        name: backend.refuses(case.device, case.dtype, case.head_dim, case.backward, case.deterministic)
+        for name, backend in BACKENDS.items()
+    }
     return {**found, "sdpa": "it needs lengths that the host knows" if case.dynamic else None}
 
 
@@ -188,6 +194,7 @@ def _alone(device: torch.device, call: Callable[[], T]) -> T:
     Whoever needs attention may have set up this thread for himself: activation checkpointing, for one, recomputes
     whatever asks for a saved tensor. Grad mode, autocast and hooks are as fresh there as in a new process.
     """
+
     def run() -> T:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return call()
@@ -291,9 +298,7 @@ def time_ms(call: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _measure(
-    case: Case, usable: Sequence[str], lengths: Sequence[int], attend: Attend, reference: Reference
-) -> Choice:
+def _measure(case: Case, usable: Sequence[str], lengths: Sequence[int], attend: Attend, reference: Reference) -> Choice:
     """Times the usable back ends on the first sequences, random data, up to _MAX_TOKENS tokens."""
     count, total = 1, lengths[0]
     while count < len(lengths) and total + lengths[count] <= _MAX_TOKENS:
@@ -316,8 +321,10 @@ def _measure(
 
         ms[name] = time_ms(call, case.device)
     if not ms:
-        raise UserError(f"no attention back end works for {case.describe()}: " + "; ".join(
-            f"{name}: {why}" for name, why in dropped.items()))
+        raise UserError(
+            f"no attention back end works for {case.describe()}: "
+            + "; ".join(f"{name}: {why}" for name, why in dropped.items())
+        )
     fastest = min(ms.values())
     return Choice(next(name for name in NAMES if ms.get(name, math.inf) <= _MARGIN * fastest), ms, dropped)
 

@@ -128,7 +128,8 @@ class _SdpaCpu(torch.autograd.Function):
             end = start + count * length
             dense_grad = grad[start:end].reshape(count, length, num_heads, head_dim).transpose(1, 2)
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dense_grad, *part.unbind(0), *saved[2 * number : 2 * number + 2], 0.0, False)
+                dense_grad, *part.unbind(0), *saved[2 * number : 2 * number + 2], 0.0, False
+            )
             for place, value in zip(dpart, grads, strict=True):
                 place.copy_(value)
             start = end
@@ -137,11 +138,13 @@ class _SdpaCpu(torch.autograd.Function):
 
 torch.library.define(
     "vjepa_fast::attention_fwd",
-    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, bool padded, str backend) -> (Tensor, Tensor)")
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, bool padded, str backend) -> (Tensor, Tensor)",
+)
 torch.library.define(
     "vjepa_fast::attention_bwd",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, "
-    "bool padded, str backend, bool deterministic) -> Tensor")
+    "bool padded, str backend, bool deterministic) -> Tensor",
+)
 
 
 @torch.library.register_fake("vjepa_fast::attention_fwd")
@@ -154,8 +157,16 @@ def _fwd_outputs(
 
 @torch.library.register_fake("vjepa_fast::attention_bwd")
 def _bwd_output(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
-    padded: bool, backend: str, deterministic: bool,
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    padded: bool,
+    backend: str,
+    deterministic: bool,
 ) -> Tensor:
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
@@ -185,8 +196,10 @@ def _attention_fwd(
     with torch.cuda.device_of(qkv):
         out, lse = _loaded(backend).forward(q, k, v, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5)
     if out.shape != q.shape or lse.shape != (num_heads, len(q)):
-        raise RuntimeError(f"attention back end {backend} returned shapes {list(out.shape)} and {list(lse.shape)}; "
-                           f"expected {list(q.shape)} and {[num_heads, len(q)]}")
+        raise RuntimeError(
+            f"attention back end {backend} returned shapes {list(out.shape)} and {list(lse.shape)}; "
+            f"expected {list(q.shape)} and {[num_heads, len(q)]}"
+        )
     out = out.reshape(len(qkv), -1).contiguous()
     if padded:
         zero_tail_(out, cu_seqlens)
@@ -194,15 +207,33 @@ def _attention_fwd(
 
 
 def _attention_bwd(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int,
-    padded: bool, backend: str, deterministic: bool,
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    padded: bool,
+    backend: str,
+    deterministic: bool,
 ) -> Tensor:
     q, k, v = _heads(qkv, num_heads)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     with torch.cuda.device_of(qkv):
         _loaded(backend).backward(
-            grad.contiguous().view(q.shape), q, k, v, out.view(q.shape), lse, cu_seqlens, max_seqlen,
-            q.shape[-1] ** -0.5, *_heads(dqkv, num_heads), deterministic)
+            grad.contiguous().view(q.shape),
+            q,
+            k,
+            v,
+            out.view(q.shape),
+            lse,
+            cu_seqlens,
+            max_seqlen,
+            q.shape[-1] ** -0.5,
+            *_heads(dqkv, num_heads),
+            deterministic,
+        )
     if padded:
         zero_tail_(dqkv, cu_seqlens)
     return dqkv
@@ -215,7 +246,13 @@ torch.library.impl("vjepa_fast::attention_bwd", ("cpu", "cuda"), _attention_bwd)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, padded: bool, backend: str,
+        ctx,
+        qkv: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_heads: int,
+        padded: bool,
+        backend: str,
         deterministic: bool,
     ) -> Tensor:
         options = max_seqlen, num_heads, padded, backend
@@ -242,14 +279,19 @@ def _attend(qkv: Tensor, packing: Packing, num_heads: int, name: str, determinis
             return dense
         return _sdpa(qkv, packing, num_heads)
     padded = packing.dynamic or packing.total < qkv.shape[0]
-    out: Tensor = _Attention.apply(
-        qkv, packing.cu_seqlens, packing.max_seqlen, num_heads, padded, name, deterministic)
+    out: Tensor = _Attention.apply(qkv, packing.cu_seqlens, packing.max_seqlen, num_heads, padded, name, deterministic)
     return out
 
 
 @torch.compiler.assume_constant_result
 def _traced_choice(
-    device: str, dtype: torch.dtype, head_dim: int, num_heads: int, backward: bool, deterministic: bool, dynamic: bool,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    backward: bool,
+    deterministic: bool,
+    dynamic: bool,
     requested: str | None,
 ) -> str:
     case = Case(torch.device(device), dtype, head_dim, num_heads, backward, deterministic, dynamic)
@@ -314,8 +356,9 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, backend: str | None
     backward = torch.is_grad_enabled() and qkv.requires_grad
     deterministic = torch.are_deterministic_algorithms_enabled()
     if is_compiling():
-        name = _traced_choice(str(qkv.device), qkv.dtype, head_dim, num_heads, backward, deterministic,
-                              packing.dynamic, backend)
+        name = _traced_choice(
+            str(qkv.device), qkv.dtype, head_dim, num_heads, backward, deterministic, packing.dynamic, backend
+        )
     else:
         case = Case(qkv.device, qkv.dtype, head_dim, num_heads, backward, deterministic, packing.dynamic)
         if isinstance(qkv, FakeTensor):

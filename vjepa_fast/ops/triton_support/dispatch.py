@@ -47,8 +47,10 @@ def _choose(device_type: str) -> bool:
     can = triton is not None and (device_type == "cpu" if interpreted() else device_type == "cuda")
     if choice == "triton" and not can:
         why = "Triton is not installed" if triton is None else f"the tensors are on {device_type!r}"
-        raise ValueError(f"VJEPA_FAST_OPS=triton, but {why}; kernels need CUDA tensors, or with TRITON_INTERPRET=1 "
-                         "tensors on the CPU")
+        raise ValueError(
+            f"VJEPA_FAST_OPS=triton, but {why}; kernels need CUDA tensors, or with TRITON_INTERPRET=1 "
+            "tensors on the CPU"
+        )
     return choice == "triton" or (can and choice == "" and device_type == "cuda")
 
 

@@ -87,7 +87,9 @@ def _chunks(sizes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def table_of(
-    columns: Sequence[Sequence[Tensor | None]], device: torch.device, scalars: Sequence[Sequence[Tensor | None]] = (),
+    columns: Sequence[Sequence[Tensor | None]],
+    device: torch.device,
+    scalars: Sequence[Sequence[Tensor | None]] = (),
     integers: Sequence[Sequence[int]] = (),
 ) -> Table:
     """The table of these operands.
@@ -113,9 +115,15 @@ def table_of(
     aligned = (numbers % _ALIGNMENT == 0) & (rows[:, : len(columns)] % _ALIGNMENT == 0).all(1)
     sources: list[Tensor] = []
     rows_there, sizes_there, aligned_there, others_there, *integers_there = (
-        _to_device(values, device, sources) for values in (
-            rows, numbers, _chunks(numbers, aligned), _chunks(numbers, ~aligned),
-            *(np.array(column, np.int64) for column in integers)))
+        _to_device(values, device, sources)
+        for values in (
+            rows,
+            numbers,
+            _chunks(numbers, aligned),
+            _chunks(numbers, ~aligned),
+            *(np.array(column, np.int64) for column in integers),
+        )
+    )
     table = Table(rows_there, sizes_there, aligned_there, others_there, tuple(integers_there), tuple(sources))
     if capturing:
         # The replays read this memory, however long they come after, so it stays until the process ends.

@@ -45,8 +45,9 @@ class BadSteps:
         Raises:
             UserError: the file cannot be written.
         """
-        spike = (self._spike_factor is not None and self._num_good >= _NUM_BEFORE
-                 and loss > self._spike_factor * self._mean)
+        spike = (
+            self._spike_factor is not None and self._num_good >= _NUM_BEFORE and loss > self._spike_factor * self._mean
+        )
         if not skipped and not spike and math.isfinite(loss):
             # The plain mean at first, so that early losses do not count for long.
             memory = min(_MEMORY, self._num_good / (self._num_good + 1))
@@ -55,8 +56,11 @@ class BadSteps:
             return
         self.in_a_row += 1
         row = {
-            "step": step, "loss": loss if math.isfinite(loss) else str(loss), "mean_loss": self._mean,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm), "skipped": skipped,
+            "step": step,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "mean_loss": self._mean,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
+            "skipped": skipped,
             "sample_ids": [number for group in sample_ids for number in group.tolist()],
         }
         with disk_errors(self.path), self.path.open("a") as file:

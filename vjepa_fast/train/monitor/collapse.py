@@ -120,79 +120,145 @@ class CollapseWatch:
     def _find(self, step: int, f: Mapping[str, float]) -> Finding | None:
         # Comparisons with nan are false: figures that could not be had find nothing.
         if f["target_std"] < CONSTANT_STD:
-            return self._collapse("constant targets", step, f, (
-                f"the targets collapse: all tokens have nearly the same (std {f['target_std']:.3f}, less than 1 % of "
-                "their energy tells one token from another)"))
+            return self._collapse(
+                "constant targets",
+                step,
+                f,
+                (
+                    f"the targets collapse: all tokens have nearly the same (std {f['target_std']:.3f}, less than 1 % "
+                    "of their energy tells one token from another)"
+                ),
+            )
         if f["context_std"] < CONSTANT_STD:
-            return self._collapse("constant features", step, f, (
-                f"the encoder collapses: all tokens it sees get nearly the same features (std {f['context_std']:.3f}), "
-                "and the targets follow"))
+            return self._collapse(
+                "constant features",
+                step,
+                f,
+                (
+                    "the encoder collapses: all tokens it sees get nearly the same features (std "
+                    f"{f['context_std']:.3f}), and the targets follow"
+                ),
+            )
         if f["context_rank"] < LINE_RANK:
-            return self._collapse("lost directions", step, f, (
-                f"the encoder collapses: its features differ in one direction only (effective rank "
-                f"{f['context_rank']:.1f}), and the targets follow"))
+            return self._collapse(
+                "lost directions",
+                step,
+                f,
+                (
+                    f"the encoder collapses: its features differ in one direction only (effective rank "
+                    f"{f['context_rank']:.1f}), and the targets follow"
+                ),
+            )
         if f["weight_rms"] < GONE_WEIGHTS * (self._first_rms or 0.0) and self._decayed > 1:
             return self._collapse("vanishing weights", step, f, "the encoder's weights vanish, and features with them")
         unlearnt = f["explained"] < UNLEARNT_EXPLAINED and f["target_rank"] < self._best_rank / UNLEARNT_RANK
         if unlearnt or f["target_rank"] < self._best_rank / LOST_RANK:
-            return self._collapse("lost directions", step, f, (
-                f"the targets collapse: they differ in ever fewer directions (effective rank {f['target_rank']:.1f}, "
-                f"it was {self._best_rank:.0f})"))
+            return self._collapse(
+                "lost directions",
+                step,
+                f,
+                (
+                    f"the targets collapse: they differ in ever fewer directions (effective rank "
+                    f"{f['target_rank']:.1f}, it was {self._best_rank:.0f})"
+                ),
+            )
         if f["explained"] > VISIBLE_EXPLAINED:
-            return Finding("visible answer", "masks", (
-                f"the task is too easy: {100 * f['explained']:.0f} % of what differs in the targets is predicted, as "
-                "if the answers were among what the encoder sees. Look at the masks with `vjepa-fast masks`; try a "
-                "larger mask.masks.0.spatial_scale and temporal_scale, or a smaller mask.masks.0.max_temporal_keep"))
+            return Finding(
+                "visible answer",
+                "masks",
+                (
+                    f"the task is too easy: {100 * f['explained']:.0f} % of what differs in the targets is predicted, "
+                    "as if the answers were among what the encoder sees. Look at the masks with `vjepa-fast masks`; try "
+                    "a larger mask.masks.0.spatial_scale and temporal_scale, or a smaller mask.masks.0.max_temporal_keep"
+                ),
+            )
         warmup = self._schedules.warmup
         if f["explained"] < WORSE_EXPLAINED and step >= warmup and self._reach > REACH:
             return self._worse(f)
         self._num_constant = self._num_constant + 1 if f["explained"] < CONSTANT_EXPLAINED else 0
         if self._num_constant >= 2 and step >= warmup + max(PATIENCE, warmup):
             exponent = "" if self._loss.loss_exp == 2 else "loss.loss_exp=2 (with 1 a constant is best for many), "
-            return Finding("constant answer", "unknown", (
-                f"the predictor slides to an easy answer: the same for all tokens (std {f['prediction_std']:.3f} where "
-                f"the targets have {f['target_std']:.2f}), no better than the best constant. Try {exponent}"
-                "a larger optimization.lr, optimization.betas=[0.9, 0.95], model.zero_init_mask_tokens=false"))
+            return Finding(
+                "constant answer",
+                "unknown",
+                (
+                    f"the predictor slides to an easy answer: the same for all tokens (std {f['prediction_std']:.3f} "
+                    f"where the targets have {f['target_std']:.2f}), no better than the best constant. Try {exponent}"
+                    "a larger optimization.lr, optimization.betas=[0.9, 0.95], model.zero_init_mask_tokens=false"
+                ),
+            )
         return None
 
     def _worse(self, f: Mapping[str, float]) -> Finding:
-        seen = (f"the predictor slides to an easy answer: it is worse than one constant for all tokens (explained "
-                f"{100 * f['explained']:.0f} %, std {f['prediction_std']:.3f} where the targets have "
-                f"{f['target_std']:.2f})")
+        seen = (
+            f"the predictor slides to an easy answer: it is worse than one constant for all tokens (explained "
+            f"{100 * f['explained']:.0f} %, std {f['prediction_std']:.3f} where the targets have "
+            f"{f['target_std']:.2f})"
+        )
         pull = self._loss.prediction_l2
         if pull > 0:
             # The minimum of (p - t)^2 + pull p^2.
-            return Finding("worse than a constant", "penalty", (
-                f"{seen}. The penalty loss.prediction_l2={pull:g} pulls predictions towards 0, with a squared error to "
-                f"{100 / (1 + pull):.0f} % of the targets. Try a smaller loss.prediction_l2, or 0"))
-        return Finding("worse than a constant", "learning rate", (
-            f"{seen}, as when steps are too large. Try a smaller optimization.lr, a longer optimization.warmup, or "
-            "optimization.clip_grad=1"))
+            return Finding(
+                "worse than a constant",
+                "penalty",
+                (
+                    f"{seen}. The penalty loss.prediction_l2={pull:g} pulls predictions towards 0, with a squared "
+                    f"error to {100 / (1 + pull):.0f} % of the targets. Try a smaller loss.prediction_l2, or 0"
+                ),
+            )
+        return Finding(
+            "worse than a constant",
+            "learning rate",
+            (
+                f"{seen}, as when steps are too large. Try a smaller optimization.lr, a longer optimization.warmup, or "
+                "optimization.clip_grad=1"
+            ),
+        )
 
     def _collapse(self, kind: str, step: int, f: Mapping[str, float], seen: str) -> Finding:
         momentum = self._schedules.momentum(step)
         lag, rms, first_rms = 1 - self._kept, f["weight_rms"], self._first_rms or math.nan
         moved = f"{100 * lag:.0f} %"
         if kind == "constant targets" and lag < 0.5:
-            cause, advice = "gradient", (
-                f"The moving average can have made up only {moved} of the target encoder since the run began, so "
-                "something else moves it: a gradient reaches the targets, or the encoder itself makes them. Use "
-                "target_encoder under torch.no_grad(), keep its requires_grad false, and leave it out of other "
-                "optimizers")
+            cause, advice = (
+                "gradient",
+                (
+                    f"The moving average can have made up only {moved} of the target encoder since the run began, so "
+                    "something else moves it: a gradient reaches the targets, or the encoder itself makes them. Use "
+                    "target_encoder under torch.no_grad(), keep its requires_grad false, and leave it out of other "
+                    "optimizers"
+                ),
+            )
         elif rms < first_rms / 2 and self._decayed > 0.5:
-            cause, advice = "weight decay", (
-                f"Weight decay takes the weights away: they are at {rms / first_rms:.2g} of their size. Try a smaller "
-                "optimization.weight_decay and final_weight_decay (0.04 is usual)")
+            cause, advice = (
+                "weight decay",
+                (
+                    f"Weight decay takes the weights away: they are at {rms / first_rms:.2g} of their size. Try a "
+                    "smaller optimization.weight_decay and final_weight_decay (0.04 is usual)"
+                ),
+            )
         elif self._largest_update > LARGE_UPDATE:
-            cause, advice = "learning rate", (
-                f"A step changes weights by up to {100 * self._largest_update:.0f} % of their size. Try a smaller "
-                "optimization.lr, a longer optimization.warmup, or optimization.clip_grad=1")
+            cause, advice = (
+                "learning rate",
+                (
+                    f"A step changes weights by up to {100 * self._largest_update:.0f} % of their size. Try a smaller "
+                    "optimization.lr, a longer optimization.warmup, or optimization.clip_grad=1"
+                ),
+            )
         elif momentum < FAST_MOMENTUM:
-            cause, advice = "momentum", (
-                f"The target encoder follows the encoder too fast (momentum {momentum:g}), so that both can agree on "
-                "something easy. Try optimization.ema=[0.998, 1.0], or a smaller optimization.lr")
+            cause, advice = (
+                "momentum",
+                (
+                    f"The target encoder follows the encoder too fast (momentum {momentum:g}), so that both can agree "
+                    "on something easy. Try optimization.ema=[0.998, 1.0], or a smaller optimization.lr"
+                ),
+            )
         else:
-            cause, advice = "unknown", (
-                "Try a smaller optimization.lr, a momentum nearer to 1 (optimization.ema), or loss.reg_coeff=1, which "
-                "punishes predictions that do not vary")
+            cause, advice = (
+                "unknown",
+                (
+                    "Try a smaller optimization.lr, a momentum nearer to 1 (optimization.ema), or loss.reg_coeff=1, "
+                    "which punishes predictions that do not vary"
+                ),
+            )
         return Finding(kind, cause, f"{seen}. {advice}")

@@ -122,7 +122,8 @@ def health_figures(output: JEPAOutput, model: VJEPA, exponent: float) -> dict[st
         context.add(_normed(piece, output.context_levels))
     error = torch.stack(squared_error).sum() / output.packed_predictions.numel()
     figures = {
-        "target_std": targets.variance.sqrt().mean(), "prediction_std": predictions.variance.sqrt().mean(),
+        "target_std": targets.variance.sqrt().mean(),
+        "prediction_std": predictions.variance.sqrt().mean(),
         "context_std": context.variance.sqrt().mean(),
         "explained": 1 - error / targets.variance.mean().clamp_min(1e-12),
         "clip_cosine": _clip_cosine(output),
@@ -139,8 +140,11 @@ def health_figures(output: JEPAOutput, model: VJEPA, exponent: float) -> dict[st
 def read_figures(figures: dict[str, Tensor]) -> dict[str, float]:
     """Values of scalars on one device, in one copy; those of masks and slots that nothing was predicted of left out."""
     values = torch.stack([figure.detach().double().reshape(()) for figure in figures.values()]).tolist()
-    return {name: value for name, value in zip(figures, values, strict=True)
-            if not (name.startswith(("loss_mask", "loss_slot")) and math.isnan(value))}
+    return {
+        name: value
+        for name, value in zip(figures, values, strict=True)
+        if not (name.startswith(("loss_mask", "loss_slot")) and math.isnan(value))
+    }
 
 
 def _every(count: int) -> int:

@@ -14,8 +14,19 @@ from vjepa_fast.common.atomic import disk_errors, write_text
 from vjepa_fast.common.errors import ConfigError
 
 COLUMNS = (
-    "epoch", "itr", "loss", "iter-time(ms)", "gpu-time(ms)", "dataload-time(ms)",
-    "step", "lr", "weight_decay", "momentum", "grad_norm", "skipped", "clips_per_s",
+    "epoch",
+    "itr",
+    "loss",
+    "iter-time(ms)",
+    "gpu-time(ms)",
+    "dataload-time(ms)",
+    "step",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "grad_norm",
+    "skipped",
+    "clips_per_s",
 )
 """The first six are the reference's; gpu-time is the wall time of the training step on a CPU, dataload-time
 what that step waited for its clips (vjepa_fast.train.speed.step_timer)."""
@@ -47,8 +58,10 @@ class MetricsLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError("train.tensorboard is set, but the package tensorboard is not installed; "
-                                  "pip install 'vjepa-fast[tensorboard]'") from error
+                raise ConfigError(
+                    "train.tensorboard is set, but the package tensorboard is not installed; "
+                    "pip install 'vjepa-fast[tensorboard]'"
+                ) from error
             with disk_errors(folder / "tensorboard"):
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
@@ -86,9 +99,16 @@ class MetricsLog:
             return {}
         buffer = io.StringIO()
         csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerows(
-            {**row, "loss": f"{row['loss']:.9g}", "grad_norm": f"{row['grad_norm']:.6g}",
-             "lr": f"{row['lr']:.6g}", "momentum": f"{row['momentum']:.8g}",
-             **{key: f"{row[key]:.1f}" for key in COLUMNS[3:6] + ("clips_per_s",)}} for row in rows)
+            {
+                **row,
+                "loss": f"{row['loss']:.9g}",
+                "grad_norm": f"{row['grad_norm']:.6g}",
+                "lr": f"{row['lr']:.6g}",
+                "momentum": f"{row['momentum']:.8g}",
+                **{key: f"{row[key]:.1f}" for key in COLUMNS[3:6] + ("clips_per_s",)},
+            }
+            for row in rows
+        )
         with disk_errors(self.csv_path), self.csv_path.open("a", newline="") as file:
             file.write(buffer.getvalue())
         last = {**rows[-1], **(extra or {})}

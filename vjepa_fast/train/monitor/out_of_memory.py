@@ -12,7 +12,8 @@ _GIB = 2**30
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that an allocation, on a GPU or on the CPU, failed."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def explain(cfg: Config, batch_size: int, device: torch.device, step: int, num_processes: int = 1) -> str:
@@ -34,7 +35,9 @@ def explain(cfg: Config, batch_size: int, device: torch.device, step: int, num_p
     total = f" ({torch.cuda.get_device_properties(device).total_memory / _GIB:.1f} GiB)" if on_gpu else ""
     advice = "; ".join(map(str, adviser.single()))
     graphs = on_gpu and cfg.train.cuda_graphs is not False
-    return (f"memory of the {'GPU' if on_gpu else 'machine'}{total} ran out in step {step}; predicted for this config: "
-            f"{adviser.peak(cfg) / _GIB:.1f} GiB a process. "
-            + (f"With {advice}" if advice else "Use fewer clips a process or a smaller model")
-            + ("; CUDA graphs, which train.cuda_graphs=false leaves out, hold memory beside that" if graphs else ""))
+    return (
+        f"memory of the {'GPU' if on_gpu else 'machine'}{total} ran out in step {step}; predicted for this config: "
+        f"{adviser.peak(cfg) / _GIB:.1f} GiB a process. "
+        + (f"With {advice}" if advice else "Use fewer clips a process or a smaller model")
+        + ("; CUDA graphs, which train.cuda_graphs=false leaves out, hold memory beside that" if graphs else "")
+    )

@@ -64,9 +64,17 @@ def read_back(pending: Sequence[Pending], processes: Processes, ipe: int) -> Fig
     times = [p.times.seconds() for p in pending]
     rows = [
         {
-            "epoch": p.step // ipe + 1, "itr": p.step % ipe, "loss": loss, "iter-time(ms)": 1e3 * (wait + step),
-            "gpu-time(ms)": 1e3 * step, "dataload-time(ms)": 1e3 * wait, "step": p.step, **p.schedule,
-            "grad_norm": norm, "skipped": int(skip), "clips_per_s": p.num_clips / (wait + step),
+            "epoch": p.step // ipe + 1,
+            "itr": p.step % ipe,
+            "loss": loss,
+            "iter-time(ms)": 1e3 * (wait + step),
+            "gpu-time(ms)": 1e3 * step,
+            "dataload-time(ms)": 1e3 * wait,
+            "step": p.step,
+            **p.schedule,
+            "grad_norm": norm,
+            "skipped": int(skip),
+            "clips_per_s": p.num_clips / (wait + step),
         }
         for p, loss, norm, skip, (wait, step) in zip(pending, losses, norms, skipped, times, strict=True)
     ]

@@ -95,8 +95,11 @@ class ProgressReport:
         self.bar: Progress | None = None
         if enabled and console.is_terminal:
             self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                TextColumn("{task.description}"), console=console, refresh_per_second=4,
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                console=console,
+                refresh_per_second=4,
             )
             self.task = self.bar.add_task("starting", total=total, completed=start)
             self.bar.start()
@@ -123,14 +126,19 @@ class ProgressReport:
         figures = {"loss": f"loss {loss:.4f}"}
         if explained is not None:
             figures["explained"] = f"explained {100 * explained:.0f} %"
-        figures |= {"lr": f"lr {lr:.2e}", "speed": f"{clips_per_s:.1f} clips/s",
-                    "data wait": f"data wait {100 * data_wait:.0f} %", "eta": f"eta {left}"}
+        figures |= {
+            "lr": f"lr {lr:.2e}",
+            "speed": f"{clips_per_s:.1f} clips/s",
+            "data wait": f"data wait {100 * data_wait:.0f} %",
+            "eta": f"eta {left}",
+        }
         if self.bar is not None:
             room = self.console.width - len(f"step {self.total}/{self.total}") - _NARROWEST_BAR
             self.bar.update(self.task, description=fitting(figures, room), completed=done)
         else:
-            self.console.print(f"step {done}/{self.total}  {'  '.join(figures.values())}", highlight=False,
-                               soft_wrap=True)
+            self.console.print(
+                f"step {done}/{self.total}  {'  '.join(figures.values())}", highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -83,8 +83,10 @@ class RunHealth:
         if None in values or not values:
             return ""
         explained, std, rank = (value or 0.0 for value in values)
-        text = (f"predictions explain {100 * explained:.0f} % of what differs in the targets (std {std:.2f}, effective "
-                f"rank {rank:.0f})")
+        text = (
+            f"predictions explain {100 * explained:.0f} % of what differs in the targets (std {std:.2f}, effective "
+            f"rank {rank:.0f})"
+        )
         if self.num_warnings:
             text += f"; {self.num_warnings} warning{'s' if self.num_warnings > 1 else ''} in {self.path}"
         return text

@@ -43,4 +43,7 @@ class RunSummary:
             figures += [f"{self.clips_per_s:.1f} clips/s", f"data wait {100 * self.data_wait:.1f} %"]
         console.print(
             f"{self.how} at step {self.step} of {total_steps}{': ' if figures else ''}{', '.join(figures)}"
-            + ("" if checkpoint is None else f"\ncheckpoint {checkpoint}"), highlight=False, soft_wrap=True)
+            + ("" if checkpoint is None else f"\ncheckpoint {checkpoint}"),
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -63,7 +63,8 @@ class Curves:
         """Clips a second, and the share of the time that was waited for clips, after the first steps; nan: unknown."""
         first = _WARM_UP if len(self) > _WARM_UP else 0
         seconds, wait, rate = (
-            self.columns[name][first:] for name in ("iter-time(ms)", "dataload-time(ms)", "clips_per_s"))
+            self.columns[name][first:] for name in ("iter-time(ms)", "dataload-time(ms)", "clips_per_s")
+        )
         known = np.isfinite(seconds) & np.isfinite(wait) & np.isfinite(rate)
         total = seconds[known].sum()
         if not total > 0:
@@ -143,15 +144,15 @@ def draw_learning(curves: Curves, marks: Sequence[int] = ()) -> bytes:
     loss.set(title="Prediction loss", ylabel="loss")
     _places(places, curves)
     _lines(explained, curves, {"explained": "tab:red"})
-    explained.set(title="Share of the targets' variance explained", ylabel="explained (0: a constant)",
-                  ylim=(-0.5, 1))
+    explained.set(title="Share of the targets' variance explained", ylabel="explained (0: a constant)", ylim=(-0.5, 1))
     _lines(spread, curves, {"target_std": "tab:green", "context_std": "tab:olive", "prediction_std": "tab:orange"})
     spread.set(title="Spread of features (0: collapse)", ylabel="std over tokens", ylim=(0, None))
     _lines(ranks, curves, {"target_rank": "tab:green", "context_rank": "tab:olive", "prediction_rank": "tab:orange"})
     ranks.set(title="Directions in use (1: collapse)", ylabel="effective rank", ylim=(0, None))
     _lines(cosine, curves, {"clip_cosine": "tab:purple"})
-    cosine.set(title="Mean targets of two clips", ylabel="cosine",
-               ylim=(min([0.0, *curves.series("clip_cosine")[1]]), 1.05))
+    cosine.set(
+        title="Mean targets of two clips", ylabel="cosine", ylim=(min([0.0, *curves.series("clip_cosine")[1]]), 1.05)
+    )
     return _png(figure, curves, marks)
 
 
@@ -165,8 +166,10 @@ def draw_training(curves: Curves, marks: Sequence[int] = ()) -> bytes:
     gradients.set(title="Norms of gradients", ylabel="norm")
     every = _every(len(curves))
     steps = curves.columns["step"][::every]
-    for axes, name, colour, label in ((schedule, "lr", "tab:blue", "learning rate"),
-                                      (schedule.twinx(), "momentum", "tab:red", "momentum (target encoder)")):
+    for axes, name, colour, label in (
+        (schedule, "lr", "tab:blue", "learning rate"),
+        (schedule.twinx(), "momentum", "tab:red", "momentum (target encoder)"),
+    ):
         axes.plot(steps, curves.columns[name][::every], color=colour)
         axes.set_ylabel(label, color=colour)
     schedule.set(title="Schedules", ylim=(0, None))
@@ -174,8 +177,9 @@ def draw_training(curves: Curves, marks: Sequence[int] = ()) -> bytes:
     _steps(speed, curves, "clips_per_s", "tab:green")
     speed.set(title="Speed", ylim=(0, None))
     speed.set_ylabel("clips/s", color="tab:green")
-    wait, time = (running_mean(curves.columns[name], curves.window)[::every]
-                  for name in ("dataload-time(ms)", "iter-time(ms)"))
+    wait, time = (
+        running_mean(curves.columns[name], curves.window)[::every] for name in ("dataload-time(ms)", "iter-time(ms)")
+    )
     right = speed.twinx()
     right.plot(steps, 100 * wait / np.where(time > 0, time, math.nan), color="tab:brown", linewidth=1)
     right.set(ylim=(0, 100))
@@ -210,8 +214,17 @@ def _png(figure: Any, curves: Curves, marks: Sequence[int]) -> bytes:
             axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", color="grey")
         for number, step in enumerate(marks[:MAX_MARKS], 1):
             axes.axvline(step, color="crimson", linestyle="--", linewidth=1)
-            axes.text(step, 0.99, str(number), transform=axes.get_xaxis_transform(), color="white", fontsize=8,
-                      va="top", ha="center", bbox={"facecolor": "crimson", "edgecolor": "none", "pad": 1.5})
+            axes.text(
+                step,
+                0.99,
+                str(number),
+                transform=axes.get_xaxis_transform(),
+                color="white",
+                fontsize=8,
+                va="top",
+                ha="center",
+                bbox={"facecolor": "crimson", "edgecolor": "none", "pad": 1.5},
+            )
         labels = axes.get_legend_handles_labels()[1]
         if 1 < len(labels) <= 16:
             axes.legend(fontsize="small", ncols=2 if len(labels) > 6 else 1, framealpha=0.6)
@@ -231,11 +244,13 @@ def _steps(axes: Any, curves: Curves, name: str, colour: str, smooth: bool = Tru
         known = np.isfinite(pieces).any(1)
         low, high = np.nanmin(pieces[known], 1), np.nanmax(pieces[known], 1)
         # With an edge, or a single high step would be narrower than a pixel.
-        axes.fill_between(steps[:whole:every][known], low, high, color=colour, alpha=0.3, linewidth=0.8,
-                          label="range of steps")
+        axes.fill_between(
+            steps[:whole:every][known], low, high, color=colour, alpha=0.3, linewidth=0.8, label="range of steps"
+        )
     else:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35 if window > 1 and smooth else 1,
-                  label="each step")
+        axes.plot(
+            steps, values, color=colour, linewidth=0.8, alpha=0.35 if window > 1 and smooth else 1, label="each step"
+        )
     if window > 1 and smooth or every > 1:
         axes.plot(steps[::every], running_mean(values, window)[::every], color=colour, label=mean)
 
@@ -252,8 +267,9 @@ def _places(axes: Any, curves: Curves) -> None:
     """Loss by mask and by time slot, of the steps with a line in the log."""
     from matplotlib import colormaps
 
-    found = sorted({(match[1], int(match[2]), match[0]) for row in curves.rows for key in row
-                    if (match := _PLACE.fullmatch(key))})
+    found = sorted(
+        {(match[1], int(match[2]), match[0]) for row in curves.rows for key in row if (match := _PLACE.fullmatch(key))}
+    )
     slots = [number for kind, number, _ in found if kind == "slot"]
     for kind, number, key in found[:80]:
         style: dict[str, Any] = {"linestyle": "--", "color": f"C{number % 10}"}

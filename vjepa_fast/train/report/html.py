@@ -25,10 +25,15 @@ pre { padding: .6em .8em; white-space: pre-wrap; margin: .3em 0 } footer, .note 
 
 def document(title: str, body: Iterable[str]) -> str:
     """The whole page; `body` is HTML, the title text."""
-    return "\n".join([
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
-        f"<h1>{escape(title)}</h1>", *body, "</body></html>\n"])
+    return "\n".join(
+        [
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
+            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+            f"<h1>{escape(title)}</h1>",
+            *body,
+            "</body></html>\n",
+        ]
+    )
 
 
 def heading(text: str) -> str:
@@ -63,8 +68,9 @@ def table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: bo
     """Args: numbers: all columns but the first are."""
     lines = [] if head is None else [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
     for row in rows:
-        cells = (f"<td{' class=number' if numbers and place else ''}>{escape(cell)}</td>"
-                 for place, cell in enumerate(row))
+        cells = (
+            f"<td{' class=number' if numbers and place else ''}>{escape(cell)}</td>" for place, cell in enumerate(row)
+        )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "<table>" + "\n".join(lines) + "</table>"
 

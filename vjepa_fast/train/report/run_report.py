@@ -37,7 +37,7 @@ MAX_LISTED = 20
 _HOW_TO_READ = {
     "Loss": "should fall, but that alone says little: it falls fastest when all features become the same.",
     "Explained": "the share of what differs between targets that is predicted. 0 is the best constant answer; above it "
-                 "something is learnt. It begins far below 0, outside the picture.",
+    "something is learnt. It begins far below 0, outside the picture.",
     "Spread, directions": "near 0, or at 1 direction, features have collapsed. Targets follow the context's features.",
     "Cosine": "between the mean targets of two clips; at 1 they are the same. The demo learns with 0.99.",
 }
@@ -133,8 +133,10 @@ def _body(folder: Path) -> Iterator[str]:
     run = _Run(folder, config, run_json.read(folder), read_curves(folder), found)
     if run.curves.num_damaged:
         count = run.curves.num_damaged
-        notes.append(f"{count} line{'s' if count > 1 else ''} of metrics.jsonl cannot be read and "
-                     f"{'are' if count > 1 else 'is'} left out; a kill can cut the last one short.")
+        notes.append(
+            f"{count} line{'s' if count > 1 else ''} of metrics.jsonl cannot be read and "
+            f"{'are' if count > 1 else 'is'} left out; a kill can cut the last one short."
+        )
     if not len(run.curves):
         notes.append(_why_no_step(folder))
     yield html.paragraph(_status(run))
@@ -169,8 +171,10 @@ def _status(run: _Run) -> str:
         return f"The log ends at {of}; how the run ended is not on record."
     how = run.about("how")
     if how is None:
-        return (f"The log ends at {of}. No end is on record: the run was killed, or was still going when this page was "
-                "made.")
+        return (
+            f"The log ends at {of}. No end is on record: the run was killed, or was still going when this page was "
+            "made."
+        )
     stop = run.get("train.max_steps")
     asked = f" (train.max_steps={stop})" if stop == run.steps != run.total else ""
     return f"Ended at {of}{asked}: {how}."
@@ -181,7 +185,7 @@ def _figures(run: _Run) -> dict[str, str]:
     figures = {"steps": f"{run.steps} of {run.total}" if run.total else str(run.steps)}
     losses = curves.columns["loss"][np.isfinite(curves.columns["loss"])]
     if len(losses):
-        figures["loss, first and last"] = f"{losses[0]:.3f} to {losses[-curves.window:].mean():.3f}"
+        figures["loss, first and last"] = f"{losses[0]:.3f} to {losses[-curves.window :].mean():.3f}"
     explained, ranks = curves.series("explained")[1], curves.series("target_rank")[1]
     if explained:
         figures["explained at the end"] = f"{round(100 * explained[-1])} %"
@@ -190,8 +194,11 @@ def _figures(run: _Run) -> dict[str, str]:
     rate, wait = curves.speed()
     if math.isfinite(rate):
         seconds = round(np.nansum(curves.columns["iter-time(ms)"]) / 1e3)
-        figures |= {"clips/s": f"{rate:.1f}", "waiting for clips": f"{100 * wait:.1f} %",
-                    "time of all steps": str(timedelta(seconds=seconds))}
+        figures |= {
+            "clips/s": f"{rate:.1f}",
+            "waiting for clips": f"{100 * wait:.1f} %",
+            "time of all steps": str(timedelta(seconds=seconds)),
+        }
     return figures | {"warnings": str(len(run.warnings))}
 
 
@@ -213,8 +220,10 @@ def _pictures(run: _Run) -> Iterator[str]:
     yield html.image(learning, "Curves of the loss and of the health of the features, as described below")
     yield html.explained(_HOW_TO_READ)
     if run.get("model.objective") == "pixels":
-        yield html.paragraph("This run predicts pixels. Its targets are those of the masked tubelets, each colour "
-                             "normalised over its tubelet, and do not depend on the model.")
+        yield html.paragraph(
+            "This run predicts pixels. Its targets are those of the masked tubelets, each colour "
+            "normalised over its tubelet, and do not depend on the model."
+        )
     yield html.heading("How does training go?")
     yield html.image(draw_training(run.curves, marks), "Curves of gradient norms, schedules and speed")
     if marks:
@@ -225,19 +234,24 @@ def _what(run: _Run) -> Iterator[str]:
     yield html.heading("What was trained")
     rows: dict[str, Any] = {}
     if run.config:
-        sizes = [f"{name} {run.about(f'{name}_parameters') / 1e6:.1f} M" for name in ("encoder", "predictor")
-                 if _is_int(run.about(f"{name}_parameters"))]
+        sizes = [
+            f"{name} {run.about(f'{name}_parameters') / 1e6:.1f} M"
+            for name in ("encoder", "predictor")
+            if _is_int(run.about(f"{name}_parameters"))
+        ]
         videos, clips, images = (run.about(key) for key in ("videos", "clips_a_step", "images_a_step"))
         datasets = _as_list(run.about("manifests")) or _as_list(run.get("data.datasets"))
         rows = {
             "model": str(run.get("model.model_name")) + (f" ({', '.join(sizes)} parameters)" if sizes else ""),
-            "predicts": "pixels of the masked tubelets" if run.get("model.objective") == "pixels" else
-                        "features of the masked tubelets, as the target encoder has them",
+            "predicts": "pixels of the masked tubelets"
+            if run.get("model.objective") == "pixels"
+            else "features of the masked tubelets, as the target encoder has them",
             "data": (f"{videos} videos: " if _is_int(videos) else "") + _listed(datasets),
             "clips": f"{_listed(_as_list(run.get('data.dataset_fpcs')))} frames, "
-                     f"{' x '.join(map(str, _as_list(run.get('data.crop_size'))))} pixels"
-                     + (f", {run.get('data.fps'):g} frames/s" if isinstance(run.get("data.fps"), (int, float)) else "")
-                     + (f"; {clips} a step" if _is_int(clips) else "") + (f", and {images} images" if images else ""),
+            f"{' x '.join(map(str, _as_list(run.get('data.crop_size'))))} pixels"
+            + (f", {run.get('data.fps'):g} frames/s" if isinstance(run.get("data.fps"), (int, float)) else "")
+            + (f"; {clips} a step" if _is_int(clips) else "")
+            + (f", and {images} images" if images else ""),
             "precision, seed": f"{run.get('train.dtype')}, {run.get('train.seed')}",
         }
     many, versions = run.about("processes"), run.about("versions")
@@ -260,10 +274,13 @@ def _settings(run: _Run) -> Iterator[str]:
     yield html.heading("Settings")
     recipe, found = from_nearest_recipe(run.config)
     if found:
-        yield html.paragraph(f"The nearest of the packaged recipes is {recipe}; different from it "
-                             f"{'is' if len(found) == 1 else 'are'}:")
-        yield html.table(["key", recipe, "this run"], [
-            [one.key, yaml_io.describe(one.recipe), yaml_io.describe(one.config)] for one in found])
+        yield html.paragraph(
+            f"The nearest of the packaged recipes is {recipe}; different from it {'is' if len(found) == 1 else 'are'}:"
+        )
+        yield html.table(
+            ["key", recipe, "this run"],
+            [[one.key, yaml_io.describe(one.recipe), yaml_io.describe(one.config)] for one in found],
+        )
     else:
         yield html.paragraph(f"Those of the recipe {recipe}.")
     yield html.folded("All settings (config.yaml)", yaml_io.write(run.config))
@@ -277,14 +294,16 @@ def _probe(run: _Run) -> Iterator[str]:
     try:
         scores = json.loads(path.read_bytes())
         names = list(dict.fromkeys(name for row in scores.values() for name in row))
-        rows = [[str(what), *(f"{row[name]:.2f}" if name in row else "" for name in names)]
-                for what, row in scores.items()]
+        rows = [
+            [str(what), *(f"{row[name]:.2f}" if name in row else "" for name in names)] for what, row in scores.items()
+        ]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         yield html.paragraph("probe.json cannot be read: it is damaged, or of another kind.", "note")
         return
     yield html.paragraph("Linear probes, scored on held-out videos: 1 is perfect, an R2 of 0 is that of the mean.")
-    yield html.table(["features", *(name.replace("_r2", " R2").replace("_", " ") for name in names)], rows,
-                     numbers=True)
+    yield html.table(
+        ["features", *(name.replace("_r2", " R2").replace("_", " ") for name in names)], rows, numbers=True
+    )
     if run.starts and run.about("how") != "finished":
         yield html.paragraph("Measured at an earlier end of this run.", "note")
 
@@ -303,12 +322,18 @@ def _broken(folder: Path) -> Iterator[str]:
         yield html.paragraph(f"{len(rows)}; others took their places.")
         yield html.table(["dataset", "path", "reason"], rows[:MAX_LISTED])
         yield from html.more(len(rows), MAX_LISTED, "broken_r*.tsv")
-    bad = {line["step"] for path in folder.glob("bad_steps_r*.jsonl") for line in _json_lines(path)
-           if _is_int(line.get("step"))}
+    bad = {
+        line["step"]
+        for path in folder.glob("bad_steps_r*.jsonl")
+        for line in _json_lines(path)
+        if _is_int(line.get("step"))
+    }
     if bad:
         yield html.heading("Steps that went wrong")
-        yield html.paragraph(f"{len(bad)}, between step {min(bad) + 1} and {max(bad) + 1}: gradients that are not "
-                             "finite, or losses far above those before (bad_steps_r*.jsonl).")
+        yield html.paragraph(
+            f"{len(bad)}, between step {min(bad) + 1} and {max(bad) + 1}: gradients that are not "
+            "finite, or losses far above those before (bad_steps_r*.jsonl)."
+        )
 
 
 def _going_on(run: _Run) -> Iterator[str]:
@@ -324,8 +349,9 @@ def _going_on(run: _Run) -> Iterator[str]:
         yield html.paragraph("All steps of the schedules are done.")
     else:
         what = "Train on" if checkpoint is not None else "There is no checkpoint yet. Start once more"
-        yield html.paragraph(f"{what}, in the folder that the run was started from (with torchrun or srun, if it was "
-                             "started so):")
+        yield html.paragraph(
+            f"{what}, in the folder that the run was started from (with torchrun or srun, if it was started so):"
+        )
         yield html.command(again)
     if checkpoint is None:
         return
@@ -333,12 +359,18 @@ def _going_on(run: _Run) -> Iterator[str]:
     videos = str(manifests[0]) if manifests else "videos.csv"
     train, val = ("train.csv", "val.csv") if held_out is None else (videos, str(held_out))
     yield html.paragraph("Write features of videos down:")
-    yield html.command(f"vjepa-fast embed {shlex.quote(videos)} --checkpoint {there} "
-                       f"--out {shlex.quote(str(run.folder / 'features.safetensors'))}")
-    yield html.paragraph("Measure what a probe reads out of the features"
-                         + (" of labelled videos of yours:" if held_out is None else ":"))
-    yield html.command(f"vjepa-fast probe --checkpoint {there} --train {shlex.quote(train)} --val {shlex.quote(val)} "
-                       f"--out {shlex.quote(str(run.folder / 'probe'))}")
+    yield html.command(
+        f"vjepa-fast embed {shlex.quote(videos)} --checkpoint {there} "
+        f"--out {shlex.quote(str(run.folder / 'features.safetensors'))}"
+    )
+    yield html.paragraph(
+        "Measure what a probe reads out of the features"
+        + (" of labelled videos of yours:" if held_out is None else ":")
+    )
+    yield html.command(
+        f"vjepa-fast probe --checkpoint {there} --train {shlex.quote(train)} --val {shlex.quote(val)} "
+        f"--out {shlex.quote(str(run.folder / 'probe'))}"
+    )
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

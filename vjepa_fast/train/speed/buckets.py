@@ -33,12 +33,15 @@ def choose_buckets(seen: Sequence[Sizes], count: int, context_cost: float, unit:
             most = max(most, ordered[last].target)
             number = last - first + 1
             waste[first][last + 1] = (
-                context_cost * (number * ordered[last].context - contexts) + number * most - targets)
+                context_cost * (number * ordered[last].context - contexts) + number * most - targets
+            )
     # best[end]: waste of the first `end` batches and the borders of their buckets.
     best: list[tuple[float, tuple[int, ...]]] = [(waste[0][end], (0, end)) for end in range(len(ordered) + 1)]
     for _ in range(1, count):
-        best = [min([best[end], *((best[first][0] + waste[first][end], (*best[first][1], end))
-                                  for first in range(1, end))]) for end in range(len(ordered) + 1)]
+        best = [
+            min([best[end], *((best[first][0] + waste[first][end], (*best[first][1], end)) for first in range(1, end))])
+            for end in range(len(ordered) + 1)
+        ]
     borders = best[-1][1]
     rooms = []
     for first, end in zip(borders, borders[1:], strict=False):

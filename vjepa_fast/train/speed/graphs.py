@@ -226,9 +226,12 @@ class GraphedStep:
         self.optimizer.grad_norm, self.optimizer.part_norms, self.optimizer.skipped = grad_norm, figures[3:], skipped
         total = sum(masks.target_lengths)
         output = replace(
-            bucket.output, packed_predictions=bucket.output.packed_predictions[:total],
-            target_rows=bucket.output.target_rows[:total], masks=[masks],
-            context=bucket.output.context[: sum(masks.context_lengths)])
+            bucket.output,
+            packed_predictions=bucket.output.packed_predictions[:total],
+            target_rows=bucket.output.target_rows[:total],
+            masks=[masks],
+            context=bucket.output.context[: sum(masks.context_lengths)],
+        )
         return StepResult(loss, grad_norm, figures[3:], skipped, *scheduled, output)
 
     def _aside(self, run: Callable[[], None]) -> None:
@@ -252,8 +255,10 @@ class GraphedStep:
             # do so meanwhile; the stricter modes forbid both. Waiting for the stream is an error in this one too.
             # The outer context puts the stream back, which a capture that fails to end does not.
             stream = self._stream()
-            with torch.cuda.stream(torch.cuda.current_stream(stream.device)), torch.cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(stream.device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"),
+            ):
                 run()
         finally:
             if collecting:
@@ -334,7 +339,8 @@ class GraphedStep:
         the matrix products of a token are its parameters."""
         encoder, predictor = (
             sum(p.numel() for p in network.parameters())
-            for network in (self.train_step.model.encoder.blocks, self.train_step.model.predictor.predictor_blocks))
+            for network in (self.train_step.model.encoder.blocks, self.train_step.model.predictor.predictor_blocks)
+        )
         return (encoder + predictor) / predictor
 
     def _say_once(self, sentence: str) -> None:

@@ -61,8 +61,11 @@ def shares_table(milliseconds: dict[str, float], num_steps: int) -> str:
     total = sum(milliseconds.values()) or 1.0
     names = [name for part in PARTS for name in (part, backward_of(part))] + ["other"]
     lines = [f"{'part of the step':30}{'ms a step':>12}{'share':>9}"]
-    lines += [f"{name:30}{milliseconds[name] / num_steps:12.3f}{100 * milliseconds[name] / total:8.1f}%"
-              for name in names if name in milliseconds]
+    lines += [
+        f"{name:30}{milliseconds[name] / num_steps:12.3f}{100 * milliseconds[name] / total:8.1f}%"
+        for name in names
+        if name in milliseconds
+    ]
     return "\n".join(lines)
 
 
@@ -108,4 +111,5 @@ class StepProfiler:
             times = times_by_part(self.profile.events() or (), torch.cuda.is_available())
             (self.folder / "operators.txt").write_text(
                 f"{shares_table(times, max(1, self.num_steps))}\n\n"
-                + self.profile.key_averages().table(sort_by=order, row_limit=40))
+                + self.profile.key_averages().table(sort_by=order, row_limit=40)
+            )

@@ -45,9 +45,7 @@ class SpeedUps:
         say: told what was chosen, a sentence each.
     """
 
-    def __init__(
-        self, cfg: Config, train_step: TrainStep, processes: Processes, say: Callable[[str], object]
-    ) -> None:
+    def __init__(self, cfg: Config, train_step: TrainStep, processes: Processes, say: Callable[[str], object]) -> None:
         self.cfg, self.train_step, self.processes, self.say = cfg, train_step, processes, say
         self.device = next(train_step.model.parameters()).device
 
@@ -110,7 +108,8 @@ class SpeedUps:
                 step(True, 0)
                 step(True, 1)
                 faster = self._faster(
-                    key, "compiled blocks", lambda number: step(True, number), lambda number: step(False, number))
+                    key, "compiled blocks", lambda number: step(True, number), lambda number: step(False, number)
+                )
         except NotCompiled as error:
             self.say(f"{key}: blocks are not compiled: {error}")
         set_compiled(model, faster)
@@ -146,8 +145,10 @@ class SpeedUps:
             self._run(self.train_step, trial)
         took = seconds_of(lambda: self._run(self.train_step, trials[0]), self.device)
         if took > LONG_STEP:
-            self.say(f"train.cuda_graphs=auto: CUDA graphs are not tried: a step of {1e3 * took:.4g} ms hardly waits "
-                     "for launches")
+            self.say(
+                f"train.cuda_graphs=auto: CUDA graphs are not tried: a step of {1e3 * took:.4g} ms hardly waits "
+                "for launches"
+            )
             return False
         # The buckets of the run, with its padding and its memory.
         sizes = expected or [Sizes.of(trial.masks[0]) for trial in trials]
@@ -156,19 +157,21 @@ class SpeedUps:
             for trial in trials:
                 self._run(graphed, trial)
         faster = self._faster(
-            "train.cuda_graphs=auto", "CUDA graphs",
+            "train.cuda_graphs=auto",
+            "CUDA graphs",
             lambda number: self._run(graphed, trials[number % len(trials)]),
-            lambda number: self._run(self.train_step, trials[number % len(trials)]))
+            lambda number: self._run(self.train_step, trials[number % len(trials)]),
+        )
         return faster and not graphed.stopped
 
-    def _faster(
-        self, key: str, what: str, with_it: Callable[[int], None], without: Callable[[int], None]
-    ) -> bool:
+    def _faster(self, key: str, what: str, with_it: Callable[[int], None], without: Callable[[int], None]) -> bool:
         """Whether a speed-up is one, in the sum over all processes, which therefore agree."""
         seconds = race({"with": with_it, "without": without}, self.device, 10 if self.device.type == "cuda" else 3)
         times = torch.tensor([seconds["with"], seconds["without"]], dtype=torch.float64)
         ours, plain = (self.processes.sum_on_host(times) / self.processes.world_size).tolist()
         faster = ours * MARGIN < plain
-        self.say(f"{key}: {what} {'are' if faster else 'are not'} used, {1e3 * ours:.4g} ms a step with and "
-                 f"{1e3 * plain:.4g} ms without")
+        self.say(
+            f"{key}: {what} {'are' if faster else 'are not'} used, {1e3 * ours:.4g} ms a step with and "
+            f"{1e3 * plain:.4g} ms without"
+        )
         return faster
