@@ -168,8 +168,9 @@ class CollapseWatch:
                 "masks",
                 (
                     f"the task is too easy: {100 * f['explained']:.0f} % of what differs in the targets is predicted, "
-                    "as if the answers were among what the encoder sees. Look at the masks with `vjepa-fast masks`; try "
-                    "a larger mask.masks.0.spatial_scale and temporal_scale, or a smaller mask.masks.0.max_temporal_keep"
+                    "as if the answers were among what the encoder sees. Look at the masks with `vjepa-fast masks`; "
+                    "try a larger mask.masks.0.spatial_scale and temporal_scale, or a smaller "
+                    "mask.masks.0.max_temporal_keep"
                 ),
             )
         warmup = self._schedules.warmup
