@@ -29,6 +29,7 @@ from vjepa_fast.bench.timing import ROOT, environment
 from vjepa_fast.bench.workload import LARGE, TINY, TRIAL, Workload
 from vjepa_fast.cost.counter import Tally, count, count_step, fake_parameters, fake_tensors
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.train.step import TrainStep
 
 _WORKLOADS = {"tiny": TINY, "large": LARGE, "trial": TRIAL}
 _CPU = torch.device("cpu")
@@ -103,8 +104,8 @@ def compare(workload: Workload, root: Path | None) -> dict[str, Any]:
     """All sides on the same masks."""
     masks = workload.masks(_CPU)
     sides = {
-        "ours, kernels": count_step(workload.config, [masks], kernels=True),
-        "ours, plain PyTorch": count_step(workload.config, [masks], kernels=False),
+        "ours, kernels": count_step(workload.config, [masks], kernels=True, make_step=TrainStep),
+        "ours, plain PyTorch": count_step(workload.config, [masks], kernels=False, make_step=TrainStep),
     }
     if root is not None:
         sides["reference as configured"] = count_reference(workload, masks, root, True)

@@ -31,6 +31,7 @@ from vjepa_fast.checkpoints.export import write
 from vjepa_fast.checkpoints.huggingface import weights as huggingface
 from vjepa_fast.checkpoints.huggingface.config import to_hf_config
 from vjepa_fast.checkpoints.open import Checkpoint
+from vjepa_fast.common.hardware import cpu_name
 from vjepa_fast.config.schema import Config
 from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.models.layers import set_compiled
@@ -79,7 +80,7 @@ def _train(name: str, args: argparse.Namespace, crop: int) -> dict[str, float]:
     before = memory_bytes(device, "VmRSS")
     cfg = config(name, crop, args.frames, args.dtype)
     with device:
-        model = vf.VJEPA(cfg.model)
+        model = vf.VJEPA.from_config(cfg)
     step = TrainStep(model, cfg)
     sampler = vf.MaskSampler(cfg.mask, grid=model.encoder.grid, seed=0)
     for number in range(2):
@@ -216,7 +217,7 @@ def main() -> None:
     hardware = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
-        else (f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {_cpu_name()}")
+        else (f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {cpu_name()}")
     )
     flags = [
         f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
@@ -242,13 +243,6 @@ def main() -> None:
         print(json.dumps({key: value for key, value in entry.items()}, default=str)[:2000], flush=True)
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(to_markdown(report))
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def main() -> None:
         splits = reading[0].result(), reading[1].result()
         torch.manual_seed(0)
         with device:
-            untrained = vf.VJEPA(cfg.model).encoder
+            untrained = vf.VJEPA.from_config(cfg).encoder
         sides["ours"] = ours | {"probe": probe(trainer.model.encoder, splits)}
         sides["untrained"] = {"probe": probe(untrained, splits)}
         write({"environment": about, "sides": sides}, out)

@@ -242,7 +242,7 @@ def run(job: Job) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         found = dict(about)
         torch.manual_seed(job.seed)
-        encoders["encoder"] = vf.VJEPA(cfg.model).encoder
+        encoders["encoder"] = vf.VJEPA.from_config(cfg).encoder
     elif same and checkpoint.exists():
         encoders |= {name: vf.load(checkpoint, weights=key, predictor=False).encoder for name, key in names.items()}
     else:

@@ -14,6 +14,7 @@ from vjepa_fast.bench.steps import OurStep
 from vjepa_fast.bench.timing import environment
 from vjepa_fast.bench.workload import TRIAL
 from vjepa_fast.cost.counter import LaunchCounter, count_step
+from vjepa_fast.train.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def test_fake_step_dispatches_what_a_true_one_does(monkeypatch: pytest.MonkeyPat
     step(0)
     with LaunchCounter() as counter:
         step(0)
-    fake = count_step(TRIAL.config, [TRIAL.masks(CPU)], kernels=False)
+    fake = count_step(TRIAL.config, [TRIAL.masks(CPU)], kernels=False, make_step=TrainStep)
     assert set(fake) == set(counter.tallies)
     for part in fake:
         # The layout of packed tokens is worked out on the host and not counted on fake tensors.

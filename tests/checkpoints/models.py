@@ -36,7 +36,7 @@ def config(**changes: Any) -> Config:
 def model(**changes: Any) -> vf.VJEPA:
     """With weights that differ between student and teacher, and mask tokens that are not zero."""
     torch.manual_seed(0)
-    made = vf.VJEPA(config(**changes).model)
+    made = vf.VJEPA.from_config(config(**changes))
     with torch.no_grad():
         for parameter in made.target_encoder.parameters():
             parameter.add_(0.01)

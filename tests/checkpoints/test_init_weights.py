@@ -29,7 +29,7 @@ BASE = (f"model.num_mask_tokens={TOKENS}", "train.max_steps=2")
 def networks(cfg: Config) -> dict[str, dict[str, Tensor]]:
     """Weights that no run begins with; student and teacher differ."""
     torch.manual_seed(7)
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -71,7 +71,7 @@ def test_the_first_loss_is_that_of_these_weights(
     trainer = make(*BASE, f"train.dtype={dtype}", f"train.init_weights={released}")
     assert trainer.step == 0 and not trainer.train_step.optimizer.state
     batch = next(iter(trainer.loader))
-    by_hand = VJEPA(trainer.cfg.model)
+    by_hand = VJEPA.from_config(trainer.cfg)
     for name, state in states.items():
         getattr(by_hand, name).load_state_dict(state)
     expected = by_hand(batch.clips, trainer._masks_of(batch)).loss.detach()

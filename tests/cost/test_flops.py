@@ -51,7 +51,7 @@ def test_equals_what_torch_counts(model: dict[str, Any]) -> None:
     cfg = config(**model)
     masks = vf.MaskSampler(cfg.mask, (4, 4, 4), seed=1)(0, np.arange(3))
     clips = torch.randint(256, (3, 8, 32, 32, 3), dtype=torch.uint8)
-    net = vf.VJEPA(cfg.model)
+    net = vf.VJEPA.from_config(cfg)
     # torch counts the plain form of attention exactly: two products forward, four backward.
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
         net(clips, masks).loss.backward()

@@ -40,7 +40,7 @@ def traced(cfg: Config, masks: Sequence[MaskBatch]) -> int:
     for batch in masks:
         _ = batch.context_rows, batch.target_rows, batch.cu_seqlens
     with torch.device("meta"):
-        model = VJEPA(cfg.model)
+        model = VJEPA.from_config(cfg)
     with fake_tensors(kernels=True):
         fake_parameters(model)
         step = TrainStep(model, cfg)

@@ -23,6 +23,7 @@ from vjepa_fast.cost.plan import draw_masks
 from vjepa_fast.cost.prediction import ORDER, predict
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA
+from vjepa_fast.train.step import TrainStep
 
 
 def mean_masks(batch_size: int = 24) -> MaskBatch:
@@ -60,7 +61,7 @@ def test_bytes_and_launches_against_what_is_dispatched() -> None:
     """ViT-L on the kernels' path. The count charges all of queries, keys and values where RoPE touches a part of two of
     them, and the shadows as if they were read; torch's attention runs once a length and joins the results."""
     cfg, masks = LARGE.config, mean_masks()
-    counted = count_step(cfg, [masks], kernels=True)
+    counted = count_step(cfg, [masks], kernels=True, make_step=TrainStep)
     operations = step_operations(cfg, Loads.of([[masks]]))
     tokens, width, depth = {"target encoder": 24 * 2048, "context encoder": 24 * 636}, 1024, 24
     for part, rel in (
@@ -98,7 +99,7 @@ def test_micro_batches_cost_launches_and_sums() -> None:
 def test_plain_pytorch_takes_longer() -> None:
     masks = TINY.masks(torch.device("cpu"))
     ours = predict(TINY.config, gpu_named("h200"), [[masks]])
-    plain = predict(TINY.config, gpu_named("h200"), [[masks]], kernels=False)
+    plain = predict(TINY.config, gpu_named("h200"), [[masks]], plain_step=TrainStep)
     assert plain.flops == ours.flops
     assert sum(p.launches for p in plain.parts) > 1.3 * sum(p.launches for p in ours.parts)
     assert sum(p.memory for p in plain.parts) > 1.3 * sum(p.memory for p in ours.parts)
@@ -136,7 +137,7 @@ def test_parameters() -> None:
     cfg = load_recipe("vitl16-256").model
     found = count_parameters(cfg)
     assert found.encoder == pytest.approx(303.9e6, rel=1e-3) and found.target == found.encoder
-    net = VJEPA(TINY.config.model)
+    net = VJEPA.from_config(TINY.config)
     tiny = count_parameters(TINY.config.model)
     assert tiny.trained == sum(
         p.numel() for p in (*net.encoder.parameters(), *net.predictor.parameters()) if p.requires_grad

@@ -36,7 +36,7 @@ def gradients(dtype: str, clip_range: range, parallel: bool) -> dict[str, torch.
     torch.set_num_threads(1)
     cfg = config(dtype)
     torch.manual_seed(0)
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     clips = torch.randint(0, 256, (4, 4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     masks = MaskSampler(cfg.mask, (2, 4, 4), seed=0)(0, clip_range)
     forward = DistributedDataParallel(model) if parallel else model

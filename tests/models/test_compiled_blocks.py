@@ -81,7 +81,7 @@ CASES = {
 def test_the_same_loss_and_gradients_as_eagerly(case, compiled):
     cfg = settings(**case)
     torch.manual_seed(0)
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     results = []
     for on in (True, False):
         set_compiled(model, on)
@@ -97,7 +97,7 @@ def test_the_same_loss_and_gradients_as_eagerly(case, compiled):
 
 def test_one_compilation_serves_all_layers_of_a_width(compiled):
     cfg = settings(depth=5, pred_depth=4)
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     for seed in range(3):
         gradients(model, model(*make_batch(seed, cfg)).loss)
     # Before attention with and without a branch, and after it; for encoder, target encoder and predictor.
@@ -161,7 +161,7 @@ def test_two_hundred_steps_of_other_masks_compile_nothing_after_the_first_five(m
     monkeypatch.setattr(compiled_blocks, "_compiled", {})
     cfg = settings()
     torch.manual_seed(0)
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     train_step = TrainStep(model, cfg)
     compilations: list[int] = []
     totals = set()

@@ -157,12 +157,12 @@ def test_room_between_groups_is_refused():
     cfg = config(fpcs=(8, 4))
     clips, masks = make_batch(cfg)
     with pytest.raises(ValueError, match="one frames-per-clip group"):
-        VJEPA(cfg.model)(clips, [masks[0].padded((9999, 9999)), masks[1]])
+        VJEPA.from_config(cfg)(clips, [masks[0].padded((9999, 9999)), masks[1]])
 
 
 def test_a_clip_alone_gives_the_same_predictions_as_in_a_batch():
     cfg = config(truncate="none")
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     (clips,), (masks,) = make_batch(cfg)
     whole = model(clips, masks)
     alone = model(clips[1:2], masks.narrow(1, 2))
@@ -173,7 +173,7 @@ def test_a_clip_alone_gives_the_same_predictions_as_in_a_batch():
 
 def test_no_gradient_reaches_the_target_encoder():
     cfg = config()
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     clips, masks = make_batch(cfg)
     names = gradients(model, model(clips, masks).loss).keys()
     assert not any(name.startswith("target_encoder") for name in names)
@@ -194,14 +194,14 @@ def test_no_gradient_reaches_the_target_encoder():
 )
 def test_clips_and_masks_that_do_not_belong_together(change, message):
     cfg = config()
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     with pytest.raises(ValueError, match=message):
         model(*change(*make_batch(cfg)))
 
 
 def test_dense_outputs_need_masks_of_one_length():
     cfg = config(truncate="none")
-    model = VJEPA(cfg.model)
+    model = VJEPA.from_config(cfg)
     out = model(*make_batch(cfg))
     with pytest.raises(ValueError, match="differ in length"):
         _ = out.predictions

@@ -95,7 +95,7 @@ def test_widths_that_do_not_fit():
 def build(precision: str) -> tuple[VJEPA, Config]:
     cfg = config(fpcs=(4,), target_precision=precision)
     torch.manual_seed(0)
-    return VJEPA(cfg.model), cfg
+    return VJEPA.from_config(cfg), cfg
 
 
 def test_only_the_target_encoder_is_rounded():

@@ -46,7 +46,7 @@ def one_step(device: torch.device, dtype: Dtype) -> tuple[float, float, dict[str
     cfg.loss.reg_coeff = 0.1
     cfg.model.dtype = cfg.train.dtype = dtype
     torch.manual_seed(0)
-    model = vf.VJEPA(cfg.model).to(device)
+    model = vf.VJEPA.from_config(cfg).to(device)
     clips, masks = make_batch(cfg)
     step = TrainStep(model, cfg)
     grads: dict[str, torch.Tensor] = {}
@@ -136,7 +136,9 @@ def test_kernels_add_where_they_norm(kernels: torch.device, monkeypatch) -> None
 
 def test_the_moving_average_by_itself_has_a_kernel(kernels: torch.device) -> None:
     """For those who train with another optimizer."""
-    model = vf.VJEPA(config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1).model)
+    model = vf.VJEPA.from_config(
+        config(fpcs=(2,), embed_dim=24, depth=1, pred_embed_dim=16, pred_num_heads=1, pred_depth=1)
+    )
     model.to(kernels)
     ema_update(model.target_encoder, model.encoder, 0.99)
     assert list(dispatch.launches) == ["_ema_kernel"]

@@ -271,7 +271,7 @@ def test_same_however_the_batch_is_divided(truncate, fpcs):
         cfg = trial_config(truncate, fpcs)
         cfg.loss.reg_coeff, cfg.optimization.grad_accumulation = 5.0, num_micro
         torch.manual_seed(0)
-        result = TrainStep(spread_out(vf.VJEPA(cfg.model)), cfg)(0, *make_batch(cfg))
+        result = TrainStep(spread_out(vf.VJEPA.from_config(cfg)), cfg)(0, *make_batch(cfg))
         norms.append((result.loss, result.grad_norm))
     torch.testing.assert_close(norms[0], norms[1])
 

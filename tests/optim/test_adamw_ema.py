@@ -43,7 +43,7 @@ def make_model(dtype: str = "float32") -> VJEPA:
         }
     )
     torch.manual_seed(0)
-    return VJEPA(cfg.model)
+    return VJEPA.from_config(cfg)
 
 
 def gradients_of_step(model: VJEPA, step: int) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def batch(cfg: Config, step: int, ids: range) -> tuple[list[torch.Tensor], list[
 def train_step(case: str, kind: str) -> TrainStep:
     cfg = config(case, kind == "zero")
     torch.manual_seed(0)
-    model, groups = VJEPA(cfg.model), len(cfg.data.dataset_fpcs)
+    model, groups = VJEPA.from_config(cfg), len(cfg.data.dataset_fpcs)
     if kind == "one":
         return TrainStep(model, cfg)
     if kind == "fsdp":

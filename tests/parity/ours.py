@@ -33,7 +33,7 @@ class OurRun:
 def build(case: Case, dtype: torch.dtype = torch.float32) -> tuple[vf.VJEPA, Config]:
     """The model of `case` in train mode and its config."""
     cfg = Config.model_validate(case.config())
-    return vf.VJEPA(cfg.model).to(dtype), cfg
+    return vf.VJEPA.from_config(cfg).to(dtype), cfg
 
 
 def weights_of(model: vf.VJEPA) -> dict[str, torch.Tensor]:

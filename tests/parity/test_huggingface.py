@@ -30,7 +30,7 @@ def case_of(head_dim: int) -> Case:
 def our_model(case: Case) -> vf.VJEPA:
     options = case.config()
     options["model"]["num_mask_tokens"] = NUM_MASK_TOKENS
-    return vf.VJEPA(Config.model_validate(options).model).eval()
+    return vf.VJEPA.from_config(Config.model_validate(options)).eval()
 
 
 def randomise(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:

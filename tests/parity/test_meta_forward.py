@@ -78,7 +78,7 @@ def test_predictor_with_index_lists(name: str) -> None:
     """The dense call, with every mask token; the index counts modulo their number."""
     case = CASES[name]
     theirs = meta_reference.build(case, torch.float64).predictor.backbone
-    ours = vf.VJEPA(Config.model_validate(case.config()).model).double().predictor
+    ours = vf.VJEPA.from_config(Config.model_validate(case.config())).double().predictor
     state = theirs.state_dict()
     state |= recipe_weights({key: tuple(value.shape) for key, value in state.items()}, 7)
     for model in (theirs, ours):

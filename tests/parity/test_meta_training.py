@@ -102,7 +102,7 @@ def test_initialisation(use_rope: bool, silu: bool, zero_init_mask_tokens: bool)
     options = case.config()
     options["model"]["zero_init_mask_tokens"] = zero_init_mask_tokens
     torch.manual_seed(2)
-    mine = ours.weights_of(vf.VJEPA(Config.model_validate(options).model))
+    mine = ours.weights_of(vf.VJEPA.from_config(Config.model_validate(options)))
     assert mine.keys() == theirs.keys()
     for name, expected in theirs.items():
         found = mine[name]
@@ -162,7 +162,7 @@ def test_every_size_has_the_same_parameters() -> None:
             }
         )
         with torch.device("meta"):
-            model = vf.VJEPA(cfg.model)
+            model = vf.VJEPA.from_config(cfg)
         for own, reference in ((model.encoder, encoder), (model.predictor, predictor)):
             found = {key: tuple(value.shape) for key, value in own.state_dict().items()}
             expected = {key: tuple(value.shape) for key, value in reference.backbone.state_dict().items()}

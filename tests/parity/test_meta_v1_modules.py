@@ -118,7 +118,7 @@ def test_initialisation() -> None:
     torch.manual_seed(1)
     triple = meta_v1_reference.build_by_script(case)
     torch.manual_seed(2)
-    mine = ours.weights_of(vf.VJEPA(Config.model_validate(case.config()).model))
+    mine = ours.weights_of(vf.VJEPA.from_config(Config.model_validate(case.config())))
     theirs = triple.weights()
     assert mine.keys() == theirs.keys()
     for name, expected in theirs.items():

@@ -53,7 +53,7 @@ def plain_targets(clips: torch.Tensor, tubelet: int, patch: int) -> torch.Tensor
 def test_loss_and_gradient_against_plain_pytorch(exponent: float) -> None:
     cfg = vf.load_recipe("demo", ["model.objective=pixels", f"loss.loss_exp={exponent}", "data.crop_size=24"])
     torch.manual_seed(0)
-    model = vf.VJEPA(cfg.model, **cfg.loss.model_options()).double()
+    model = vf.VJEPA.from_config(cfg).double()
     clips = torch.randint(0, 256, (3, 8, 24, 24, 3), dtype=torch.uint8)
     # A flat patch: its deviation is 0.
     clips[0, :2, :8, :8] = 77

@@ -46,7 +46,7 @@ def config(dtype: str = "float32", **optimization) -> Config:
 
 def make_model(cfg: Config) -> VJEPA:
     torch.manual_seed(0)
-    return VJEPA(cfg.model)
+    return VJEPA.from_config(cfg)
 
 
 def batch(step: int, cfg: Config) -> tuple[torch.Tensor, MaskBatch]:
@@ -204,3 +204,11 @@ def test_public_optimizer_by_itself():
     for name, p in model.named_parameters():
         if not name.startswith("target_encoder"):
             assert (id(p) in decayed) == (p.ndim > 1 and "bias" not in name), name
+
+
+def test_a_model_with_another_loss_is_refused() -> None:
+    cfg = config()
+    squared = cfg.model_copy(update={"loss": cfg.loss.model_copy(update={"loss_exp": 2.0, "reg_coeff": 0.5})})
+    with pytest.raises(ValueError, match=r"loss_exp is 1.0 and not 2.0, reg_coeff is 0.0 and not 0.5"):
+        TrainStep(VJEPA.from_config(cfg), squared)
+    assert TrainStep(VJEPA.from_config(squared), squared).model.loss_options["reg_coeff"] == 0.5

@@ -10,11 +10,8 @@ import contextlib
 import copy
 import functools
 import importlib
-import logging
-import sys
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjepa_fast.bench.steps import OurStep
+from vjepa_fast.common.checkouts import import_environment
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.models.vit import size_of
@@ -62,49 +60,6 @@ def check_checkout(folder: Path) -> Path:
                 "git clone https://github.com/facebookresearch/vjepa2 and give that folder"
             )
     return root
-
-
-def _unused_drop_path(*_: Any) -> Tensor:
-    raise AssertionError("these runs have no drop path")
-
-
-_imported: dict[Path, dict[str, types.ModuleType]] = {}
-"""What has been imported from each checkout."""
-
-
-def _take_out() -> dict[str, types.ModuleType]:
-    """The modules of any checkout, which all have the same names, out of sys.modules."""
-    names = [name for name in sys.modules if name.split(".")[0] in ("app", "src", "evals")]
-    return {name: sys.modules.pop(name) for name in names}
-
-
-@contextlib.contextmanager
-def import_environment(root: Path) -> Iterator[None]:
-    """Put the checkout and a stand-in for timm in place, and undo that and what its modules do to the root logger.
-
-    Checkouts of several versions can be used in one process, each within an environment of its own.
-    """
-    layers = types.ModuleType("timm.models.layers")
-    layers.drop_path = _unused_drop_path  # type: ignore[attr-defined]
-    stand_ins = {name: types.ModuleType(name) for name in ("timm", "timm.models")} | {layers.__name__: layers}
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    root_logger = logging.getLogger()
-    handlers, level = root_logger.handlers[:], root_logger.level
-    others = _take_out()
-    sys.path.insert(0, str(root))
-    sys.modules.update(stand_ins | _imported.get(root, {}))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(root))
-        _imported[root] = _take_out()
-        sys.modules.update(others)
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-        root_logger.handlers[:], root_logger.level = handlers, level
 
 
 @functools.cache

@@ -6,7 +6,6 @@ on random data, and `share_of_limit` divides the time that the slower of the two
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 import vjepa_fast
+from vjepa_fast.common.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, unless the package is installed."""
@@ -174,16 +173,6 @@ def _output_of(*command: str) -> str | None:
     except subprocess.TimeoutExpired:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-@cache
-def cpu_name() -> str:
-    """Model name of the processor, as the kernel gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(module: str) -> str | None:

@@ -102,7 +102,7 @@ class Workload:
         """Freshly initialised."""
         torch.manual_seed(seed)
         with device:
-            return vf.VJEPA(self.config.model)
+            return vf.VJEPA.from_config(self.config)
 
 
 def of_config(name: str, cfg: Config) -> Workload:

@@ -74,6 +74,7 @@ def plan(
         from vjepa_fast.cost.gpus import gpu_named
         from vjepa_fast.cost.plan import describe, draw_masks
         from vjepa_fast.cost.prediction import predict
+        from vjepa_fast.train.step import TrainStep
 
         chosen = gpu_named(gpu)
         cluster = None
@@ -89,7 +90,9 @@ def plan(
         except ValueError as error:
             raise ConfigError(f"{error}; --gpus says how many there are") from None
         steps = draw_masks(cfg, batch_size)
-        prediction = predict(cfg, chosen, steps, kernels=not plain, loader_clips_per_s=loader_rate)
+        prediction = predict(
+            cfg, chosen, steps, plain_step=TrainStep if plain else None, loader_clips_per_s=loader_rate
+        )
         typer.echo(describe(cfg, prediction, steps, num_gpus=gpus, price=price, num_videos=videos, kernels=not plain))
         if cluster is not None:
             typer.echo(f"\n{as_table(cfg, prediction, cluster)}")

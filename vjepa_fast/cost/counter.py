@@ -32,7 +32,6 @@ from vjepa_fast.models import predictor
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops import linear
 from vjepa_fast.ops.triton_support import dispatch
-from vjepa_fast.train.step import TrainStep
 
 _NO_LAUNCH = {
     "empty",
@@ -176,23 +175,28 @@ def fake_parameters(module: nn.Module) -> nn.Module:
     return module.to_empty(device="cpu")
 
 
-def count_step(cfg: Config, masks: Sequence[MaskBatch], kernels: bool) -> dict[str, Tally]:
+MakeStep = Callable[[VJEPA, Config], Callable[[int, Sequence[Tensor], Sequence[MaskBatch]], object]]
+"""Makes the training step of a model: vjepa_fast.train.step.TrainStep, which this package lies below."""
+
+
+def count_step(cfg: Config, masks: Sequence[MaskBatch], kernels: bool, make_step: MakeStep) -> dict[str, Tally]:
     """A training step of a config, by part, without arithmetic or memory.
 
     Args:
         cfg: of the run; sizes, dtype, optimizer.
         masks: one MaskBatch for each frames-per-clip group, on the CPU.
         kernels: as fake_tensors.
+        make_step: gives what is counted.
     """
     for batch in masks:
         # Worked out once and kept; made here from the true ids.
         _ = batch.context_rows, batch.target_rows, batch.cu_seqlens
     assert cfg.model.tubelet_size is not None and cfg.model.crop_size is not None
     with torch.device("meta"):
-        model = VJEPA(cfg.model)
+        model = VJEPA.from_config(cfg)
     with fake_tensors(kernels):
         fake_parameters(model)
-        step = TrainStep(model, cfg)
+        step = make_step(model, cfg)
         images = [*image_groups(cfg), *[False] * len(masks)]
         clips = [
             torch.empty(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.common.profiler_labels import PARTS, backward_of
 from vjepa_fast.config.schema import Config
-from vjepa_fast.cost.counter import count_step
+from vjepa_fast.cost.counter import MakeStep, count_step
 from vjepa_fast.cost.gpus import Gpu
 from vjepa_fast.cost.operations import Loads, Operation, image_groups, step_operations
 from vjepa_fast.masking.batch import MaskBatch
@@ -137,7 +137,7 @@ def predict(
     gpu: Gpu,
     steps: Sequence[Sequence[MaskBatch]],
     *,
-    kernels: bool = True,
+    plain_step: MakeStep | None = None,
     loader_clips_per_s: float | None = None,
 ) -> Prediction:
     """Time of a step.
@@ -147,7 +147,8 @@ def predict(
         gpu: where; see vjepa_fast.cost.gpus.
         steps: masks of some steps, each a list of one MaskBatch a frames-per-clip group; the prediction is for their
             mean.
-        kernels: our kernels; False: plain PyTorch, whose elementwise operators are counted on the first of the steps.
+        plain_step: None: a step with our kernels. vjepa_fast.train.step.TrainStep: on plain PyTorch, whose elementwise
+            operators are counted on the first of the steps as that makes it.
         loader_clips_per_s: given rate of the loader; None: it keeps up.
 
     Raises:
@@ -159,8 +160,8 @@ def predict(
         )
     loads = Loads.of(steps, image_groups(cfg))
     operations = step_operations(cfg, loads)
-    if not kernels:
-        operations = plain_operations(cfg, operations, steps[0])
+    if plain_step is not None:
+        operations = plain_operations(cfg, operations, steps[0], plain_step)
     # A multiply-add as two; the attention of a backward counts twice the forward, as in vjepa_fast.cost.flops.
     flops = sum(
         op.flops * (0.8 if op.kind == "attention" and op.part.endswith("backward") else 1.0)
@@ -171,14 +172,16 @@ def predict(
     return Prediction(gpu, loads.clips, add_up(operations, units), flops, loader_clips_per_s)
 
 
-def plain_operations(cfg: Config, operations: Iterable[Operation], masks: Sequence[MaskBatch]) -> list[Operation]:
+def plain_operations(
+    cfg: Config, operations: Iterable[Operation], masks: Sequence[MaskBatch], make_step: MakeStep
+) -> list[Operation]:
     """The operations on plain PyTorch: the same products and attention, all else as it is dispatched."""
     heavy = [op for op in operations if op.kind != "memory"]
     num_heavy: dict[str, int] = {}
     for op in heavy:
         num_heavy[op.part] = num_heavy.get(op.part, 0) + op.launches
     rest = []
-    for part, tally in count_step(cfg, masks, kernels=False).items():
+    for part, tally in count_step(cfg, masks, kernels=False, make_step=make_step).items():
         if part in ORDER:
             rest.append(
                 Operation(

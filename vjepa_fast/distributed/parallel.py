@@ -45,7 +45,11 @@ def data_parallel(model: VJEPA, cfg: Config, num_groups: int) -> DistributedData
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, without_gradient(model, cfg, num_groups))
     # The search for unused parameters walks through the graph at each step.
     wrapped = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=bool(optional(model, cfg, num_groups))
+        model,
+        # The only buffer is the same function of the step in every process.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=bool(optional(model, cfg, num_groups)),
     )
     if cfg.train.grad_dtype == "bfloat16":
         # Under its own name torch takes this hook with NCCL only, though gloo adds bfloat16 up too.
@@ -103,8 +107,10 @@ def whole_copy(model: VJEPA) -> VJEPA | None:
     if not first:
         return None
     with torch.device("meta"):
-        copy = VJEPA(model.cfg)
+        copy = VJEPA(model.cfg, **model.loss_options)
     copy.load_state_dict(state, assign=True)
+    if model.cfg.return_all_tokens:
+        copy.register_buffer("context_scale", model.context_scale.detach().cpu(), persistent=False)
     return copy
 
 

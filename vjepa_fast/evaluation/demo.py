@@ -126,7 +126,7 @@ def untrained_encoder(cfg: Config) -> VisionTransformer:
     """The encoder as the run began with it."""
     state = torch.get_rng_state()
     torch.manual_seed(cfg.train.seed)
-    encoder = VJEPA(cfg.model).encoder
+    encoder = VJEPA.from_config(cfg).encoder
     torch.set_rng_state(state)
     return encoder
 

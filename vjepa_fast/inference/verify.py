@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vjepa_fast.bench.reference import import_environment
 from vjepa_fast.checkpoints import infer_config, meta_format
 from vjepa_fast.checkpoints.export import probe_heads
 from vjepa_fast.checkpoints.open import open_checkpoint
+from vjepa_fast.common.checkouts import import_environment
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.inference.model import InferenceModel, build

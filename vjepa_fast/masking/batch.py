@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vjepa_fast.masking import loss_weights
 from vjepa_fast.ops.packing import Packing
 
 Grid = tuple[int, int, int]
@@ -171,15 +172,13 @@ class MaskBatch:
         """The same masks with explicit loss weights; see token_weights."""
         if self.loss_weights is None:
             target, context = (
-                self._mean_over_tokens(num_groups, lengths) for lengths in (self.target_lengths, self.context_lengths)
+                loss_weights.mean_over_tokens(lengths, self.num_masks, num_groups)
+                for lengths in (self.target_lengths, self.context_lengths)
             )
             return replace(self, loss_weights=target, context_loss_weights=context)
         if self.context_loss_weights is None:
-            lengths = zip(self.loss_weights, self.target_lengths, self.context_lengths, strict=True)
-            return replace(
-                self,
-                context_loss_weights=tuple(weight * target / max(1, context) for weight, target, context in lengths),
-            )
+            spread = loss_weights.over_context(self.loss_weights, self.target_lengths, self.context_lengths)
+            return replace(self, context_loss_weights=spread)
         return self
 
     def scaled(self, factor: float) -> MaskBatch:
@@ -191,13 +190,6 @@ class MaskBatch:
             loss_weights=tuple(factor * weight for weight in weighed.loss_weights),
             context_loss_weights=tuple(factor * weight for weight in weighed.context_loss_weights),
         )
-
-    def _mean_over_tokens(self, num_groups: int, lengths: Sequence[int]) -> tuple[float, ...]:
-        weights: list[float] = []
-        for m in range(self.num_masks):
-            total = sum(lengths[m * self.batch_size : (m + 1) * self.batch_size])
-            weights += [1.0 / (num_groups * self.num_masks * max(1, total))] * self.batch_size
-        return tuple(weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskBatch:
         """The same masks with their ids on another device."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import MaskConfig
+from vjepa_fast.masking import loss_weights
 from vjepa_fast.masking.batch import Grid, MaskBatch
 from vjepa_fast.masking.mask_rules import BlockSpec
 from vjepa_fast.masking.mask_sample import mask_sample
@@ -223,11 +224,10 @@ class StepMasks:
             num_clips = {
                 part: self.cfg.clips_per_mask * int(((parts == part) & (groups == group)).sum()) for part in present
             }
-            own_parts = np.tile(ids.numpy() // self.group_size, batch.num_masks)
+            own_parts = (ids.numpy() // self.group_size).tolist()
             # Every clip of a truncation group keeps the same number of tokens, so its length is the group's.
-            weights = tuple(
-                1.0 / (num_parts * present[part] * batch.num_masks * num_clips[part] * max(1, length))
-                for part, length in zip(own_parts, batch.target_lengths, strict=True)
+            weights = loss_weights.by_truncation_group(
+                batch.target_lengths, batch.num_masks, own_parts, num_parts, present, num_clips
             )
             weighed.append(replace(batch, loss_weights=weights))
         return weighed
@@ -245,12 +245,7 @@ class StepMasks:
         weighed = []
         for batch, group in zip(batches, group_ids, strict=True):
             target, context = (
-                tuple(
-                    1.0 / (num_pairs * max(1, int(count)))
-                    for count in counts[kind, group]
-                    for _ in range(batch.batch_size)
-                )
-                for kind in range(2)
+                loss_weights.over_all_tokens(counts[kind, group], batch.batch_size, num_pairs) for kind in range(2)
             )
             weighed.append(replace(batch, loss_weights=target, context_loss_weights=context))
         return weighed
@@ -260,13 +255,13 @@ class StepMasks:
         shared = self.cfg.clips_per_mask
         sizes = {self.fpcs[group]: len(ids) // shared for group, ids in zip(group_ids, sample_ids, strict=True)}
         drawn = self.reference(sizes, self.positions)
-        scale = 1.0 / (len(group_ids) * self.world_size)
         batches = []
         for place, group in enumerate(group_ids):
             enc, pred = ([ids.repeat_interleave(shared, 0) for ids in lists] for lists in drawn[self.fpcs[group]])
             batch = MaskBatch.from_meta(enc, pred, grid=self.grids[group])
-            tokens = [scale / (batch.num_masks * length) for length in batch.target_lengths]
-            weights = tuple(weight / batch.batch_size for weight in tokens)
+            weights = loss_weights.of_reference_batch(
+                batch.target_lengths, batch.num_masks, len(group_ids), self.world_size
+            )
             batches.append(replace(batch, loss_weights=weights, mask_token=place))
         return batches
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vjepa_fast.common.profiler_labels import label, label_backward
-from vjepa_fast.config.schema import ModelConfig
+from vjepa_fast.config.schema import Config, ModelConfig
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.context_weights import context_weights
 from vjepa_fast.models.pixels import CHANNELS, pixel_tubelets
@@ -110,9 +111,11 @@ class VJEPA(nn.Module):
         encoder: VisionTransformer, trained.
         predictor: Predictor, trained.
         target_encoder: a copy of the encoder that no gradient reaches; an optimizer or an EMA moves it.
-        context_scale: weights of the context tokens' loss of videos and of images, where the predictor has a head for
-            them (cfg.return_all_tokens): two numbers, or a float64 tensor [2] on the device of the model, which a
-            captured CUDA graph reads anew at each replay.
+        context_scale: float64 [2], weights of the context tokens' loss of videos and of images; there where the
+            predictor has a head for them (cfg.return_all_tokens). A schedule fills it in place, so that a captured
+            CUDA graph reads the new weights at each replay. It is not saved.
+
+    `from_config` builds one with the loss that a config asks for; the arguments here are for models without a config.
 
     Args:
         cfg: crop_size, num_frames, patch_size and tubelet_size must be set (a loaded config has them).
@@ -120,8 +123,10 @@ class VJEPA(nn.Module):
         reg_coeff: weight of V-JEPA 1's variance term; 0 leaves it out.
         prediction_l2: weight of half the mean square of the predictions; 0 leaves it out.
         weight_distance_loss, offset_context_loss: as in LossConfig.
-        context_scale: lambda_value_vid and lambda_value_img.
+        context_scale: lambda_value_vid and lambda_value_img, what `context_scale` begins with.
     """
+
+    context_scale: Tensor
 
     def __init__(
         self,
@@ -139,14 +144,32 @@ class VJEPA(nn.Module):
         self.reg_coeff = reg_coeff
         self.prediction_l2 = prediction_l2
         self.weight_distance_loss, self.offset_context_loss = weight_distance_loss, offset_context_loss
-        self.context_scale: tuple[float, float] | Tensor = context_scale
         self.encoder = VisionTransformer(cfg)
         self.predictor = Predictor(cfg)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        if cfg.return_all_tokens:
+            # A schedule in steps is exact in float64 alone; the loss takes it to its own precision.
+            self.register_buffer("context_scale", torch.tensor(context_scale, dtype=torch.float64), persistent=False)
         if cfg.target_precision == "float8":
             for layer in self.target_encoder.blocks.modules():
                 if isinstance(layer, Linear):
                     layer.float8 = fp8_linear.serves(layer.weight)
+
+    @classmethod
+    def from_config(cls, cfg: Config) -> VJEPA:
+        """The model of a config, freshly initialised, with the loss of its section `loss`."""
+        return cls(cfg.model, **cfg.loss.model_options())
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The arguments that decide the loss, but for `context_scale`, which moves: `VJEPA(cfg, **loss_options)`."""
+        return {
+            "loss_exp": self.loss_exp,
+            "reg_coeff": self.reg_coeff,
+            "weight_distance_loss": self.weight_distance_loss,
+            "offset_context_loss": self.offset_context_loss,
+            "prediction_l2": self.prediction_l2,
+        }
 
     def forward(self, clips: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]) -> JEPAOutput:
         """One packed pass of context encoder and predictor for all masks, and the loss.

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vjepa_fast.common.profiler_labels import BACKWARD, label
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.batch import MaskBatch
+from vjepa_fast.masking.loss_weights import process_factor
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.fp8_linear import check_device
 from vjepa_fast.optim.adamw_ema import AdamWEMA
@@ -48,11 +49,14 @@ class TrainStep:
     """Callable that trains a model one step at a time.
 
     Args:
-        model: to be trained, on its device.
+        model: to be trained, on its device; made by `VJEPA.from_config(cfg)`, or with the same loss.
         cfg: optimization, loss; the model's own dtype.
         data_parallel: `model` wrapped for several processes.
         num_processes: how many there are.
         make_optimizer: of the model, with lr, betas, eps and weight_decay.
+
+    Raises:
+        ValueError: the model has another loss than the config.
     """
 
     def __init__(
@@ -65,8 +69,7 @@ class TrainStep:
     ) -> None:
         self.model = model
         self.loss = cfg.loss
-        for name, value in cfg.loss.model_options().items():
-            setattr(model, name, value)
+        _check_loss(model, cfg)
         self.forward = data_parallel or model
         self.num_processes = num_processes
         self.num_micro = cfg.optimization.grad_accumulation
@@ -76,9 +79,6 @@ class TrainStep:
         device = next(model.parameters()).device
         self.outliers = LossOutliers(opt, device) if opt.loss_reg_std_mult is not None else None
         """Finds steps to skip; None: all are taken."""
-        self._context_scale = torch.zeros(2, dtype=torch.float64, device=device)
-        if cfg.loss.predict_all:
-            model.context_scale = self._context_scale
         if cfg.model.target_precision == "float8":
             check_device(device)
         self.scaler = torch.amp.GradScaler(device.type) if cfg.model.dtype == "float16" else None
@@ -106,7 +106,7 @@ class TrainStep:
         if self.outliers is not None:
             self.outliers.set_step(step)
         if self.loss.predict_all:
-            for place, value in zip(self._context_scale.unbind(), context_scale(self.loss, step), strict=True):
+            for place, value in zip(self.model.context_scale.unbind(), context_scale(self.loss, step), strict=True):
                 place.fill_(value)
         lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
         momentum = self.schedules.momentum(step)
@@ -144,8 +144,7 @@ class TrainStep:
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
                 output = self.forward(some_clips, some_masks)
-                # Data parallelism averages gradients; the loss weights already add up to 1 over all processes.
-                loss = output.loss * self.num_processes
+                loss = output.loss * process_factor(self.num_processes)
                 with label(BACKWARD):
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
@@ -172,3 +171,16 @@ class TrainStep:
             if chosen:
                 parts.append(([group for group, _ in chosen], [batch for _, batch in chosen]))
         return parts
+
+
+def _check_loss(model: VJEPA, cfg: Config) -> None:
+    wanted = cfg.loss.model_options()
+    wrong = [
+        f"{name} is {value} and not {wanted[name]}"
+        for name, value in model.loss_options.items()
+        if value != wanted[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"the model's loss is not the one in the config: {', '.join(wrong)}; build it with VJEPA.from_config(cfg)"
+        )

@@ -106,7 +106,7 @@ class Trainer:
         torch.manual_seed(cfg.train.seed)
         if cfg.model.compile_model is True:
             require_compiler(self.device)
-        self.model = VJEPA(cfg.model)
+        self.model = VJEPA.from_config(cfg)
         sharded = cfg.train.parallel == "fsdp" and self.processes.distributed
         if sharded:
             shard(self.model, self.device, cfg.train.grad_dtype)

@@ -189,7 +189,7 @@ CASES = {
 def test_a_step_on_fake_cuda_tensors_never_waits(cfg, fake_gpu):
     device = torch.device("cuda")
     torch.manual_seed(0)
-    model, batches = VJEPA(cfg.model), [batch_of(cfg, step) for step in range(2)]
+    model, batches = VJEPA.from_config(cfg), [batch_of(cfg, step) for step in range(2)]
     watch = NoWaiting()
     with fake_gpu:
         train_step = TrainStep(on_fake_gpu(model), cfg)
@@ -250,7 +250,7 @@ def test_what_is_captured_takes_nothing_from_the_host(model, truncate, fake_gpu)
     )
     device = torch.device("cuda")
     torch.manual_seed(0)
-    jepa, batches = VJEPA(cfg.model), [batch_of(cfg, step) for step in range(4)]
+    jepa, batches = VJEPA.from_config(cfg), [batch_of(cfg, step) for step in range(4)]
     sizes = [Sizes.around(Sizes.of(masks) for _, (masks,) in batches)]
     with fake_gpu:
         graphed = WatchedStep(TrainStep(on_fake_gpu(jepa), cfg), sizes, pytest.fail)

@@ -76,7 +76,7 @@ def config(
 
 def train_step(cfg: Config, device: str = "cpu") -> TrainStep:
     torch.manual_seed(0)
-    return TrainStep(VJEPA(cfg.model).to(device), cfg)
+    return TrainStep(VJEPA.from_config(cfg).to(device), cfg)
 
 
 def batch(step: int, cfg: Config, device: str = "cpu") -> tuple[Tensor, MaskBatch]:

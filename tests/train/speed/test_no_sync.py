@@ -63,7 +63,7 @@ def test_a_step_on_fake_cuda_tensors_never_waits(tmp_path):
 @pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
 def test_a_step_on_a_gpu_never_waits(cfg):
     device = torch.device("cuda")
-    model = VJEPA(cfg.model).to(device)
+    model = VJEPA.from_config(cfg).to(device)
     train_step = TrainStep(model, cfg)
     batches = [batch_of(cfg, step) for step in (0, 1, 2) * 2]
     try:

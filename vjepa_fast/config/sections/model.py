@@ -170,7 +170,7 @@ class LossConfig(Section):
     """These distances are divided by (tokens of a row) // 16."""
 
     def model_options(self) -> dict[str, Any]:
-        """What vjepa_fast.VJEPA takes of it: `vf.VJEPA(cfg.model, **cfg.loss.model_options())`."""
+        """What vjepa_fast.VJEPA takes of it; `vf.VJEPA.from_config(cfg)` passes it on."""
         return {
             "loss_exp": self.loss_exp,
             "reg_coeff": self.reg_coeff,

@@ -13,6 +13,7 @@ from typing import Any
 
 from vjepa_fast import __version__
 from vjepa_fast.common.atomic import write_text
+from vjepa_fast.common.hardware import cpu_name
 
 RECORD = "run.json"
 
@@ -30,8 +31,6 @@ def begin(folder: Path, step: int, device: str, about: dict[str, Any]) -> None:
         UserError: the disk is full or the folder cannot be written.
     """
     import torch
-
-    from vjepa_fast.bench.timing import cpu_name
 
     versions = {"vjepa_fast": __version__, "torch": torch.__version__, "Python": platform.python_version()}
     if device == "cuda":
