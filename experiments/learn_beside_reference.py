@@ -30,7 +30,7 @@ from benchmarks.compare_runs import plot_losses, smooth
 from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep, normalise
 from vjepa_fast.bench.timing import ROOT, environment
 from vjepa_fast.data.loader import Batch
-from vjepa_fast.evaluation.demo import probe_scores
+from vjepa_fast.evaluation.demo import clips_of, probe_scores
 from vjepa_fast.optim.schedules import Schedules
 from vjepa_fast.train.trainer import Trainer
 
@@ -54,7 +54,7 @@ class FedReference:
         start: Any = SimpleNamespace(
             workload=SimpleNamespace(config=trainer.cfg, torch_dtype=getattr(torch, trainer.cfg.train.dtype)),
             clips=first.clips,
-            masks=trainer._masks_of(first),
+            masks=trainer.task.masks_of(first),
             model=trainer.model,
         )
         self.step = ReferenceStep(root, start, **options)
@@ -63,7 +63,7 @@ class FedReference:
     def __call__(self, batch: Batch) -> Tensor:
         """Train on a batch; the loss, on the device."""
         self.step.clips = [normalise(clips, torch.float32).contiguous() for clips in batch.clips]
-        self.step.masks = [one.to_meta() for one in self.trainer._masks_of(batch)]
+        self.step.masks = [one.to_meta() for one in self.trainer.task.masks_of(batch)]
         self.step.momentum = self.schedules.momentum(batch.step)
         return self.step.train(0)
 
@@ -90,8 +90,8 @@ def train_both(seed: int, num_steps: int | None, folder: Path) -> dict[str, Any]
     theirs = copy.deepcopy(trainer.model)
     theirs.encoder.load_state_dict(reference.encoder_state())
     found = {
-        "reference": probe_scores(cfg, theirs, trainer.synthetic),
-        "ours": probe_scores(cfg, trainer.model, trainer.synthetic),
+        "reference": probe_scores(cfg, theirs, clips_of(trainer.task)),
+        "ours": probe_scores(cfg, trainer.model, clips_of(trainer.task)),
     }
     return {
         "seed": seed,

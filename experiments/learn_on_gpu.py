@@ -122,7 +122,7 @@ def train_reference(cfg: Config, folder: Path, root: Path, limit_s: float) -> tu
     return encoder, {
         "losses": torch.stack(losses).tolist(),
         "seconds": seconds,
-        "clips_per_s": trainer.global_batch * len(losses) / seconds,
+        "clips_per_s": trainer.task.global_batch * len(losses) / seconds,
         "peak_memory_gib": _peak(device),
     }
 

@@ -185,7 +185,7 @@ def train(
     folder.mkdir(parents=True)
     trainer = Trainer(config(objective, seed, videos, num_steps, changes), folder=folder)
     summary = trainer.fit()
-    return trainer, trainer.global_batch / summary.clips_per_s
+    return trainer, trainer.task.global_batch / summary.clips_per_s
 
 
 @torch.no_grad()

@@ -69,12 +69,12 @@ def test_the_first_loss_is_that_of_these_weights(
     dtype: str, states: dict[str, dict[str, Tensor]], released: Path, make: Make
 ) -> None:
     trainer = make(*BASE, f"train.dtype={dtype}", f"train.init_weights={released}")
-    assert trainer.step == 0 and not trainer.train_step.optimizer.state
+    assert trainer.step == 0 and not trainer.task.train_step.optimizer.state
     batch = next(iter(trainer.loader))
     by_hand = VJEPA.from_config(trainer.cfg)
     for name, state in states.items():
         getattr(by_hand, name).load_state_dict(state)
-    expected = by_hand(batch.clips, trainer._masks_of(batch)).loss.detach()
+    expected = by_hand(batch.clips, trainer.task.masks_of(batch)).loss.detach()
     assert torch.equal(trainer.run_step(batch).loss, expected)
 
 

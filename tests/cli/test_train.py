@@ -15,6 +15,7 @@ import vjepa_fast.train
 from vjepa_fast.cli.main import app
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import Config, load_config, load_recipe
+from vjepa_fast.evaluation.demo import probe_run
 
 
 def invoke(*args: str) -> Result:
@@ -28,7 +29,8 @@ class Runs:
         self.calls: list[tuple[Config, dict[str, Any]]] = []
         self.outcome: int | BaseException = 0
 
-    def run(self, cfg: Config, **flags: Any) -> int:
+    def run(self, cfg: Config, finish: Any, **flags: Any) -> int:
+        assert finish is probe_run
         self.calls.append((cfg, flags))
         if isinstance(self.outcome, BaseException):
             raise self.outcome
@@ -41,7 +43,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     module = types.ModuleType("vjepa_fast.train.launch_run")
     module.run = stand_in.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(vjepa_fast.train, "runs", module, raising=False)
+    monkeypatch.setattr(vjepa_fast.train, "launch_run", module, raising=False)
     yield stand_in
 
 

@@ -54,7 +54,7 @@ class Recording(Trainer):
         return self.seen
 
     def run_step(self, batch: Batch) -> StepResult:
-        masks = self._masks_of(batch)
+        masks = self.task.masks_of(batch)
         self.seen.append([*batch.sample_ids, *(ids for m in masks for ids in (m.context_ids, m.target_ids))])
         return super().run_step(batch)
 
@@ -64,7 +64,7 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
         (folder / name).mkdir(exist_ok=True)
         trainer = Recording(cfg, folder=folder / name)
         torch.save(trainer.fit_recorded(), folder / name / f"seen_r{rank}.pt")
-        state = trainer.train_step.optimizer.state.values()
+        state = trainer.task.train_step.optimizer.state.values()
         kept = [
             sum(local_of(p).numel() for p in trainer.model.parameters()),
             sum(local_of(value).numel() for values in state for value in values.values() if value.ndim),
@@ -98,12 +98,12 @@ def spoil(rank: int, cfg: Config, folder: Path) -> None:
         if rank == 1:
             local_of(trainer.model.encoder.patch_embed.proj.weight.grad).view(-1)[0] = torch.nan
 
-    trainer.train_step.optimizer.register_step_pre_hook(spoil_gradient)
+    trainer.task.train_step.optimizer.register_step_pre_hook(spoil_gradient)
     before = {key: local_of(value).clone() for key, value in trainer.model.state_dict().items()}
     trainer.fit()
     after = {key: local_of(value) for key, value in trainer.model.state_dict().items()}
     changed = [key for key in before if not torch.equal(before[key], after[key])]
-    torch.save([changed, float(trainer.train_step.optimizer.skipped)], out / f"changed_r{rank}.pt")
+    torch.save([changed, float(trainer.task.train_step.optimizer.skipped)], out / f"changed_r{rank}.pt")
 
 
 @pytest.fixture(scope="module")

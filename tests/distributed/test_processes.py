@@ -47,7 +47,7 @@ def train_all(rank: int, configs: dict[str, Config], folder: Path) -> int:
             original = trainer.run_step
 
             def run_step(batch, original=original, trainer=trainer, file=file):  # type: ignore[no-untyped-def]
-                for ids, clips, masks in zip(batch.sample_ids, batch.clips, trainer._masks_of(batch), strict=True):
+                for ids, clips, masks in zip(batch.sample_ids, batch.clips, trainer.task.masks_of(batch), strict=True):
                     context = masks.context_ids.split(masks.context_lengths)
                     target = masks.target_ids.split(masks.target_lengths)
                     for place, sample in enumerate(ids.tolist()):

@@ -299,7 +299,7 @@ def record_clips(folder: Path) -> None:
 
     def run_step(self: Trainer, batch: Any) -> Any:
         with (folder / f"clips_{os.getpid()}").open("a") as file:
-            for ids, masks in zip(batch.sample_ids, self._masks_of(batch), strict=True):
+            for ids, masks in zip(batch.sample_ids, self.task.masks_of(batch), strict=True):
                 for place, sample in enumerate(ids.tolist()):
                     lists = [
                         flat.split(lengths)[place + mask * len(ids)].tolist()

@@ -36,7 +36,7 @@ def train_all(rank: int, cfgs: dict[str, Config], folder: Path) -> int:
         trainer = Trainer(cfg, folder=folder / name)
         last = remember_last(trainer)
         trainer.fit()
-        optimizer = trainer.train_step.optimizer
+        optimizer = trainer.task.train_step.optimizer
         kept = sum(value.numel() for state in optimizer.state.values() for value in state.values())
         (folder / name / f"kept_r{rank}").write_text(str(kept))
         networks = {key: value.clone() for key, value in trainer.model.state_dict().items()}

@@ -64,7 +64,7 @@ def test_back_to_the_last_checkpoint_and_on_behind_the_bad_steps(
 
 
 def test_going_back_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vjepa_fast.train.trainer.MAX_SKIPPED", 5)
+    monkeypatch.setattr("vjepa_fast.train.monitor.recovery.MAX_SKIPPED", 5)
     trainer = make("train.rollback_after=2", "train.max_rollbacks=2", "train.log_every=1")
     poison(trainer, range(4, 1000))
     with pytest.raises(UserError, match="not finite in 5 steps in a row, up to step 13, after going back 2 times"):
@@ -133,7 +133,7 @@ def test_what_helps_when_memory_runs_out(make: Make) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    trainer._run = full  # type: ignore[assignment]
+    trainer.task._run = full  # type: ignore[assignment]
     with pytest.raises(
         UserError,
         match=r"ran out in step 0; predicted for this config: 0.0 GiB a process. "

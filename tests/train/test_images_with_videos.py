@@ -68,7 +68,7 @@ def test_data_parallelism_waits_for_no_gradient_that_never_comes(  # type: ignor
 ) -> None:
     trainer = Trainer(config(*with_images(video_csv) if changes == ("images",) else changes))
     batch = next(iter(trainer.loader))
-    trainer.model(batch.clips, trainer._masks_of(batch)).loss.backward()
+    trainer.model(batch.clips, trainer.task.masks_of(batch)).loss.backward()
     trainer.loader.close()
     without = {name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None}
     ignored = without_gradient(trainer.model, trainer.cfg, 1)
@@ -82,7 +82,7 @@ def test_with_images_and_resumed(  # type: ignore[no-untyped-def]
     whole = Trainer(config(*images, "train.max_steps=4", f"train.out={tmp_path / 'whole'}"))
     before, batch = weights(whole), next(iter(whole.loader))
     assert [tuple(clips.shape) for clips in batch.clips] == [(4, 4, 32, 32, 3), (3, 1, 32, 32, 3)]
-    masks = whole._masks_of(batch)
+    masks = whole.task.masks_of(batch)
     assert [m.grid for m in masks] == [(2, 4, 4), (1, 4, 4)]
     # Each kind has its share of the loss, whatever its number of tokens.
     assert [float(m.token_weights().sum()) for m in masks] == pytest.approx([0.5, 0.5])
@@ -114,8 +114,8 @@ def test_loss_of_both_is_the_mean_of_either(config, video_csv: Path) -> None:  #
     """In one packed pass or in two."""
     trainer = Trainer(config(*with_images(video_csv)))
     batch = next(iter(trainer.loader))
-    masks = trainer._masks_of(batch)
-    trainer.train_step.set_schedules(9)
+    masks = trainer.task.masks_of(batch)
+    trainer.task.train_step.set_schedules(9)
     both = trainer.model(batch.clips, masks).loss
     parts = [trainer.model(clips, mask).loss for clips, mask in zip(batch.clips, masks, strict=True)]
     torch.testing.assert_close(both, parts[0] + parts[1])

@@ -98,7 +98,7 @@ def test_the_tutorial_is_as_told(video_csv: Path, tmp_path: Path) -> None:
     weight = model.encoder.blocks[0].attn.qkv.weight
     assert weight.abs().max() <= math.sqrt(6 / (48 + 144)) < 1.01 * weight.abs().max()
     batch = next(iter(trainer.loader))
-    masks = trainer.masks(0, batch.sample_ids, batch.group_ids)
+    masks = trainer.task.masks(0, batch.sample_ids, batch.group_ids)
     model.eval()
     totals = []
     for l2, reg in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):

@@ -13,7 +13,8 @@ import torch
 
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.common.errors import ConfigError, UserError
-from vjepa_fast.train import trainer as trainer_module
+from vjepa_fast.train import pretraining
+from vjepa_fast.train.monitor import recovery
 from vjepa_fast.train.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -68,8 +69,8 @@ def test_non_finite_gradients_skip_the_step(dtype: str, make: Make, tmp_path: Pa
 def test_gradients_that_stay_non_finite_stop_the_run(
     make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert trainer_module.MAX_SKIPPED == 50
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 6)
+    assert recovery.MAX_SKIPPED == 50
+    monkeypatch.setattr(recovery, "MAX_SKIPPED", 6)
     trainer = make()
     poison(trainer, range(5, 100))
     with pytest.raises(UserError, match="not finite in 7 steps in a row, up to step 12"):
@@ -82,12 +83,12 @@ def test_scaler_state_goes_on(make: Make) -> None:
     trainer = make("train.dtype=float16", "train.max_steps=3")
     poison(trainer, range(1, 2))
     trainer.fit()
-    assert trainer.train_step.scaler is not None
-    state = trainer.train_step.scaler.state_dict()
+    assert trainer.task.train_step.scaler is not None
+    state = trainer.task.train_step.scaler.state_dict()
     assert state["scale"] < 65536
     resumed = make("train.dtype=float16", resume=True)
-    assert resumed.train_step.scaler is not None
-    assert resumed.train_step.scaler.state_dict() == state
+    assert resumed.task.train_step.scaler is not None
+    assert resumed.task.train_step.scaler.state_dict() == state
 
 
 def test_broken_videos_are_replaced_and_listed(make: Make, video_csv: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_change_of_decoder_is_named(
     make("train.max_steps=3").fit()
     make("train.max_steps=3", "data.backend=pyav", resume=True)
     assert "changed" not in capsys.readouterr().out
-    monkeypatch.setattr(trainer_module, "choose", lambda backend, device: "dali")
+    monkeypatch.setattr(pretraining, "choose", lambda backend, device: "dali")
     make("train.max_steps=3", resume=True)
     assert "changed since the checkpoint was written: decoder pyav -> dali; the run" in capsys.readouterr().out
     path = tmp_path / "run" / "latest.pt"
@@ -159,12 +160,12 @@ def test_change_of_decoder_is_named(
 def test_fallback_to_pyav_on_a_gpu_is_said_with_the_reason(
     make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module.dali, "missing", lambda device: "DALI is not installed; install it")
+    monkeypatch.setattr(pretraining.dali, "missing", lambda device: "DALI is not installed; install it")
     said = "PyAV decodes, on the CPU: DALI is not installed; install it\n"
     for backend, device, expected in [("auto", "cuda", True), ("pyav", "cuda", False), ("auto", "cpu", False)]:
         trainer = make(f"data.backend={backend}")
-        trainer.device = torch.device(device)
-        trainer._announce()
+        trainer.task.device = torch.device(device)
+        trainer.task.announce()
         assert (said in capsys.readouterr().out) == expected
 
 

@@ -183,10 +183,11 @@ class TrainingJob:
         # As the command line does, before torch is there.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from vjepa_fast.cli.console import say
+        from vjepa_fast.evaluation.demo import probe_run
         from vjepa_fast.train import launch_run
 
         try:
-            code = launch_run.run(self.cfg, nproc=self.nproc, resume=True, profile=self.profile)
+            code = launch_run.run(self.cfg, nproc=self.nproc, resume=True, profile=self.profile, finish=probe_run)
         except UserError as error:
             say("error", str(error))
             sys.exit(error.exit_code)

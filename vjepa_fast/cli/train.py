@@ -87,9 +87,10 @@ def train(
             _submit(cfg, submit, nproc, resume, profile)
             return
         # Imported here: torch takes seconds, which --help and --print-config need not wait for.
+        from vjepa_fast.evaluation.demo import probe_run
         from vjepa_fast.train import launch_run
 
-        code = launch_run.run(cfg, nproc=nproc, resume=resume, profile=profile)
+        code = launch_run.run(cfg, nproc=nproc, resume=resume, profile=profile, finish=probe_run)
     raise typer.Exit(code)
 
 

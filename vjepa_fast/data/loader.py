@@ -51,6 +51,11 @@ class Batch:
     group_ids: list[int]
     labels: list[list[Any]]
 
+    @property
+    def num_samples(self) -> int:
+        """Clips of this process."""
+        return sum(map(len, self.clips))
+
 
 @dataclass(frozen=True)
 class BrokenVideo:

@@ -41,15 +41,12 @@ def data_parallel(model: VJEPA, cfg: Config, num_groups: int) -> DistributedData
     """
     if cfg.train.shard_optimizer:
         return None
-    # Nobody must wait for a gradient that never comes.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, without_gradient(model, cfg, num_groups))
+    # Nobody must wait for a gradient that never comes, nor for a buffer that is a function of the step everywhere.
+    ignored = [*without_gradient(model, cfg, num_groups), "context_scale"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     # The search for unused parameters walks through the graph at each step.
     wrapped = DistributedDataParallel(
-        model,
-        # The only buffer is the same function of the step in every process.
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=bool(optional(model, cfg, num_groups)),
+        model, gradient_as_bucket_view=True, find_unused_parameters=bool(optional(model, cfg, num_groups))
     )
     if cfg.train.grad_dtype == "bfloat16":
         # Under its own name torch takes this hook with NCCL only, though gloo adds bfloat16 up too.

@@ -13,6 +13,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,12 +27,18 @@ from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
+from vjepa_fast.data.generated.registry import SYNTHETIC
 from vjepa_fast.data.generated.synthetic import SyntheticSet, load_labels
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.sampling import Box, clip_step
+from vjepa_fast.distributed.parallel import whole_copy
 from vjepa_fast.evaluation.linear_probe import accuracy, r2
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import VisionTransformer
+from vjepa_fast.train.pretraining import Pretraining
+
+if TYPE_CHECKING:
+    from vjepa_fast.train.trainer import Trainer
 
 PIXEL_SIDE = 16
 """Height and width to which clips are shrunk for the probe on pixels."""
@@ -144,6 +151,23 @@ def probe_scores(cfg: Config, model: VJEPA, clips: SyntheticSet) -> dict[str, di
     scores["raw tubelets, pooled"] = probe(train, test, *pooled)
     scores["raw pixels, unpooled"] = probe(train, test, pixel_features(train.clips), pixel_features(test.clips))
     return scores
+
+
+def probe_run(trainer: Trainer) -> None:
+    """Probe what a run on the demo's clips has learned, if train.probe asks for it; all processes call it."""
+    cfg, task = trainer.cfg, trainer.task
+    if not cfg.train.probe:
+        return
+    assert isinstance(task, Pretraining)
+    model = whole_copy(task.model) if task.in_shards else task.model
+    if trainer.processes.is_first and model is not None:
+        probe_table(cfg, model.to(trainer.device), clips_of(task), trainer.folder, trainer.console)
+
+
+def clips_of(task: Pretraining) -> SyntheticSet:
+    """The demo's clips that a run is trained on."""
+    train_csv = task.manifests[SYNTHETIC]
+    return SyntheticSet(train_csv, train_csv.with_name("val.csv"))
 
 
 def probe_table(cfg: Config, model: VJEPA, clips: SyntheticSet, folder: Path, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from vjepa_fast.distributed.rendezvous import join
 from vjepa_fast.distributed.signals import StopSignals
 from vjepa_fast.train.trainer import Trainer
 
+Finish = Callable[[Trainer], None]
 
-def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False) -> int:
+
+def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False, finish: Finish | None = None) -> int:
     """Train as the command line does.
 
     Args:
         cfg: what to do.
         nproc: processes on this machine.
         resume, profile: as Trainer.
+        finish: as Trainer.fit; sent to the processes that are started.
 
     Returns:
         Exit code: 0 done, 130 interrupted, 143 ended by SIGTERM.
@@ -57,15 +61,19 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
         raise ConfigError(f"{error}; use another {what} or batch size") from error
     if place is not None:
         return join(
-            partial(_run_joined, cfg=cfg, resume=resume, profile=profile, place=place), place, cfg.train.connect_timeout
+            partial(_run_joined, cfg=cfg, resume=resume, profile=profile, finish=finish, place=place),
+            place,
+            cfg.train.connect_timeout,
         )
     folder = choose_folder(cfg, resume)
     try:
         if nproc == 1:
             stop = StopSignals()
             stop.install()
-            return _train(cfg, resume, profile, folder, stop)
-        return launch(partial(_run_process, cfg=cfg, resume=resume, profile=profile, folder=folder), nproc)
+            return _train(cfg, resume, profile, finish, folder, stop)
+        return launch(
+            partial(_run_process, cfg=cfg, resume=resume, profile=profile, finish=finish, folder=folder), nproc
+        )
     finally:
         # A process that was killed in the middle of writing a file leaves it.
         remove_leftovers(folder)
@@ -74,14 +82,14 @@ def run(cfg: Config, nproc: int = 1, resume: bool = False, profile: bool = False
             folder.rmdir()
 
 
-def _run_process(_: int, cfg: Config, resume: bool, profile: bool, folder: Path) -> int:
+def _run_process(_: int, cfg: Config, resume: bool, profile: bool, finish: Finish | None, folder: Path) -> int:
     # The parent says that it stops, and decides what a second Ctrl-C does.
     stop = StopSignals(second_leaves=False, verbose=False)
     stop.install()
-    return _train(cfg, resume, profile, folder, stop)
+    return _train(cfg, resume, profile, finish, folder, stop)
 
 
-def _run_joined(rank: int, cfg: Config, resume: bool, profile: bool, place: Place) -> int:
+def _run_joined(rank: int, cfg: Config, resume: bool, profile: bool, finish: Finish | None, place: Place) -> int:
     # torchrun passes a Ctrl-C on that the terminal may have sent already.
     stop = StopSignals(second_leaves=False, verbose=rank == 0)
     stop.install()
@@ -93,12 +101,13 @@ def _run_joined(rank: int, cfg: Config, resume: bool, profile: bool, place: Plac
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, device=torch.device("cpu"))
     folder, resume = chosen
-    return _train(cfg, resume, profile, folder, stop)
+    return _train(cfg, resume, profile, finish, folder, stop)
 
 
-def _train(cfg: Config, resume: bool, profile: bool, folder: Path, stop: StopSignals) -> int:
+def _train(cfg: Config, resume: bool, profile: bool, finish: Finish | None, folder: Path, stop: StopSignals) -> int:
     try:
-        return Trainer(cfg, resume=resume, profile=profile, folder=folder, stop=stop).fit().exit_code
+        trainer = Trainer(cfg, resume=resume, profile=profile, folder=folder, stop=stop)
+        return trainer.fit(finish).exit_code
     except OSError as error:
         raise UserError(
             f"cannot go on: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")

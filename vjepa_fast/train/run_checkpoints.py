@@ -6,22 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vjepa_fast
-from vjepa_fast.checkpoints import meta_format, sharded_writer
-from vjepa_fast.checkpoints.init_weights import init_weights
 from vjepa_fast.checkpoints.run_folder import LATEST_OF_V1, SHARDS, holds_run, newest_checkpoint
 from vjepa_fast.checkpoints.sharded_writer import ShardedWriter
 from vjepa_fast.checkpoints.writer import CheckpointWriter, check_whole, choose_whole
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.differences import leaves
-from vjepa_fast.config.schema import Config
-from vjepa_fast.distributed.parallel import is_sharded
-from vjepa_fast.distributed.processes import Processes
-from vjepa_fast.masking.sampler import StepMasks
 from vjepa_fast.optim.dtensors import gather
-from vjepa_fast.train.images_with_videos import JointMasks
-from vjepa_fast.train.monitor.progress import RunConsole
-from vjepa_fast.train.step import TrainStep
+from vjepa_fast.train.task import RunContext, Task
 
 _HARMLESS = frozenset(
     {
@@ -57,10 +48,10 @@ _HARMLESS = frozenset(
         "data.device_prefetch",
         "data.dali_threads",
         "img_data.num_workers",
-        # How the clips of a step are spread over processes; their number is compared by the trainer.
+        # How the clips of a step are spread over processes; their number is compared by the task.
         "data.batch_size",
         "data.global_batch_size",
-        # `auto` may mean another decoder than before: what it stands for is compared by the trainer.
+        # `auto` may mean another decoder than before: what it stands for is compared by the task.
         "data.backend",
         "model.use_activation_checkpointing",
         "model.activation_checkpointing",
@@ -81,20 +72,6 @@ _HARMLESS = frozenset(
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a run depends on beside its config."""
-
-    batch_size: int
-    """Clips a process takes in a step."""
-    global_batch: int
-    """Clips of a step, over all processes."""
-    global_images: int
-    """Images of a step, over all processes."""
-    backend: str
-    """Decoder of the videos."""
-
-
-@dataclass(frozen=True)
 class Position:
     """Where a run begins or goes on."""
 
@@ -109,12 +86,8 @@ class RunCheckpoints:
     """The checkpoints of a run: written, continued and gone back to.
 
     Args:
-        cfg: of the run; optimization.ipe is set.
-        folder: run folder.
-        train_step, masks: whose states the checkpoints hold.
-        surroundings: compared with those of the run that is continued.
-        processes: of the run.
-        console: told where the run goes on and what has changed.
+        context: of the run; optimization.ipe is set. Its console is told where the run goes on and what has changed.
+        task: whose state the checkpoints hold.
 
     Attributes:
         writer: of the files; there once `start` has returned.
@@ -122,18 +95,10 @@ class RunCheckpoints:
 
     writer: CheckpointWriter | ShardedWriter
 
-    def __init__(
-        self,
-        cfg: Config,
-        folder: Path,
-        train_step: TrainStep,
-        masks: StepMasks | JointMasks,
-        surroundings: Surroundings,
-        processes: Processes,
-        console: RunConsole,
-    ) -> None:
-        self.cfg, self.folder, self.train_step, self.masks = cfg, folder, train_step, masks
-        self.surroundings, self.processes, self.console = surroundings, processes, console
+    def __init__(self, context: RunContext, task: Task) -> None:
+        self.context, self.task = context, task
+        self.cfg, self.folder, self.processes = context.cfg, context.folder, context.processes
+        self._say = context.say
 
     def start(self, resume: bool) -> Position:
         """Weights, optimizer and position from a checkpoint, if the config or the folder names one.
@@ -177,23 +142,19 @@ class RunCheckpoints:
             return Position()
         if self.processes.is_first and not resumed:
             check_whole(path)
-        info = self._load(path)
+        info = self.task.load(path)
         if path == cfg.optimization.anneal_ckpt and path != latest:
             self._say(f"starting from the weights of {path}")
             return Position()
         own = info.get("vjepa_fast")
         assert cfg.optimization.ipe is not None
-        position = Position(int(info["epoch"]) * cfg.optimization.ipe)
-        if own is not None:
-            self.masks.load_state_dict(own["masks"])
-            self._set_outliers(own)
+        if own is None:
+            position = Position(int(info["epoch"]) * cfg.optimization.ipe)
+            self.task.skip_to(position.step)
+        else:
+            self.task.load_state(own)
             self._warn_of_changes(own)
-            position = Position(own["step"])
-            if path == latest:
-                position = Position(own["step"], info["loss"], own["step"])
-        elif self.masks.reference is not None:
-            for _ in range(position.step):
-                self.masks.reference.step()
+            position = Position(own["step"], info["loss"], own["step"]) if path == latest else Position(own["step"])
         self._say(f"continuing {path} at step {position.step}")
         return position
 
@@ -208,33 +169,11 @@ class RunCheckpoints:
         Raises:
             UserError: as CheckpointWriter.write.
         """
-        self.train_step.optimizer.collect()
-        in_shards = isinstance(self.writer, ShardedWriter) or is_sharded(self.train_step.model)
+        self.task.collect()
+        in_shards = isinstance(self.writer, ShardedWriter) or self.task.in_shards
         if not self.processes.is_first and not in_shards:
             return
-        opt, now, outliers = self.cfg.optimization, self.surroundings, self.train_step.outliers
-        assert opt.ipe is not None
-        # With masks from the reference's stream every process has a state; this one's is kept.
-        contents = meta_format.to_checkpoint(
-            self.train_step.model,
-            self.train_step.optimizer,
-            epoch=step // opt.ipe,
-            loss=loss,
-            batch_size=now.batch_size,
-            world_size=self.processes.world_size,
-            lr=opt.lr,
-            scaler=self.train_step.scaler,
-            extra={
-                "version": vjepa_fast.__version__,
-                "step": step,
-                "global_batch": now.global_batch,
-                "global_images": now.global_images,
-                "backend": now.backend,
-                "masks": self.masks.state_dict(),
-                "last_losses": None if outliers is None else outliers.state_dict(),
-                "config": self.cfg.model_dump(mode="json"),
-            },
-        )
+        contents = self.task.contents(step, loss)
         if not in_shards or isinstance(self.writer, ShardedWriter):
             self.writer.write(contents, step, also)
             return
@@ -248,49 +187,23 @@ class RunCheckpoints:
         self.processes.wait()
         path = newest_checkpoint(self.folder)
         assert path is not None
-        self._set_outliers(self._load(path)["vjepa_fast"])
-
-    def _load(self, path: Path) -> dict[str, Any]:
-        step = self.train_step
-        # What is loaded is held against the weights that are there.
-        step.optimizer.refresh()
-        read = sharded_writer.load if path.is_dir() else meta_format.load_checkpoint
-        return read(path, step.model, step.optimizer, step.scaler)
+        self.task.roll_back_state(self.task.load(path)["vjepa_fast"])
 
     def _take_weights(self, path: Path) -> None:
         # Shards are checked when they are opened.
         file = newest_checkpoint(path) if path.is_dir() else path
         if self.processes.is_first and file is not None and not file.is_dir():
             check_whole(file)
-        self.train_step.optimizer.refresh()
-        self._say(init_weights(path, self.train_step.model, self.cfg.train.init_predictor))
-
-    def _set_outliers(self, own: dict[str, Any]) -> None:
-        if self.train_step.outliers is not None and own.get("last_losses") is not None:
-            self.train_step.outliers.load_state_dict(own["last_losses"])
+        self._say(self.task.take_weights(path))
 
     def _warn_of_changes(self, own: dict[str, Any]) -> None:
-        now = self.surroundings
-        changed = changed_keys(own["config"], self.cfg.model_dump(mode="json"))
-        if own["global_batch"] != now.global_batch:
-            changed.append(f"clips a step {own['global_batch']} -> {now.global_batch}")
-        if own.get("global_images", now.global_images) != now.global_images:
-            changed.append(f"images a step {own['global_images']} -> {now.global_images}")
-        # Decoders differ in colours. Checkpoints of earlier versions do not say which it was.
-        if own.get("backend", now.backend) != now.backend:
-            changed.append(f"decoder {own['backend']} -> {now.backend}")
+        changed = [*changed_keys(own["config"], self.cfg.model_dump(mode="json")), *self.task.changes(own)]
         if changed:
-            self.console.print(
+            self._say(
                 f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
                 "have without the change",
-                style="yellow",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                "yellow",
             )
-
-    def _say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

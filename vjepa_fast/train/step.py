@@ -44,6 +44,11 @@ class StepResult:
     output: JEPAOutput
     """Of the last micro-batch, detached."""
 
+    @property
+    def schedule(self) -> dict[str, float]:
+        """What the schedules gave, by the names of the log's columns."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum}
+
 
 class TrainStep:
     """Callable that trains a model one step at a time.

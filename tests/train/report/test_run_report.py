@@ -251,7 +251,7 @@ def test_training_writes_it(make: Make, tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("marked")
 def test_a_run_that_fails_says_why(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vjepa_fast.train.trainer.MAX_SKIPPED", 3)
+    monkeypatch.setattr("vjepa_fast.train.monitor.recovery.MAX_SKIPPED", 3)
     trainer = make("train.rollback_after=100")
     poison(trainer, range(100))
     with pytest.raises(UserError, match="not finite"):

@@ -254,6 +254,6 @@ def test_a_run_with_graphs(video_csv: Path, tmp_path: Path) -> None:
     )
     summary = trainer.fit()
     assert summary.step == 20 and 0 < summary.loss < 2
-    assert isinstance(trainer._run, speedups.GraphedStep) and trainer._run.num_replayed > 0
+    assert isinstance(trainer.task._run, speedups.GraphedStep) and trainer.task._run.num_replayed > 0
     checkpoint = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
     assert {float(state["step"]) for state in checkpoint["opt"]["state"].values()} == {20.0}

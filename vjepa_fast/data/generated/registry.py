@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,3 +40,28 @@ class Generated:
 
 
 GENERATED = {SYNTHETIC: Generated("demo", SYNTHETIC_SIZE[0], _synthetic), PHYSICS: Generated("physics", 400, _physics)}
+
+
+def make_sets(
+    names: Iterable[str], cache: Path, is_first: bool, wait: Callable[[], None], say: Callable[[str], object]
+) -> dict[str, Path]:
+    """Make the sets that some of these names stand for, on several processes at once.
+
+    Args:
+        names: of data.datasets; those that are no such name are passed over.
+        cache: folder that the sets lie in.
+        is_first: the one process that writes.
+        wait: returns when all processes have called it.
+        say: told where they lie.
+
+    Returns:
+        The manifest of each set, by its name.
+    """
+    wanted = {name: GENERATED[name] for name in dict.fromkeys(names) if name in GENERATED}
+    for kind in wanted.values():
+        say(f"{kind.folder} videos in {cache / kind.folder}")
+        if is_first:
+            kind.make(cache / kind.folder)
+    if wanted:
+        wait()
+    return {name: kind.make(cache / kind.folder) for name, kind in wanted.items()}

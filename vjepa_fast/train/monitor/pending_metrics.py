@@ -1,4 +1,4 @@
-"""Figures of steps: on the device until they are read back, a few steps at a time."""
+"""Metrics of steps: on the device until they are read back, a few steps at a time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from vjepa_fast.train.speed.step_timer import StepTimes
 
 @dataclass
 class Pending:
-    """A step whose figures are still on the device."""
+    """A step whose metrics are still on the device."""
 
     step: int
     loss: Tensor
     grad_norm: Tensor
-    part_norms: Tensor
-    """[2]: of encoder and predictor."""
     skipped: Tensor
     schedule: dict[str, float]
-    """Learning rate, weight decay and momentum, by their names in the log."""
+    """What the host knows of it, by names of columns of the log; `lr` is one."""
     num_clips: int
     times: StepTimes
     sample_ids: list[Tensor]
 
 
 @dataclass
-class Figures:
+class StepMetrics:
     """Of steps in their order."""
 
     losses: list[float]
@@ -50,8 +48,8 @@ class Figures:
         return sum(taken) / len(taken)
 
 
-def read_back(pending: Sequence[Pending], processes: Processes, ipe: int) -> Figures:
-    """The figures of these steps; waits for the device and for the other processes.
+def read_back(pending: Sequence[Pending], processes: Processes, ipe: int) -> StepMetrics:
+    """The metrics of these steps; waits for the device and for the other processes.
 
     Args:
         ipe: steps of an epoch.
@@ -78,4 +76,4 @@ def read_back(pending: Sequence[Pending], processes: Processes, ipe: int) -> Fig
         }
         for p, loss, norm, skip, (wait, step) in zip(pending, losses, norms, skipped, times, strict=True)
     ]
-    return Figures(losses, norms, skipped, times, rows)
+    return StepMetrics(losses, norms, skipped, times, rows)
