@@ -121,7 +121,7 @@ def costs(kind: Kind, folder: Path, with_dali: bool) -> dict[str, Any]:
         [VideoSource(str(path), index) for path, index in zip(paths, indices, strict=True)], _NUM_CLIPS, _SIZE
     )
     pack, made = pack_of(paths, folder / f"{kind.name} pack".replace(" ", "_"))
-    packed = requests([pack.video(number) for number in range(len(pack))], _NUM_CLIPS, _SIZE)
+    packed = requests([pack.open(number) for number in range(len(pack))], _NUM_CLIPS, _SIZE)
     host = HostPreparer()
 
     def each(way: Callable[[ClipRequest], object], clips: list[ClipRequest]) -> Way:

@@ -12,7 +12,9 @@ import pytest
 
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data.manifest import PathList, load_datasets, read_manifest
+from vjepa_fast.data.manifest import load_datasets
+from vjepa_fast.data.path_list import PathList
+from vjepa_fast.data.video_lists import read_list
 
 
 def write(path: Path, text: str) -> str:
@@ -29,7 +31,7 @@ def test_csv_forms(tmp_path: Path) -> None:
             "/v/long name.mp4 -2\n/v/long name.mp4\n/v/d.mp4 dog\n" + f"{tmp_path}/odd name\n" + "/v/\u00e9.mp4  4\r\n"
         ),
     )
-    paths, labels = read_manifest(name)
+    paths, labels = read_list(name)
     assert list(zip(paths, labels, strict=True)) == [
         ("/v/a.mp4", 3),
         ("/v/b.mp4", 0),
@@ -50,9 +52,9 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     name = write(tmp_path / "there" / "list.csv", "gone.mp4 0\na.mp4 1\n")
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "there" / "a.mp4").write_text("")
-    assert read_manifest(name)[0] == [f"{tmp_path}/there/gone.mp4", f"{tmp_path}/there/a.mp4"]
+    assert read_list(name)[0] == [f"{tmp_path}/there/gone.mp4", f"{tmp_path}/there/a.mp4"]
     (tmp_path / "here" / "a.mp4").write_text("")
-    assert read_manifest(name)[0] == [f"{tmp_path}/here/gone.mp4", f"{tmp_path}/here/a.mp4"]
+    assert read_list(name)[0] == [f"{tmp_path}/here/gone.mp4", f"{tmp_path}/here/a.mp4"]
 
 
 def test_npy_folder_and_glob(tmp_path: Path) -> None:
@@ -60,16 +62,16 @@ def test_npy_folder_and_glob(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     np.save(tmp_path / "list.npy", np.array(["/v/a b.mp4", "/v/c.mp4"]))
-    assert read_manifest(str(tmp_path / "list.npy")) == (["/v/a b.mp4", "/v/c.mp4"], [0, 0])
+    assert read_list(str(tmp_path / "list.npy")) == (["/v/a b.mp4", "/v/c.mp4"], [0, 0])
     found = [f"{tmp_path}/b/a.webm", f"{tmp_path}/b/c.MP4", f"{tmp_path}/d.jpg"]
-    assert read_manifest(str(tmp_path)) == (found, [0, 0, 0])
-    assert read_manifest(f"{tmp_path}/**/*.[wj]*")[0] == [found[0], found[2]]
+    assert read_list(str(tmp_path)) == (found, [0, 0, 0])
+    assert read_list(f"{tmp_path}/**/*.[wj]*")[0] == [found[0], found[2]]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     def message(name: str) -> str:
         with pytest.raises(UserError) as error:
-            read_manifest(name)
+            read_list(name)
         assert os.path.basename(name) in str(error.value)
         return str(error.value)
 

@@ -15,7 +15,7 @@ import torch
 
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data import clip_reader as reader_module
+from vjepa_fast.data import frame_sources
 from vjepa_fast.data import loader as loader_module
 from vjepa_fast.data import worker_supervisor as feed_module
 from vjepa_fast.data.clip_reader import RawBatch
@@ -168,14 +168,14 @@ def test_interrupted_step_can_be_taken_again(
 def test_stuck_worker_is_named_with_its_file(
     config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = reader_module.open_source
+    original = frame_sources.open_source
 
     def slow(path: str, *rest: Any) -> Any:
         if path.endswith("3.mp4"):
             time.sleep(2.5)
         return original(path, *rest)
 
-    monkeypatch.setattr(reader_module, "open_source", slow)
+    monkeypatch.setattr(frame_sources, "open_source", slow)
     monkeypatch.setattr(feed_module, "_STUCK_SECONDS", 0.3)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

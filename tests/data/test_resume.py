@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data import clip_reader as reader_module
+from vjepa_fast.data import frame_sources
 from vjepa_fast.data import loader as loader_module
 from vjepa_fast.data.decode.backend import HostFinisher
 from vjepa_fast.data.decode.index import DecodeError
@@ -141,7 +141,7 @@ def test_any_step_and_any_order_of_world_sizes(
     finisher = HostFinisher(torch.device("cpu"), False, 1)
     with (
         mock.patch.object(loader_module, "make_backend", lambda *_: (Preparer(), finisher)),
-        mock.patch.object(reader_module, "open_source", lambda path, _: Source(path)),
+        mock.patch.object(frame_sources, "open_source", lambda path, _: Source(path)),
     ):
         assert_goes_on(cfg, [(world, 0, end) for world, end in zip(worlds, ends, strict=True)])
 

@@ -19,7 +19,7 @@ import torch
 
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
-from vjepa_fast.data import clip_reader as reader_module
+from vjepa_fast.data import frame_sources
 from vjepa_fast.data import loader as loader_module
 from vjepa_fast.data import worker_supervisor as feed_module
 from vjepa_fast.data.loader import build_loader
@@ -68,14 +68,14 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bool]],
     """A decoding process that opens a file for which the function is true kills itself."""
 
     def install(is_deadly: Callable[[str], bool]) -> None:
-        original, parent = reader_module.open_source, os.getpid()
+        original, parent = frame_sources.open_source, os.getpid()
 
         def open_source(path: str, *rest: Any) -> Any:
             if os.getpid() != parent and is_deadly(path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(path, *rest)
 
-        monkeypatch.setattr(reader_module, "open_source", open_source)
+        monkeypatch.setattr(frame_sources, "open_source", open_source)
 
     return install
 
@@ -169,7 +169,7 @@ def test_error_of_a_living_process_is_passed_on(
     def fail(*_: Any) -> Any:
         raise RuntimeError("a mistake in the program")
 
-    monkeypatch.setattr(reader_module, "open_source", fail)
+    monkeypatch.setattr(frame_sources, "open_source", fail)
     for num_workers in (0, 1):
         with build_loader(config(num_workers=num_workers)) as loader, pytest.raises(RuntimeError, match="a mistake"):
             next(iter(loader))

@@ -21,17 +21,17 @@ GIVEN_UP = "started in its place, 3 times"
 
 def die_in(name: str) -> None:
     """Patch: the decoding process that opens a file of this name is killed, as for want of memory."""
-    from vjepa_fast.data import clip_reader, worker_supervisor
+    from vjepa_fast.data import frame_sources, worker_supervisor
 
     worker_supervisor._POLL_SECONDS = 0.2
-    original, parent = clip_reader.open_source, os.getpid()
+    original, parent = frame_sources.open_source, os.getpid()
 
     def open_source(path: str, *rest: Any) -> Any:
         if path.endswith(name) and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path, *rest)
 
-    clip_reader.open_source = open_source  # type: ignore[assignment]
+    frame_sources.open_source = open_source  # type: ignore[assignment]
 
 
 def die_once_a_step(*steps: int) -> None:

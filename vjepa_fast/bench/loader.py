@@ -25,8 +25,7 @@ from vjepa_fast.common.cache_dir import default_cache_dir
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.decode import dali
-from vjepa_fast.data.manifest import open_pack
-from vjepa_fast.data.pack.reader import is_pack
+from vjepa_fast.data.pack.reader import Pack, is_pack
 from vjepa_fast.data.workers import auto_num_workers, available_cores
 
 # In this process a clip costs the same in a batch of any size: small ones end sooner.
@@ -67,9 +66,7 @@ def measure_loader(
     if pack is not None and not is_pack(pack):
         raise UserError(f"--pack {pack} is no pack; expected a folder that `vjepa-fast pack` made")
     for name in packs:
-        opened = open_pack(name, cfg.cache_dir)
-        assert opened is not None
-        opened.check_fps(cfg.fps)
+        Pack(name, cfg.cache_dir).check_fps(cfg.fps)
     with _temporary_folder(cfg.cache_dir or default_cache_dir()) as folder:
         sources = {}
         if not is_pack(manifest):

@@ -21,7 +21,7 @@ from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data import sampling
 from vjepa_fast.data.decode.backend import Preparer
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.decode.request import ClipRequest, Source, open_source
+from vjepa_fast.data.decode.request import ClipRequest, Source
 from vjepa_fast.data.manifest import Dataset
 
 
@@ -190,13 +190,12 @@ class ClipReader:
         Raises:
             DecodeError: the video cannot be used.
         """
-        cfg, fpc, epoch = self.cfg, self.datasets[dataset].fpc, sample // self.clips_per_epoch
-        pack = self.datasets[dataset].pack
-        phase = 0 if pack is None else sampling.choose_phase(sample, epoch, pack.num_phases(video), cfg.seed)
+        cfg, videos, epoch = self.cfg, self.datasets[dataset], sample // self.clips_per_epoch
+        fpc = videos.fpc
+        phase = sampling.choose_phase(sample, epoch, videos.num_phases(video), cfg.seed)
         opened = {} if opened is None else opened
         if phase not in opened:
-            path = self.datasets[dataset].paths[video]
-            opened[phase] = open_source(path, cfg.cache_dir) if pack is None else pack.video(video, phase)
+            opened[phase] = videos.open(video, phase)
         source = opened[phase]
         numbers = np.zeros(fpc, dtype=np.int64)
         if not source.is_image:

@@ -1,79 +1,18 @@
-"""Lists of videos: CSV, .npy, a folder, a glob, or a pack (vjepa_fast.data.pack).
+"""The entries of `data.datasets`, opened: lists of files (vjepa_fast.data.video_lists) or packs (vjepa_fast.data.pack).
 
-CSV, one clip a line, no header, label optional (0 where there is none, as for the other kinds):
-
-    videos/a.mp4 3                   path, space, label
-    videos/a.mp4::a dog runs         `::` for labels that hold spaces (captions)
-    "videos/a long name.mp4" 3       quoted path; a quote inside is doubled
-    videos/a long name.mp4 3         the last field is the label, unless it ends like a media file or the whole
-                                     line is the path of a file
-
-A label that reads as an integer is an int, else a str. Relative paths are taken from the working directory or from the
-CSV's own folder, whichever holds the first entries that exist: one decision a manifest, so that a list of a million
-files is not looked up one by one.
+Which kinds of entry there are is vjepa_fast.data.frame_sources' matter.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
-import numpy as np
-
-from vjepa_fast.common.errors import ConfigError, UserError
+from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import DataConfig
-
-if TYPE_CHECKING:
-    from vjepa_fast.data.pack.reader import Pack
-
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
-VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
-)
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
-_NUM_PROBED = 32
-_EXPECTED = 'expected lines of the form "path label" or "path::label"'
-
-
-class PathList(Sequence[str]):
-    """A read-only list of strings in two buffers: a million paths cost their characters and 8 MB.
-
-    A list of str would be copied into every worker, page by page, as reference counts are touched.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._blob: bytes | np.ndarray = b"".join(encoded)
-
-    @classmethod
-    def of_buffers(cls, ends: np.ndarray, text: np.ndarray) -> PathList:
-        """From where each string ends, int64 [N], and the characters of all, uint8, as `buffers` gives them."""
-        new = cls(())
-        new._ends, new._blob = ends, text
-        return new
-
-    def buffers(self) -> tuple[np.ndarray, bytes | np.ndarray]:
-        """Where each string ends, and the characters of all."""
-        return self._ends, self._blob
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(bytes(self._blob[start : int(self._ends[index])]))
+from vjepa_fast.data.decode.request import Source
+from vjepa_fast.data.frame_sources import FrameSource, open_entry
 
 
 @dataclass(frozen=True)
@@ -82,32 +21,45 @@ class Dataset:
 
     Attributes:
         name: the entry as it was written.
-        paths: videos or images; of a pack, where they came from.
-        labels: one per path.
+        source: its videos or images.
         fpc: frames per clip.
         weight: its share of the clips, relative to the other datasets; None where no weights are configured.
-        pack: what the frames are read from, instead of `paths`.
     """
 
     name: str
-    paths: Sequence[str]
-    labels: list[Any]
+    source: FrameSource
     fpc: int
     weight: float | None
-    pack: Pack | None = None
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """Where the videos come from."""
+        return self.source.paths
 
-def is_image(path: str) -> bool:
-    """Whether a path is read as a still clip."""
-    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+    @property
+    def labels(self) -> list[Any]:
+        """One a video."""
+        return self.source.labels
+
+    def num_phases(self, video: int) -> int:
+        """In how many sequences the frames of a video are dealt out in turn; 0 or 1: they are one sequence."""
+        return self.source.num_phases(video)
+
+    def open(self, video: int, phase: int = 0) -> Source:
+        """One sequence of a video, with its size and length.
+
+        Raises:
+            DecodeError: it cannot be used.
+        """
+        return self.source.open(video, phase)
 
 
 def load_datasets(cfg: DataConfig) -> list[Dataset]:
-    """Reads every manifest of `cfg.datasets`.
+    """Opens every entry of `cfg.datasets`.
 
     Raises:
-        ConfigError: no dataset is configured.
-        UserError: a manifest is missing, empty or unreadable; the message names it and says what was expected.
+        ConfigError: no dataset is configured, or one cannot show clips at the configured rate.
+        UserError: an entry is missing, empty or unreadable; the message names it and says what was expected.
     """
     if not cfg.datasets:
         raise ConfigError("data.datasets is empty; expected at least one CSV, .npy, folder or glob of videos, or pack")
@@ -115,135 +67,17 @@ def load_datasets(cfg: DataConfig) -> list[Dataset]:
     weights: Sequence[float | None] = cfg.datasets_weights or [None] * len(cfg.datasets)
     datasets = []
     for name, fpc, weight in zip(cfg.datasets, fpcs, weights, strict=True):
-        pack = open_pack(name, cfg.cache_dir)
-        if pack is not None:
-            pack.check_fps(cfg.fps)
-            datasets.append(Dataset(name, pack.paths, pack.labels, fpc, weight, pack))
-            continue
-        paths, labels = read_manifest(name)
-        datasets.append(Dataset(name, PathList(paths), labels, fpc, weight))
+        source = open_entry(name, cfg.cache_dir)
+        source.check_fps(cfg.fps)
+        datasets.append(Dataset(name, source, fpc, weight))
     return datasets
 
 
-def open_pack(name: str, cache_dir: Path | None = None) -> Pack | None:
-    """The pack that an entry of `data.datasets` is, or None.
-
-    Raises:
-        UserError: it is unfinished or damaged.
-    """
-    # Imported here: it needs this module.
-    from vjepa_fast.data.pack.reader import Pack, is_pack
-
-    return Pack(name, cache_dir) if is_pack(name) else None
-
-
 def read_manifest(name: str) -> tuple[Sequence[str], list[Any]]:
-    """Paths and labels of one manifest.
+    """Paths and labels of an entry of `data.datasets`.
 
     Raises:
         UserError: missing, empty or unreadable.
     """
-    extension = os.path.splitext(name)[1].lower()
-    pack = open_pack(name)
-    if pack is not None:
-        return pack.paths, pack.labels
-    if os.path.isdir(name):
-        paths = _walk(name)
-        expected = f"no file in it ends in one of {', '.join(sorted(MEDIA_EXTENSIONS))}"
-    elif not os.path.exists(name) and glob.has_magic(name):
-        paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-        expected = "the glob matches no file"
-    elif not os.path.exists(name):
-        raise UserError(f"dataset {name!r} does not exist; expected a CSV, a .npy file, a folder, a glob or a pack")
-    elif extension == ".npy":
-        paths, expected = _read_npy(name), "the array is empty"
-    elif extension in MEDIA_EXTENSIONS:
-        paths, expected = [name], ""
-    else:
-        return _read_csv(name)
-    if not paths:
-        raise UserError(f"dataset {name!r} holds no videos: {expected}")
-    return paths, [0] * len(paths)
-
-
-def _walk(folder: str) -> list[str]:
-    found = []
-    for parent, _, files in os.walk(folder, followlinks=True):
-        found += [os.path.join(parent, f) for f in files if os.path.splitext(f)[1].lower() in MEDIA_EXTENSIONS]
-    return sorted(found)
-
-
-def _read_npy(name: str) -> list[str]:
-    try:
-        array = np.load(name, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"dataset {name!r} cannot be read as an array of strings ({error}); pickled arrays are refused because "
-            "loading one can run code. Write it with np.save(file, np.array(paths, dtype=str))"
-        ) from error
-    if array.ndim != 1 or array.dtype.kind not in "US":
-        raise UserError(
-            f"dataset {name!r} holds an array of shape {array.shape} and dtype {array.dtype}; expected one dimension "
-            "of strings, as written by np.save(file, np.array(paths, dtype=str))"
-        )
-    return [os.fsdecode(path) for path in array.tolist()]
-
-
-def _read_csv(name: str) -> tuple[list[str], list[Any]]:
-    try:
-        with open(name, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line for line in map(str.strip, file) if line]
-    except OSError as error:
-        raise UserError(f"dataset {name!r} cannot be read: {error.strerror}; {_EXPECTED}") from error
-    if not lines:
-        raise UserError(f"dataset {name!r} is empty; {_EXPECTED}")
-    if any("\0" in line for line in lines[:_NUM_PROBED]):
-        raise UserError(f"dataset {name!r} is not a text file; {_EXPECTED}")
-    folder = os.path.dirname(os.path.abspath(name))
-    paths, labels = [], []
-    for line in lines:
-        path, label = _split_line(line, folder)
-        paths.append(path)
-        labels.append(_parse_label(label))
-    first = paths[0]
-    if "," in first and os.path.splitext(first.split(",")[0])[1].lower() in MEDIA_EXTENSIONS:
-        raise UserError(f"dataset {name!r} looks separated by commas (first line {lines[0][:80]!r}); {_EXPECTED}")
-    probed = [path for path in paths[:_NUM_PROBED] if not os.path.isabs(path)]
-    base = os.getcwd()
-    if not any(map(os.path.exists, probed)) and any(os.path.exists(os.path.join(folder, path)) for path in probed):
-        base = folder
-    return [os.path.join(base, path) for path in paths], labels
-
-
-def _split_line(line: str, folder: str) -> tuple[str, str | None]:
-    if line[0] == '"':
-        end = line.find('"', 1)
-        while end != -1 and line[end + 1 : end + 2] == '"':
-            end = line.find('"', end + 2)
-        if end != -1:
-            rest = line[end + 1 :].strip()
-            return line[1:end].replace('""', '"'), rest.removeprefix("::").strip() or None
-    if "::" in line:
-        path, _, label = line.partition("::")
-        return path.strip(), label.strip()
-    path, _, label = line.rpartition(" ")
-    path = path.rstrip()
-    if not path:
-        return label, None
-    if label.isdecimal():
-        return path, label
-    if os.path.splitext(label)[1].lower() in MEDIA_EXTENSIONS:
-        return line, None
-    # Only an odd line costs a look-up on the disk.
-    if os.path.isfile(line) or os.path.isfile(os.path.join(folder, line)):
-        return line, None
-    return path, label
-
-
-def _parse_label(label: str | None) -> int | str:
-    if label is None:
-        return 0
-    try:
-        return int(label)
-    except ValueError:
-        return label
+    source = open_entry(name)
+    return source.paths, source.labels

@@ -85,11 +85,7 @@ def entries_of(videos: Videos, rules: Sequence[ClipRule]) -> list[list[Entry]]:
 
 def _file(videos: Videos, number: int) -> bytes:
     """Path, size and time of change of what a video is read from."""
-    place = ""
-    path = os.path.abspath(videos.paths[number])
-    if number in videos.places:
-        pack, own = videos.places[number]
-        path, place = os.path.abspath(pack.index_file), str(own)
+    path, place = videos.file_of(number)
     try:
         stat = os.stat(path)
         place += f"\0{stat.st_size}\0{stat.st_mtime_ns}"

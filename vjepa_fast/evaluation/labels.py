@@ -40,13 +40,7 @@ class Split:
         kept = [number for number, path in enumerate(self.videos.paths) if path not in gone]
         if not kept:
             raise UserError(f"none of the {len(self.videos.paths)} videos of {self.name!r} could be read")
-        videos = Videos(
-            [self.videos.paths[i] for i in kept],
-            [self.videos.names[i] for i in kept],
-            [self.videos.labels[i] for i in kept],
-            {new: self.videos.places[old] for new, old in enumerate(kept) if old in self.videos.places},
-        )
-        return Split(self.name, videos, self.labels[torch.tensor(kept)])
+        return Split(self.name, self.videos.only(kept), self.labels[torch.tensor(kept)])
 
 
 @dataclass

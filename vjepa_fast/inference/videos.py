@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.data.decode.backend import HostPreparer
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.decode.request import ClipRequest, Source, open_source
-from vjepa_fast.data.manifest import open_pack, read_manifest
-from vjepa_fast.data.pack.reader import Pack
+from vjepa_fast.data.decode.request import ClipRequest, Source
+from vjepa_fast.data.frame_sources import FrameSource, open_entry
 from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.data.sampling import Box, clip_step, window_frames
 from vjepa_fast.inference.model import InferenceModel
@@ -49,20 +48,32 @@ class Videos:
         paths: each once.
         names: of their features: the paths, with bytes that are no UTF-8 escaped.
         labels: one a path, 0 where the manifest has none.
-        places: of those that lie in a pack, the pack and the number within.
+        places: of each, what it is opened from and its number there.
     """
 
     paths: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
-    places: dict[int, tuple[Pack, int]] = field(default_factory=dict)
+    places: list[tuple[FrameSource, int]] = field(default_factory=list)
 
     def open(self, number: int) -> Source:
         """Raises DecodeError where a video cannot be used."""
-        if number in self.places:
-            pack, place = self.places[number]
-            return pack.video(place)
-        return open_source(self.paths[number])
+        source, place = self.places[number]
+        return source.open(place)
+
+    def file_of(self, number: int) -> tuple[str, str]:
+        """See FrameSource."""
+        source, place = self.places[number]
+        return source.file_of(place)
+
+    def only(self, numbers: Sequence[int]) -> Videos:
+        """Some of them."""
+        return Videos(
+            [self.paths[i] for i in numbers],
+            [self.names[i] for i in numbers],
+            [self.labels[i] for i in numbers],
+            [self.places[i] for i in numbers],
+        )
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,8 @@ def list_videos(names: Iterable[str], one_label: bool = False) -> Videos:
     found = Videos()
     known: dict[str, Any] = {}
     for name in names:
-        pack = open_pack(name)
-        paths, labels = (pack.paths, pack.labels) if pack is not None else read_manifest(name)
-        for place, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        source = open_entry(name)
+        for place, (path, label) in enumerate(zip(source.paths, source.labels, strict=True)):
             if path in known:
                 if one_label and known[path] != label:
                     raise UserError(
@@ -109,11 +119,10 @@ def list_videos(names: Iterable[str], one_label: bool = False) -> Videos:
                     )
                 continue
             known[path] = label
-            if pack is not None:
-                found.places[len(found.paths)] = pack, place
             found.paths.append(path)
             found.names.append(path.encode("utf-8", "backslashreplace").decode())
             found.labels.append(label)
+            found.places.append((source, place))
     return found
 
 

@@ -133,7 +133,7 @@ def test_training_on_a_mixture(folder: Path, video_folder: Path, tmp_path: Path)
 
 
 def test_any_frames_in_any_order(folder: Path) -> None:
-    source = Pack(str(folder)).video(3, phase=1)
+    source = Pack(str(folder)).open(3, phase=1)
     assert isinstance(source, JpegSource) and source.num_frames == 8 and source.avg_fps == 8.0
     frames = stored(source.pack, 3)[1::2]
     numbers = np.array([5, 0, 0, 7, 2])

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from vjepa_fast.data.decode.index import VideoIndex, load_index, reading
-from vjepa_fast.data.manifest import is_image
 from vjepa_fast.data.sampling import Box
+from vjepa_fast.data.video_lists import is_image
 
 
 class Source(Protocol):

@@ -17,9 +17,9 @@ from vjepa_fast.data.decode.convert import ToPixels
 from vjepa_fast.data.decode.index import DecodeError, VideoIndex, build_index, open_video, reading
 from vjepa_fast.data.decode.jpeg import decode_jpegs
 from vjepa_fast.data.decode.pyav import decode_image
-from vjepa_fast.data.manifest import is_image
 from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.sampling import Box
+from vjepa_fast.data.video_lists import is_image
 
 _SIDE_MULTIPLE = 32
 # What a JPEG file can hold.

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vjepa_fast.common.errors import UserError
-from vjepa_fast.data.manifest import PathList
+from vjepa_fast.data.path_list import PathList
 
 INDEX_NAME = "pack.index"
 _MAGIC = b"vjepa-fast pack 1\n"

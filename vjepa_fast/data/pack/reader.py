@@ -35,7 +35,7 @@ def is_address(name: str) -> bool:
 
 
 class Pack:
-    """A pack that is read.
+    """A pack that is read: a FrameSource (vjepa_fast.data.frame_sources).
 
     Args:
         name: folder, or address.
@@ -71,6 +71,11 @@ class Pack:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pack, (self.name, self._cache_dir)
+
+    @staticmethod
+    def recognises(name: str) -> bool:
+        """See is_pack."""
+        return is_pack(name)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -111,23 +116,27 @@ class Pack:
         # Earlier packs say two also of a video with a single frame.
         return min(int(self.index.video_phases[video]), end - first)
 
-    def video(self, number: int, phase: int = 0) -> PackedVideo:
+    def open(self, video: int, phase: int = 0) -> PackedVideo:
         """One phase of a video: every num_phases-th of its frames, from frame number `phase` on."""
         index = self.index
-        stride = max(1, self.num_phases(number))
-        count = int(index.video_first[number + 1] - index.video_first[number])
+        stride = max(1, self.num_phases(video))
+        count = int(index.video_first[video + 1] - index.video_first[video])
         assert 0 <= phase < stride
         return PackedVideo(
             self,
-            number,
+            video,
             phase,
-            index.paths[number],
+            index.paths[video],
             -(-(count - phase) // stride),
-            float(index.video_fps[number]),
-            int(index.video_width[number]),
-            int(index.video_height[number]),
-            self.num_phases(number) == 0,
+            float(index.video_fps[video]),
+            int(index.video_width[video]),
+            int(index.video_height[video]),
+            self.num_phases(video) == 0,
         )
+
+    def file_of(self, video: int) -> tuple[str, str]:
+        """The index, which holds a checksum of every frame, and the number of the video."""
+        return os.path.abspath(self.index_file), str(video)
 
     def read(self, video: int, frames: np.ndarray) -> list[bytes]:
         """The files of some frames of a video.

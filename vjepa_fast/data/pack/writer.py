@@ -23,10 +23,10 @@ from typing import Any
 from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
-from vjepa_fast.data.manifest import PathList
 from vjepa_fast.data.pack.encode import encode_video
 from vjepa_fast.data.pack.index import INDEX_NAME, PackedFrames, PackSettings, encode_index, read_index
 from vjepa_fast.data.pack.state import ADVICE, Part, ShardAssembler, State, check_same
+from vjepa_fast.data.path_list import PathList
 from vjepa_fast.data.pool import Failed, Pool
 
 BROKEN_NAME = "broken.tsv"
