@@ -1,6 +1,6 @@
 // Masks from counter-based random numbers, for host and device.
 //
-// The rules are those in the docstring of vjepa_fast/ops/mask_rules.py, and the two must give the same bits. Only
+// The rules are those in the docstring of vjepa_fast/masking/mask_rules.py, and the two must give the same bits. Only
 // integers occur, so no compiler, device or order of execution can change a mask. Three parts: the generator, the
 // geometry of a mask, and what is left of it after truncation.
 #pragma once
@@ -22,7 +22,7 @@ constexpr int kFractionBits = 24;
 
 // ---------------------------------------------------------------------------------------------------- random numbers
 
-// The numbers of vjepa_fast.rng.Stream.
+// The numbers of vjepa_fast.common.rng.Stream.
 enum Stream : uint32_t { kMaskSize = 1, kMaskPosition = 2, kMaskPatches = 11, kMaskFrames = 12 };
 
 struct Words {
@@ -59,8 +59,20 @@ VF_HD uint32_t below(uint32_t word, uint32_t n) { return uint32_t(uint64_t(word)
 
 // ----------------------------------------------------------------------------------------------------------- geometry
 
-enum Strategy : uint8_t { kMultiblock, kTube, kTemporal, kPatches, kMixture, kFuture };
-enum Complement : uint8_t { kNoComplement, kFullComplement, kPredFullComplement };
+// The numbers of vjepa_fast/config/mask_strategies.py.
+enum Strategy : uint8_t { kMultiblock = 0, kTube = 1, kTemporal = 2, kPatches = 3, kMixture = 4, kFuture = 5 };
+constexpr Strategy kLastStrategy = kFuture;
+
+// Whether places are drawn one by one, so that kMaxPlaces holds.
+constexpr bool draws_places(Strategy strategy) {
+  return strategy == kTube || strategy == kPatches || strategy == kMixture;
+}
+
+// Whether they are in every frame anew, so that kMaxFrames holds.
+constexpr bool draws_places_in_frames(Strategy strategy) { return strategy == kPatches || strategy == kMixture; }
+
+// The numbers of COMPLEMENTS in vjepa_fast/masking/mask_rules.py.
+enum Complement : uint8_t { kNoComplement = 0, kFullComplement = 1, kPredFullComplement = 2 };
 
 struct Grid {
   uint32_t frames, height, width;

@@ -1,4 +1,4 @@
-// Schema of the mask operators and their CPU kernels, behind PyTorch's stable ABI (see vjepa_fast/ops/mask_sample.py).
+// Schema of the mask operators and their CPU kernels, behind PyTorch's stable ABI (vjepa_fast/masking/mask_sample.py).
 //
 // A mask is a bitmap in words of 64 tokens. Blocks are painted into one frame, which is then copied to all frames that
 // the same blocks cover; ids are written eight at a time from a table.

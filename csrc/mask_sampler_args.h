@@ -48,7 +48,7 @@ inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtyp
 }
 
 inline MaskRow make_row(const int64_t* ints, const Grid& grid) {
-  check_range("strategy of specs", ints[0], kMultiblock, kFuture);
+  check_range("strategy of specs", ints[0], 0, kLastStrategy);
   check_range("num_blocks of specs", ints[1], 1, kMaxBlocks);
   const char* ranges[3] = {"temporal scale of specs", "spatial scale of specs", "aspect ratio of specs"};
   for (int i = 0; i < 3; ++i) {
@@ -64,13 +64,13 @@ inline MaskRow make_row(const int64_t* ints, const Grid& grid) {
   check_range("complement of specs", ints[12], kNoComplement, kPredFullComplement);
   check_range("inv_block of specs", ints[13], 0, 1);
   const auto strategy = Strategy(ints[0]);
-  if (strategy == kTube || strategy == kPatches || strategy == kMixture) {
-    check(grid.places() <= kMaxPlaces, "grid has ", grid.places(), " places a frame; strategies tube, patches and ",
-          "mixture draw from at most ", kMaxPlaces);
+  if (draws_places(strategy)) {
+    check(grid.places() <= kMaxPlaces, "grid has ", grid.places(), " places a frame; strategy ", ints[0],
+          " draws from at most ", kMaxPlaces);
   }
-  if (strategy == kPatches || strategy == kMixture) {
-    check(grid.frames <= kMaxFrames, "grid has ", grid.frames, " frames; strategies patches and mixture draw for at ",
-          "most ", kMaxFrames);
+  if (draws_places_in_frames(strategy)) {
+    check(grid.frames <= kMaxFrames, "grid has ", grid.frames, " frames; strategy ", ints[0], " draws for at most ",
+          kMaxFrames);
   }
   return row_of_ints(ints, grid);
 }

@@ -66,10 +66,9 @@ class Fuzzer:
     def spec(self) -> Any:
         """A random MaskSpec."""
         from vjepa_fast.config.schema import MaskSpec
-        from vjepa_fast.masking.mask_rules import STRATEGIES
 
         pick = self.random
-        strategy = pick.choice(STRATEGIES)
+        strategy = pick.choice(self.mask_cases.NAMES)
         keys: dict[str, Any] = {
             "max_temporal_keep": pick.choice([1.0, 0.5, 0.01]),
             "max_keep": pick.choice([None, 1, 50]),

@@ -21,9 +21,10 @@ from tests.common.test_rng import VECTORS
 from tests.csrc.building import load_emulator
 from tests.masking.mask_cases import EXAMPLES, PLAIN, Case, cases, emulate, needs_extension
 from vjepa_fast.common import extension
+from vjepa_fast.config.mask_strategies import STRATEGIES
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
 from vjepa_fast.masking import mask_sample as mask_ops
-from vjepa_fast.masking.mask_rules import STRATEGIES, BlockSpec
+from vjepa_fast.masking.mask_rules import BlockSpec
 from vjepa_fast.masking.sampler import MaskSampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +256,7 @@ def test_bad_arguments_of_one(name: str, changed: dict[str, Any], message: str) 
 
 @needs_extension
 def test_places_and_frames_that_the_counter_cannot_name() -> None:
-    tube, patches = ([STRATEGIES.index(name), *ROW[1:]] for name in ("tube", "patches"))
+    tube, patches = ([STRATEGIES[name].number, *ROW[1:]] for name in ("tube", "patches"))
     with pytest.raises(RuntimeError, match="4160 places a frame"):
         mask_ops.operators().mask_lengths(*arguments_of("mask_lengths", {"specs": tube, "grid": [4, 65, 64]}))
     with pytest.raises(RuntimeError, match="257 frames"):

@@ -13,12 +13,17 @@ from vjepa_fast.cli.config import ConfigOption, Overrides, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import Config
+from vjepa_fast.config.mask_strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from vjepa_fast.masking.batch import MaskBatch
     from vjepa_fast.masking.picture import Panel
 
 EPILOG = """
+Strategies (mask.masks.N.strategy), and what they predict:
+
+{strategies}
+
 Examples:
 
   vjepa-fast masks --recipe vitl16-256
@@ -28,7 +33,7 @@ Examples:
   vjepa-fast masks mask.masks='[{strategy: tube, ratio: 0.9}]' --step 100
 
 Exit codes: 0 done, 1 failed, 2 usage or config, 130 interrupted.
-"""
+""".replace("{strategies}", "\n\n".join(f"  {row.name}: {row.doc}" for row in STRATEGIES.values()))
 
 
 def masks(

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.sections.base import Checkpointing, Dtype, Section, Switch
 from vjepa_fast.config.sections.data import AugmentationConfig, DataConfig, ImageDataConfig
-from vjepa_fast.config.sections.masks import MaskConfig, MaskSpec, MaskStrategy
+from vjepa_fast.config.sections.masks import MaskConfig, MaskSpec
 from vjepa_fast.config.sections.model import MODEL_NAMES, LossConfig, ModelConfig
 from vjepa_fast.config.sections.run import OptimizationConfig, TrainConfig
 
@@ -29,7 +29,6 @@ __all__ = [
     "LossConfig",
     "MaskConfig",
     "MaskSpec",
-    "MaskStrategy",
     "ModelConfig",
     "OptimizationConfig",
     "Section",

@@ -60,26 +60,25 @@ Dimension letters: B clips, M masks, S = M * B sequences (mask by mask), N = T *
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.common.rng import Stream, below, pack_tag, random_words
-from vjepa_fast.config.schema import MaskSpec, MaskStrategy
+from vjepa_fast.config.mask_strategies import MAX_PLACES, find_strategy
+from vjepa_fast.config.schema import MaskSpec
 
 FRACTION_BITS = 24
 MAX_ATTEMPTS = 32
 MAX_TOKENS = 1 << 18
 """Of a grid: what the bitmap of one mask may take of a GPU's shared memory."""
-MAX_PLACES = 1 << 12
-MAX_FRAMES = 1 << 8
-STRATEGIES: tuple[MaskStrategy, ...] = get_args(MaskStrategy)
-"""A strategy's place in this list is its number in csrc/mask_rules.h; likewise COMPLEMENTS."""
 Complement = Literal["none", "full", "pred_full"]
-COMPLEMENTS: tuple[Complement, ...] = get_args(Complement)
+COMPLEMENTS: dict[Complement, int] = {"none": 0, "full": 1, "pred_full": 2}
+"""The numbers of csrc/mask_rules.h (enum Complement)."""
 
 Grid = tuple[int, int, int]
 
@@ -96,7 +95,7 @@ class BlockSpec:
     NUM_INTS: ClassVar[int] = 14
     """Of to_ints."""
 
-    strategy: MaskStrategy
+    strategy: str
     num_blocks: int
     temporal: tuple[int, int]
     """LOW and SPAN of the temporal scale; likewise spatial and aspect."""
@@ -110,13 +109,15 @@ class BlockSpec:
     max_keep: int | None
     complement: Complement
     inv_block: bool
+    config: MaskSpec = field(compare=False)
+    """As it was configured, for a strategy that is drawn in Python only."""
 
     @classmethod
     def from_config(cls, spec: MaskSpec, grid: Grid) -> BlockSpec:
         """Args: spec: the configured mask. grid: (T, H, W) in tokens.
 
         Raises:
-            ConfigError: the grid is too large.
+            ConfigError: the grid is too large, or the strategy is not there.
         """
         num_frames, height, width = grid
         num_tokens = num_frames * height * width
@@ -125,15 +126,19 @@ class BlockSpec:
                 f"a clip of {num_frames} x {height} x {width} tokens has {num_tokens}; masks are drawn "
                 f"for at most {MAX_TOKENS}. Use smaller or fewer frames, or larger patches"
             )
-        if spec.strategy in ("tube", "patches", "mixture") and height * width > MAX_PLACES:
+        try:
+            strategy = find_strategy(spec.strategy)
+        except ValueError as error:
+            raise ConfigError(f"mask.masks: {error}") from None
+        if strategy.max_places is not None and height * width > strategy.max_places:
             raise ConfigError(
                 f"a frame of {height} x {width} tokens is too large for the mask strategy "
-                f"{spec.strategy}, which draws from at most {MAX_PLACES} places"
+                f"{strategy.name}, which draws from at most {strategy.max_places} places"
             )
-        if spec.strategy in ("patches", "mixture") and num_frames > MAX_FRAMES:
+        if strategy.max_frames is not None and num_frames > strategy.max_frames:
             raise ConfigError(
-                f"{num_frames} token frames are too many for the mask strategy {spec.strategy}, which "
-                f"draws for at most {MAX_FRAMES}"
+                f"{num_frames} token frames are too many for the mask strategy {strategy.name}, which "
+                f"draws for at most {strategy.max_frames}"
             )
 
         def low_and_span(bounds: tuple[float, float]) -> tuple[int, int]:
@@ -158,12 +163,19 @@ class BlockSpec:
             max_keep=None if spec.max_keep is None else min(spec.max_keep, num_tokens),
             complement="full" if spec.full_complement else complement,
             inv_block=spec.inv_block,
+            config=spec,
         )
+
+    @property
+    def number(self) -> int | None:
+        """Of the strategy, for C++; None: it is drawn in Python only."""
+        return find_strategy(self.strategy).number
 
     def to_ints(self) -> list[int]:
         """The row of the operators' `specs` (struct MaskRow of csrc/mask_rules.h)."""
+        assert self.number is not None
         return [
-            STRATEGIES.index(self.strategy),
+            self.number,
             self.num_blocks,
             *self.temporal,
             *self.spatial,
@@ -172,7 +184,7 @@ class BlockSpec:
             self.temporal_below,
             self.max_context_frames,
             self.max_keep or 0,
-            COMPLEMENTS.index(self.complement),
+            COMPLEMENTS[self.complement],
             int(self.inv_block),
         ]
 
@@ -196,22 +208,51 @@ def block_size(spec: BlockSpec, grid: Grid, *, seed: int, step: int, group: int 
     return min(t, num_frames), min(max(h, 1), height), min(max(w, 1), width)
 
 
-def _multiblock(
-    spec: BlockSpec, grid: Grid, sample_ids: np.ndarray, *, seed: int, step: int, group: int, mask: int
-) -> np.ndarray:
-    num_frames, height, width = grid
-    t, h, w = block_size(spec, grid, seed=seed, step=step, group=group, mask=mask)
-    target = np.zeros((len(sample_ids), num_frames, height, width), dtype=bool)
-    pending = np.arange(len(sample_ids))
+@dataclass(frozen=True)
+class Draw:
+    """What the masks of some samples are drawn for: one mask of one group in one step."""
+
+    grid: Grid
+    sample_ids: np.ndarray
+    """uint64 [B]."""
+    seed: int
+    step: int
+    group: int
+    mask: int
+
+    def tag(self, stream: Stream, *, attempt: int = 0, block: int = 0) -> int:
+        """See pack_tag."""
+        return pack_tag(stream, group=self.group, mask=self.mask, attempt=attempt, block=block)
+
+
+Definition = Callable[["BlockSpec", Draw], np.ndarray]
+"""Gives bool [B, T, H, W], or what broadcasts to it: true where a token is predicted."""
+DEFINITIONS: dict[str, Definition] = {}
+"""How the strategies draw, by name."""
+
+
+def defines(name: str) -> Callable[[Definition], Definition]:
+    """Decorator of the definition of a strategy, a row of vjepa_fast.config.mask_strategies.STRATEGIES."""
+
+    def add(function: Definition) -> Definition:
+        DEFINITIONS[name] = function
+        return function
+
+    return add
+
+
+@defines("multiblock")
+def _multiblock(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    num_frames, height, width = draw.grid
+    t, h, w = block_size(spec, draw.grid, seed=draw.seed, step=draw.step, group=draw.group, mask=draw.mask)
+    target = np.zeros((len(draw.sample_ids), num_frames, height, width), dtype=bool)
+    pending = np.arange(len(draw.sample_ids))
     frames, rows, columns = np.arange(num_frames), np.arange(height), np.arange(width)
     for attempt in range(MAX_ATTEMPTS):
         if not len(pending):
             break
-        tags = [
-            pack_tag(Stream.MASK_POSITION, group=group, mask=mask, attempt=attempt, block=block)
-            for block in range(spec.num_blocks)
-        ]
-        words = random_words(seed, sample_ids[pending, None], step, np.array(tags)[None, :])
+        tags = [draw.tag(Stream.MASK_POSITION, attempt=attempt, block=block) for block in range(spec.num_blocks)]
+        words = random_words(draw.seed, draw.sample_ids[pending, None], draw.step, np.array(tags)[None, :])
         top = below(words[..., 0], height - h + 1)[..., None]
         left = below(words[..., 1], width - w + 1)[..., None]
         start = below(words[..., 2], num_frames - t + 1)[..., None]
@@ -226,58 +267,59 @@ def _multiblock(
     return target
 
 
-def _subset(
-    spec: BlockSpec,
-    num_places: int,
-    num_draws: int,
-    sample_ids: np.ndarray,
-    *,
-    seed: int,
-    step: int,
-    group: int,
-    mask: int,
-) -> np.ndarray:
-    """bool [B, num_draws, num_places]: a random subset of the places for each draw."""
-    blocks = -(-num_places // 4)
+def _places(spec: BlockSpec, draw: Draw, num_draws: int) -> np.ndarray:
+    """bool [B, num_draws, H, W]: a random subset of the places for each draw."""
+    _, height, width = draw.grid
+    num_places = height * width
     tags = np.array(
         [
-            [
-                pack_tag(Stream.MASK_PATCHES, group=group, mask=mask, attempt=draw, block=block)
-                for block in range(blocks)
-            ]
-            for draw in range(num_draws)
+            [draw.tag(Stream.MASK_PATCHES, attempt=number, block=block) for block in range(-(-num_places // 4))]
+            for number in range(num_draws)
         ]
     )
-    words = random_words(seed, sample_ids[:, None, None], step, tags)
-    keys = words.reshape(len(sample_ids), num_draws, -1)[..., :num_places].astype(np.uint64)
+    words = random_words(draw.seed, draw.sample_ids[:, None, None], draw.step, tags)
+    keys = words.reshape(len(draw.sample_ids), num_draws, -1)[..., :num_places].astype(np.uint64)
     keys = keys * np.uint64(MAX_PLACES) + np.arange(num_places, dtype=np.uint64)
     count = spec.target_count(num_places)
-    return keys < np.sort(keys, axis=-1)[..., count : count + 1]
+    drawn = keys < np.sort(keys, axis=-1)[..., count : count + 1]
+    return drawn.reshape(len(draw.sample_ids), num_draws, height, width)
 
 
-def _by_ratio(
-    spec: BlockSpec, grid: Grid, sample_ids: np.ndarray, *, seed: int, step: int, group: int, mask: int
-) -> np.ndarray:
-    num_frames, height, width = grid
+def _run_of_frames(spec: BlockSpec, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """bool [B, T, 1, 1]: consecutive frames; and the words r."""
+    num_frames = draw.grid[0]
     count, frames = spec.target_count(num_frames), np.arange(num_frames)
-    if spec.strategy == "future":
-        return np.broadcast_to((frames >= num_frames - count)[None, :, None, None], (len(sample_ids), *grid))
-
-    def places(num_draws: int) -> np.ndarray:
-        drawn = _subset(spec, height * width, num_draws, sample_ids, seed=seed, step=step, group=group, mask=mask)
-        return np.broadcast_to(drawn.reshape(len(sample_ids), num_draws, height, width), (len(sample_ids), *grid))
-
-    if spec.strategy == "tube":
-        return places(1)
-    if spec.strategy == "patches":
-        return places(num_frames)
-    words = random_words(seed, sample_ids, step, pack_tag(Stream.MASK_FRAMES, group=group, mask=mask))
+    words = random_words(draw.seed, draw.sample_ids, draw.step, draw.tag(Stream.MASK_FRAMES))
     start = below(words[:, :1], num_frames - count + 1)
-    run = ((frames >= start) & (frames < start + count))[:, :, None, None]
-    if spec.strategy == "temporal":
-        return np.broadcast_to(run, (len(sample_ids), *grid))
+    return ((frames >= start) & (frames < start + count))[:, :, None, None], words
+
+
+@defines("tube")
+def _tube(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    return _places(spec, draw, 1)
+
+
+@defines("patches")
+def _patches(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    return _places(spec, draw, draw.grid[0])
+
+
+@defines("temporal")
+def _temporal(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    return _run_of_frames(spec, draw)[0]
+
+
+@defines("mixture")
+def _mixture(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    run, words = _run_of_frames(spec, draw)
     is_temporal = words[:, 1].astype(np.uint64) < np.uint64(spec.temporal_below)
-    return np.where(is_temporal[:, None, None, None], run, places(num_frames))
+    return np.where(is_temporal[:, None, None, None], run, _patches(spec, draw))
+
+
+@defines("future")
+def _future(spec: BlockSpec, draw: Draw) -> np.ndarray:
+    num_frames = draw.grid[0]
+    return (np.arange(num_frames) >= num_frames - spec.target_count(num_frames))[None, :, None, None]
 
 
 def mask_sample_ref(
@@ -297,8 +339,8 @@ def mask_sample_ref(
         [B, N] bool, true where a token is context; every row has at least one.
     """
     sample_ids = np.asarray(sample_ids, dtype=np.uint64)
-    draw = _multiblock if spec.strategy == "multiblock" else _by_ratio
-    context = ~draw(spec, grid, sample_ids, seed=seed, step=step, group=group, mask=mask)
+    target = DEFINITIONS[spec.strategy](spec, Draw(grid, sample_ids, seed, step, group, mask))
+    context = ~np.broadcast_to(target, (len(sample_ids), *grid))
     context[:, spec.max_context_frames :] = False
     context = context.reshape(len(sample_ids), -1)
     context[~context.any(axis=1), 0] = True

@@ -222,6 +222,11 @@ def _signed(seed: int) -> int:
     return (high << 32 | low) - (high >> 31 << 64)
 
 
+def _host_only(specs: Sequence[BlockSpec]) -> str | None:
+    """A strategy that the operators do not know, where one of the masks has one."""
+    return next((spec.strategy for spec in specs if spec.number is None), None)
+
+
 def mask_sample(
     specs: Sequence[BlockSpec],
     grid: Grid,
@@ -236,6 +241,8 @@ def mask_sample(
     capacity: tuple[int, int] | None = None,
 ) -> PackedMasks:
     """All masks of a batch, packed, on a device, which is not waited for.
+
+    NumPy draws them where one of the strategies exists in Python only.
 
     Args:
         specs, grid, sample_ids, members, seed, step, group, group_size: see masks_ref.
@@ -252,7 +259,7 @@ def mask_sample(
             f"device is {device}, but torch {torch.__version__} finds no GPU that it can use; masks can "
             "be drawn on the cpu"
         )
-    ops = operators()
+    ops = operators() if _host_only(specs) is None else None
     _check_samples(sample_ids, members)
     if ops is None:
         masks = masks_ref(specs, grid, sample_ids, members, seed=seed, step=step, group=group, group_size=group_size)
@@ -310,8 +317,11 @@ def mask_sample_captured(
         than its capacity, the ids behind the capacity are missing and cu_seqlens stops at it; the host must look.
 
     Raises:
-        RuntimeError: the extension has no kernels for the device, or arguments that do not fit.
+        RuntimeError: the extension has no kernels for the device or does not know a strategy, or arguments that do not
+            fit.
     """
+    if _host_only(specs) is not None:
+        raise RuntimeError(f"masks of strategy {_host_only(specs)} are drawn in Python, on the host only")
     if not runs_on(step.device):
         raise RuntimeError(
             f"masks can be drawn on {step.device} only by the extension: "

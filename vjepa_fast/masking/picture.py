@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vjepa_fast.config.mask_strategies import find_strategy
 from vjepa_fast.config.schema import MaskSpec
 from vjepa_fast.masking.batch import Grid, MaskBatch
 
@@ -69,9 +70,10 @@ def describe(spec: MaskSpec) -> str:
         if spec.temporal_scale != (1.0, 1.0):
             words.append(f"time {_range(spec.temporal_scale)}")
     else:
-        words = [f"{spec.strategy} {spec.ratio:g}"]
-    if spec.strategy == "mixture":
-        words.append(f"{spec.temporal_probability:g} temporal")
+        keys = find_strategy(spec.strategy).keys
+        words = [f"{spec.strategy} {spec.ratio:g}" if "ratio" in keys else spec.strategy]
+        if "temporal_probability" in keys:
+            words.append(f"{spec.temporal_probability:g} temporal")
     if spec.max_temporal_keep < 1:
         words.append(f"max_temporal_keep {spec.max_temporal_keep:g}")
     if spec.max_keep is not None:

@@ -6,20 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from vjepa_fast.config.mask_strategies import STRATEGY_KEYS, find_strategy
 from vjepa_fast.config.sections.base import PositiveInt, Range, Section
-
-MaskStrategy = Literal["multiblock", "tube", "temporal", "patches", "mixture", "future"]
 
 
 class MaskSpec(Section):
     """One mask; the default strategy is the reference's (src/masks/multiseq_multiblock3d.py).
 
-    `multiblock` predicts blocks of one size a step and takes spatial_scale, temporal_scale, aspect_ratio and
-    num_blocks. The others predict the share `ratio`: `tube` the same random places in every frame, `patches` random
-    places in each frame, `temporal` consecutive frames, `mixture` one of the two by clip, `future` the last frames.
+    What the strategies predict, and which keys each of them uses, is in vjepa_fast.config.mask_strategies.
     """
 
-    strategy: MaskStrategy = "multiblock"
+    strategy: str = "multiblock"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share that is predicted; every strategy but multiblock."""
     round_context_down: bool = False
@@ -50,12 +47,7 @@ class MaskSpec(Section):
                 raise ValueError(f"{name} is [{low}, {high}]; expected 0 < low <= high <= {top:g}")
         if self.full_complement and self.pred_full_complement:
             raise ValueError("full_complement and pred_full_complement exclude each other; set one of them to false")
-        unused = {"spatial_scale", "temporal_scale", "aspect_ratio", "num_blocks"}
-        if self.strategy == "multiblock":
-            unused = {"ratio", "temporal_probability", "round_context_down"}
-        else:
-            unused |= {"temporal_probability"} if self.strategy != "mixture" else set()
-            unused |= {"round_context_down"} if self.strategy != "tube" else set()
+        unused = STRATEGY_KEYS - find_strategy(self.strategy).keys
         # A written config names every key, so only a value that would have changed something counts.
         changed = [
             name
