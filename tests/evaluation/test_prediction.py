@@ -20,6 +20,7 @@ from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.evaluation import horizon, prediction, surprise
 from vjepa_fast.evaluation.views import ClipRule
+from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.inference.videos import list_videos
 
 RULE = ClipRule(8, 8.0, None, (64, 64))
@@ -57,8 +58,8 @@ def test_a_model_that_has_diverged_is_told(checkpoint: Path) -> None:
 
 def test_levels_of_v21_are_compared_each() -> None:
     made = models.model(n_output_distillation=4, depth=4)
-    context = vf.inference.InferenceModel(made.encoder, made.predictor)
-    pair = prediction.Prediction(context, vf.inference.InferenceModel(made.target_encoder, None), 2)
+    context = InferenceModel(made.encoder, made.predictor)
+    pair = prediction.Prediction(context, InferenceModel(made.target_encoder, None), 2)
     found = pair.errors(models.clips())
     ids = torch.arange(64).expand(2, -1)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +13,30 @@ from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import say
 
 if TYPE_CHECKING:
+    import torch
+
     from vjepa_fast.evaluation.labels import Labels
-    from vjepa_fast.evaluation.run_probes import ProbeResult, ProbeSettings
+    from vjepa_fast.evaluation.probes import Probe, ProbeResult, ProbeSettings
+    from vjepa_fast.evaluation.views import ClipRule
     from vjepa_fast.inference.model import InferenceModel
 
 
 class ProbeRun:
     """One run of the command on labelled videos: `features`, then `probe`."""
 
-    def __init__(self, model: InferenceModel, labels: Labels, settings: ProbeSettings, device: Any, out: Path) -> None:
+    def __init__(
+        self,
+        model: InferenceModel,
+        labels: Labels,
+        settings: ProbeSettings,
+        device: torch.device,
+        out: Path,
+        probes: Mapping[str, Probe],
+    ) -> None:
         self._model, self._labels, self._settings = model, labels, settings
-        self._device, self._out = device, out
+        self._device, self._out, self._probes = device, out, probes
 
-    def features(self, cache: Path | None, rule: Any, kinds: list[str], batch: int, num_workers: int) -> None:
+    def features(self, cache: Path | None, rule: ClipRule, batch: int, num_workers: int) -> None:
         """What probes are fitted on, from the disk or computed."""
         from vjepa_fast.common.cache_dir import default_cache_dir
         from vjepa_fast.evaluation.features import FeatureStore, FillProgress
@@ -41,7 +53,9 @@ class ProbeRun:
             bar.show(now.done, f"{len(now.broken)} broken")
 
         try:
-            progress = self._features.fill(self._model, self._device, kinds, batch, num_workers, report)
+            progress = self._features.fill(
+                self._model, self._device, list(self._probes.values()), batch, num_workers, report
+            )
         except KeyboardInterrupt:
             say("warning", "the features computed so far are kept; the same command goes on")
             raise
@@ -62,76 +76,77 @@ class ProbeRun:
             )
         self._store = store
 
-    def probe(self, kinds: list[str], head: dict[str, Any]) -> None:
-        """Fit, measure, write and show."""
-        from vjepa_fast.common.atomic import disk_errors
-        from vjepa_fast.evaluation import report, run_probes
+    def probe(self, head: dict[str, Any]) -> None:
+        """Fit, measure, write and show.
 
-        labels = self._features.labels
-        results: dict[str, ProbeResult] = {"baseline": run_probes.baseline(labels)}
-        if "linear" in kinds:
-            results["linear"] = run_probes.linear(self._features)
-        if "knn" in kinds:
-            results["knn"] = run_probes.knn(self._features)
-        if "attentive" in kinds:
-            score = "accuracy" if labels.task == "classification" else "R2"
-            bar = Bar("trained", "epochs", self._settings.epochs)
-            try:
-                results["attentive"] = run_probes.attentive(
-                    self._features,
-                    self._settings,
-                    self._device,
-                    lambda epoch, best: bar.show(epoch, f"best {score} {best:.3f}"),
-                )
-            finally:
-                bar.close()
-        with disk_errors(self._out, advice="give the command once more"):
-            self._out.mkdir(parents=True, exist_ok=True)
-        best = max(
-            (name for name in results if name != "baseline"),
-            key=lambda name: run_probes.main_score(results[name].scores),
-        )
-        if "attentive" in results:
-            report.draw_curves(
-                self._out / report.CURVES, results["attentive"], "top1" if labels.task == "classification" else "r2"
-            )
+        Args:
+            head: what results.json begins with.
+        """
+        from vjepa_fast.common.atomic import disk_errors
+        from vjepa_fast.evaluation import report
+        from vjepa_fast.evaluation.metrics import main_score
+        from vjepa_fast.evaluation.probes import BASELINE
+
+        labels, out = self._features.labels, self._out
+        results = self._fit()
+        with disk_errors(out, advice="give the command once more"):
+            out.mkdir(parents=True, exist_ok=True)
+        best = max((name for name in results if name != BASELINE), key=lambda name: main_score(results[name].scores))
+        for result in results.values():
+            if result.write_files is not None:
+                result.write_files(out)
         if labels.task == "classification":
-            report.draw_confusion(self._out / report.CONFUSION, labels, results[best].outputs, best)
+            report.draw_confusion(out / report.CONFUSION, labels, results[best].outputs, best)
         else:
-            report.draw_scatter(self._out / report.SCATTER, labels, results[best].outputs, results[best].scores, best)
+            report.draw_scatter(out / report.SCATTER, labels, results[best].outputs, results[best].scores, best)
+        probes = {name: {"scores": one.scores, **one.details} for name, one in results.items()}
+        # Last, as it says that a folder is whole.
+        report.write_json(out, {**head, **self._described(), "best": best, "probes": probes})
+        _show(labels, results)
+        typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+    def _fit(self) -> dict[str, ProbeResult]:
+        from vjepa_fast.evaluation.run_probes import fit_probes
+
+        bar: Bar | None = None
+
+        def report(done: int, total: int, text: str) -> None:
+            nonlocal bar
+            bar = bar or Bar("trained", "epochs", total)
+            bar.show(done, text)
+
+        try:
+            return fit_probes(self._probes, self._features, self._settings, self._device, report)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _described(self) -> dict[str, Any]:
+        """What was measured, and how, for results.json."""
+        labels = self._features.labels
         splits = {
             name: {"manifest": split.name, "videos": len(split.videos.paths)}
             for name, split in (("train", labels.train), ("val", labels.val))
         }
-        rule = {key: value for key, value in asdict(self._rule).items() if key not in ("version", "seed")}
-        report.write_results(
-            self._out,
-            {
-                **head,
-                "encoder": self._store.hash,
-                "device": str(self._device),
-                "task": labels.task,
-                **splits,
-                "classes": labels.classes,
-                "targets": labels.targets,
-                "clips": rule,
-                "broken": self._features.broken,
-                "seed": self._settings.seed,
-                "best": best,
-            },
-            labels,
-            results,
-        )
-        _show(labels, results)
-        typer.echo(f"{self._out}: {', '.join(sorted(path.name for path in self._out.iterdir()))}")
+        return {
+            "encoder": self._store.hash,
+            "device": str(self._device),
+            "task": labels.task,
+            **splits,
+            "classes": labels.classes,
+            "targets": labels.targets,
+            "clips": {key: value for key, value in asdict(self._rule).items() if key not in ("version", "seed")},
+            "broken": self._features.broken,
+            "seed": self._settings.seed,
+        }
 
 
-def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
+def _show(labels: Labels, results: Mapping[str, ProbeResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = results["baseline"].scores
-    names = [name for name, value in first.items() if isinstance(value, float)]
+    scores = next(iter(results.values())).scores
+    names = [name for name, value in scores.items() if isinstance(value, float)]
     by_target = labels.targets if labels.task == "regression" and len(labels.targets) <= 6 else []
     table = Table(
         title=f"{len(labels.train.videos.paths)} training and {len(labels.val.videos.paths)} validation "
@@ -140,17 +155,8 @@ def _show(labels: Labels, results: dict[str, ProbeResult]) -> None:
     table.add_column("probe")
     for name in (*(name.replace("_", " ") for name in names), *(f"r2 of {target}" for target in by_target)):
         table.add_column(name, justify="right")
-    said = {"baseline": "the training labels alone", "linear": "linear, mean features"}
-    for name, result in results.items():
-        if name == "attentive":
-            one = result.details["heads"][result.details["best_head"]]
-            said[name] = (
-                f"attentive, depth {result.details['depth']}, best of {len(result.details['heads'])} "
-                f"(lr {one['lr']:g}, decay {one['weight_decay']:g})"
-            )
-        elif name == "knn":
-            said[name] = f"{result.details['neighbours']} nearest, mean features"
+    for result in results.values():
         values = [result.scores[key] for key in names]
         values += [result.scores["r2_by_target"][target] for target in by_target]
-        table.add_row(said[name], *(f"{value:.3f}" for value in values))
+        table.add_row(result.title, *(f"{value:.3f}" for value in values))
     Console().print(table)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,48 +12,96 @@ from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import say
 
 if TYPE_CHECKING:
+    import torch
+
+    from vjepa_fast.cli.probe_options import ProbeOptions
     from vjepa_fast.evaluation.prediction import Prediction
     from vjepa_fast.evaluation.views import ClipRule
     from vjepa_fast.inference.videos import Videos
 
 
 def run_prediction(
-    task: Literal["horizon", "surprise"],
+    options: ProbeOptions,
     model: Prediction,
-    name: str,
     videos: Videos,
     rule: ClipRule,
-    stride: int | None,
-    pairs: bool,
-    device: Any,
+    device: torch.device,
     batch_size: int,
     num_workers: int,
-    out: Path,
-    head: dict[str, Any],
+    checkpoint: str,
 ) -> None:
     """Measure, write and show.
 
     Args:
-        task: which.
+        options: of the command; --stride is by default one window of a video for `horizon`, and half a window for
+            `surprise`.
         model: on the CPU.
-        name: of the manifest.
-        videos: its content.
+        videos: of --val.
         rule: frames, rate and size of a window.
-        stride: clip frames between windows; None: one window of a video for `horizon`, half a window for `surprise`.
-        pairs: videos 2k and 2k + 1 of the manifest show the same, as it should be and not.
         device: where the model runs.
         batch_size: clips together.
         num_workers: decoding processes.
-        out: folder of the results.
-        head: what results.json begins with.
+        checkpoint: what results.json calls it.
     """
     from vjepa_fast.common.atomic import disk_errors
     from vjepa_fast.evaluation import horizon, report, surprise
-    from vjepa_fast.evaluation.prediction import errors_of_videos
 
-    if task == "surprise":
-        all_labels = surprise.read_anomalies(name, videos)
-        stride = stride or max(1, rule.frames // 2)
+    surprised = options.task == "surprise"
+    all_labels = surprise.read_anomalies(options.val, videos) if surprised else None
+    stride = options.stride or (max(1, rule.frames // 2) if surprised else None)
+    found, broken = _measure(options.task, model, videos, rule, stride, device, batch_size, num_workers)
+    order = sorted(found)
+    values = [found[number] for number in order]
+    tubelet = model.context.encoder.tubelet_size
+    clips = {key: value for key, value in asdict(rule).items() if key in ("frames", "fps", "frame_step", "size")}
+    content = {
+        "checkpoint": checkpoint,
+        "dtype": options.dtype,
+        "device": str(device),
+        "command": sys.argv[1:],
+        "task": options.task,
+        "val": {"manifest": options.val, "videos": len(order)},
+        "clips": {**clips, "context": model.context_tubelets * tubelet, "stride": stride},
+        "broken": broken,
+        "encoders": {"context": model.context.weights, "target": model.target.weights},
+    }
+    out = options.out
+    with disk_errors(out, advice="give the command once more"):
+        out.mkdir(parents=True, exist_ok=True)
+    picture = out / f"{options.task}.png"
+    if all_labels is None:
+        scores = horizon.horizon_scores(values, tubelet / rule.fps if rule.fps else None)
+        horizon.draw_horizon(picture, scores)
+        _show_horizon(scores)
+    else:
+        labels = all_labels[order]
+        if options.pairs and broken:
+            say("warning", "pairs are left out where videos are missing, as it is unknown which belong together")
+        scores = surprise.surprise_scores(values, labels, options.pairs and not broken)
+        content["by_video"] = {
+            videos.names[number]: {"label": int(label), **found[number]}
+            for number, label in zip(order, labels.tolist(), strict=True)
+        }
+        surprise.draw_surprise(picture, values, labels, scores)
+        _show_surprise(scores)
+    report.write_json(out, {**content, "scores": scores})
+    typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _measure(
+    task: str,
+    model: Prediction,
+    videos: Videos,
+    rule: ClipRule,
+    stride: int | None,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+) -> tuple[dict[int, Any], dict[str, str]]:
+    """Errors (horizon) or surprise by the number of the video, and why videos are left out, by path."""
+    from vjepa_fast.evaluation.prediction import errors_of_videos
+    from vjepa_fast.evaluation.surprise import surprise
+
     bar = Bar("measured", "videos", len(videos.paths))
     broken: dict[str, str] = {}
     found: dict[int, Any] = {}
@@ -69,7 +116,7 @@ def run_prediction(
             lambda done, broken: bar.show(done, f"{len(broken)} broken"),
             broken,
         ):
-            found[number] = errors if task == "horizon" else surprise.surprise(errors)
+            found[number] = errors if task == "horizon" else surprise(errors)
     finally:
         bar.close()
     if broken:
@@ -79,40 +126,7 @@ def run_prediction(
             f"{len(broken)} of {len(videos.paths)} videos were left out ({path}: {reason}"
             f"{', ...' if len(broken) > 1 else ''})",
         )
-    order = sorted(found)
-    clips = {key: value for key, value in asdict(rule).items() if key in ("frames", "fps", "frame_step", "size")}
-    tubelet = model.context.encoder.tubelet_size
-    content = {
-        **head,
-        "command": sys.argv[1:],
-        "task": task,
-        "val": {"manifest": name, "videos": len(order)},
-        "clips": {**clips, "context": model.context_tubelets * tubelet, "stride": stride},
-        "broken": broken,
-        "encoders": {"context": model.context.weights, "target": model.target.weights},
-    }
-    if task == "horizon":
-        scores = horizon.horizon_scores([found[number] for number in order], tubelet / rule.fps if rule.fps else None)
-    else:
-        labels = all_labels[order]
-        if pairs and broken:
-            say("warning", "pairs are left out where videos are missing, as it is unknown which belong together")
-        scores = surprise.surprise_scores([found[number] for number in order], labels, pairs and not broken)
-        content["by_video"] = {
-            videos.names[number]: {"label": int(label), **found[number]}
-            for number, label in zip(order, labels.tolist(), strict=True)
-        }
-    with disk_errors(out, advice="give the command once more"):
-        out.mkdir(parents=True, exist_ok=True)
-    picture = out / f"{task}.png"
-    if task == "horizon":
-        horizon.draw_horizon(picture, scores)
-        _show_horizon(scores)
-    else:
-        surprise.draw_surprise(picture, [found[number] for number in order], labels, scores)
-        _show_surprise(scores)
-    report.write_json(out, {**content, "scores": scores})
-    typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return found, broken
 
 
 def _show_horizon(scores: dict[str, Any]) -> None:

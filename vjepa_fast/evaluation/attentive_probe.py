@@ -12,12 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vjepa_fast.evaluation.head_grid import HeadGrid
+from vjepa_fast.evaluation.labels import Labels
+from vjepa_fast.evaluation.metrics import main_score, scores_of
+from vjepa_fast.evaluation.probes import ProbeResult, ProbeSettings
+from vjepa_fast.evaluation.report import CURVES, PROBE, draw_curves, write_probe
+
+if TYPE_CHECKING:
+    from vjepa_fast.evaluation.run_probes import FrozenFeatures
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
@@ -201,3 +210,105 @@ def predict(
             views.append(outputs.softmax(-1) if probabilities else outputs)
         parts.append(torch.stack(views).mean(0).cpu())
     return torch.cat(parts, 1)
+
+
+class AttentiveProbe:
+    """`--probe attentive`: a grid of attentive probes on all tokens, the reference's."""
+
+    reads: Literal["tokens"] = "tokens"
+
+    def fit(
+        self,
+        features: FrozenFeatures,
+        settings: ProbeSettings,
+        device: torch.device,
+        report: Callable[[int, int, str], None],
+    ) -> ProbeResult:
+        """See Probe.fit."""
+        labels = features.labels
+        own, spread, centre = _standardised(labels)
+        num_tokens, dim = features.train_tokens(0, [0]).shape[1:]
+        grid = HeadGrid.start(
+            len(settings.heads), dim, settings.num_heads, labels.num_outputs, settings.depth, settings.seed
+        ).to(device)
+        together = grid.samples_together(num_tokens, device)
+        classes = labels.task == "classification"
+        history = History()
+        outputs = torch.empty(0)
+
+        def after_epoch(epoch: int, losses: list[float]) -> None:
+            nonlocal outputs
+            outputs = predict(
+                grid, lambda numbers: features.val_tokens(numbers).to(device), len(labels.val.labels), together, classes
+            )
+            outputs = outputs if classes else outputs * spread + centre
+            history.train_loss.append(losses)
+            history.val_score.append([main_score(scores_of(labels, one)) for one in outputs])
+            best = max(history.val_score[-1])
+            report(epoch + 1, settings.epochs, f"best {'accuracy' if classes else 'R2'} {best:.3f}")
+
+        report(0, settings.epochs, "")
+        train_grid(
+            grid,
+            settings.heads,
+            lambda epoch, numbers: features.train_tokens(epoch, numbers).to(device),
+            own.to(device),
+            settings.epochs,
+            settings.batch_size,
+            settings.seed,
+            GridAdamW(grid, settings.decay_all, settings.clip_norm),
+            after_epoch,
+            together,
+        )
+        return _result(labels, settings, grid, history, outputs, spread, centre)
+
+
+def _standardised(labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """Training labels as the loss takes them, standardised for a regression; their spread; their centre."""
+    own = labels.train.labels
+    if labels.task == "classification":
+        return own, torch.ones(1), torch.zeros(1)
+    centre, spread = own.float().mean(0), own.float().std(0, unbiased=False)
+    return (own.float() - centre) / spread, spread, centre
+
+
+def _result(
+    labels: Labels,
+    settings: ProbeSettings,
+    grid: HeadGrid,
+    history: History,
+    outputs: Tensor,
+    spread: Tensor,
+    centre: Tensor,
+) -> ProbeResult:
+    """Of the head that is best on the validation set after the last epoch, from outputs [K, N, C] of all."""
+    winner = max(range(len(grid)), key=lambda head: history.val_score[-1][head])
+    scores = [scores_of(labels, one) for one in outputs]
+    heads: list[dict[str, Any]] = [
+        {"lr": one.lr, "weight_decay": one.weight_decay, "train_loss": loss, "scores": own}
+        for one, loss, own in zip(settings.heads, history.train_loss[-1], scores, strict=True)
+    ]
+    details = {
+        "depth": settings.depth,
+        "num_heads": settings.num_heads,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "augmented": settings.augmented,
+        "best_head": winner,
+        "heads": heads,
+        "output_scale": spread.tolist(),
+        "output_shift": centre.tolist(),
+        "note": "the best head is chosen on the validation set after the last epoch, as in the reference",
+        "train_loss_by_epoch": history.train_loss,
+        "val_score_by_epoch": history.val_score,
+    }
+    title = (
+        f"attentive, depth {settings.depth}, best of {len(heads)} "
+        f"(lr {heads[winner]['lr']:g}, decay {heads[winner]['weight_decay']:g})"
+    )
+
+    def write_files(folder: Path) -> None:
+        draw_curves(folder / CURVES, details, "top1" if labels.task == "classification" else "r2")
+        write_probe(folder / PROBE, [grid.state_dict(head) for head in range(len(grid))], details, labels)
+
+    return ProbeResult(title, scores[winner], outputs[winner], details, write_files)

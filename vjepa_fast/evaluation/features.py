@@ -32,6 +32,7 @@ from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.pool import Failed, Pool
+from vjepa_fast.evaluation import probes
 from vjepa_fast.evaluation.views import ClipRule, read_views
 from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.inference.videos import Videos
@@ -256,8 +257,12 @@ class FeatureStore:
             raise UserError(
                 f"the features of {count} videos take {needed / 2**30:.1f} GiB, and {self.folder} has "
                 f"{free / 2**30:.1f} GiB left; name a --cache with more room, take --dtype bfloat16, fewer "
-                "segments, views or --augmented, or --probe linear,knn, which keeps means only"
+                f"segments, views or --augmented, or --probe {','.join(_probes_on_means())}, which keeps means only"
             )
+
+
+def _probes_on_means() -> list[str]:
+    return [name for name in probes.BUILT_IN if probes.create(name).reads == "means"]
 
 
 def _remove_old_leftovers(folder: Path) -> None:

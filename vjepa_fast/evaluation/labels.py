@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vjepa_fast.common.errors import ConfigError, UserError
@@ -66,6 +67,10 @@ class Labels:
     def num_outputs(self) -> int:
         """Classes or targets."""
         return len(self.classes) if self.task == "classification" else len(self.targets)
+
+    def as_numbers(self, own: Tensor) -> Tensor:
+        """float64 [N, C]: labels of a split as what a regression predicts, one-hot for classes."""
+        return F.one_hot(own, len(self.classes)).double() if self.task == "classification" else own
 
     def constant(self, split: Split) -> str:
         """`name is number` of the first target of a regression that is the same for every video; or empty."""

@@ -5,10 +5,18 @@ Legend: N train and M test samples, D features, C targets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from vjepa_fast.evaluation.metrics import scores_of
+from vjepa_fast.evaluation.probes import ProbeResult, ProbeSettings
+
+if TYPE_CHECKING:
+    from vjepa_fast.evaluation.run_probes import FrozenFeatures
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-4, 7))
 """Tried penalties; features are standardised first."""
@@ -122,3 +130,26 @@ def accuracy(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor) -> 
     """
     one_hot = torch.nn.functional.one_hot(labels, int(labels.max()) + 1)
     return float((Ridge.fit(x, one_hot)(x_test).argmax(1) == labels_test).double().mean())
+
+
+class LinearProbe:
+    """`--probe linear`: ridge regression on the mean of the tokens, the penalty by leave-one-out on the training set.
+
+    It has no randomness, and sees plain clips: with several versions of a video, one that is left out would still be
+    there.
+    """
+
+    reads: Literal["means"] = "means"
+
+    def fit(
+        self,
+        features: FrozenFeatures,
+        settings: ProbeSettings,
+        device: torch.device,
+        report: Callable[[int, int, str], None],
+    ) -> ProbeResult:
+        """See Probe.fit."""
+        labels = features.labels
+        ridge = Ridge.fit(features.train_means(), labels.as_numbers(labels.train.labels))
+        outputs = torch.stack([ridge(view) for view in features.val_means().unbind(1)]).mean(0)
+        return ProbeResult("linear, mean features", scores_of(labels, outputs), outputs)

@@ -5,10 +5,14 @@ Legend: N samples, C classes or targets.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vjepa_fast.evaluation.labels import Labels
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
@@ -52,6 +56,25 @@ def classification_scores(scores: Tensor, labels: Tensor) -> dict[str, Any]:
         found["top5"] = topk_accuracy(scores, labels, 5)
         found["mean_class_recall_at_5"] = mean_class_recall(scores, labels, 5)
     return found
+
+
+def scores_of(labels: Labels, outputs: Tensor) -> dict[str, Any]:
+    """Scores on the validation set of outputs [N, C]."""
+    if labels.task == "classification":
+        return classification_scores(outputs, labels.val.labels)
+    each = r2_scores(outputs, labels.val.labels)
+    error = (outputs.double() - labels.val.labels).abs().mean(0)
+    return {
+        "r2": float(each.mean()),
+        "r2_by_target": dict(zip(labels.targets, each.tolist(), strict=True)),
+        "mean_absolute_error": dict(zip(labels.targets, error.tolist(), strict=True)),
+    }
+
+
+def main_score(scores: dict[str, Any]) -> float:
+    """The score that heads are compared by."""
+    value = float(scores["top1"] if "top1" in scores else scores["r2"])
+    return -math.inf if math.isnan(value) else value
 
 
 def _hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.evaluation.labels import Labels
-from vjepa_fast.evaluation.run_probes import ProbeResult, confusion_of
+from vjepa_fast.evaluation.metrics import confusion
 
 RESULTS, PROBE, CURVES, CONFUSION, SCATTER = "results.json", "probe.pt", "curves.png", "confusion.png", "predicted.png"
 _DPI = 110
@@ -23,33 +23,26 @@ _MAX_NUMBERED = 15
 _MAX_PANELS = 9
 
 
-def write_results(folder: Path, head: Mapping[str, Any], labels: Labels, probes: Mapping[str, ProbeResult]) -> None:
-    """Everything but pictures; `results.json` last, as it says that a folder is whole.
+def write_probe(path: Path, states: Sequence[Mapping[str, Tensor]], details: Mapping[str, Any], labels: Labels) -> None:
+    """Attentive probes in Meta's layout, with what `vjepa-fast convert --probe` needs.
 
     Args:
-        folder: exists.
-        head: what results.json begins with.
+        path: of the file.
+        states: state dict of every head.
+        details: of the result.
         labels: of both splits.
-        probes: by their name.
     """
-    for result in probes.values():
-        if result.states:
-            path = folder / PROBE
-            own = {
-                "config": {},
-                "probe_heads": result.details["num_heads"],
-                "best_head": result.details["best_head"],
-                "targets": labels.targets,
-                "output_scale": result.details["output_scale"],
-                "output_shift": result.details["output_shift"],
-                "labels": {str(place): str(number) for place, number in enumerate(labels.classes)},
-            }
-            with disk_errors(path, advice="give the command once more"), atomic_path(path) as temporary:
-                torch.save(
-                    {"classifiers": result.states, "epoch": result.details["epochs"], "vjepa_fast": own}, temporary
-                )
-    content = {**head, "probes": {name: {"scores": one.scores, **one.details} for name, one in probes.items()}}
-    write_json(folder, content)
+    own = {
+        "config": {},
+        "probe_heads": details["num_heads"],
+        "best_head": details["best_head"],
+        "targets": labels.targets,
+        "output_scale": details["output_scale"],
+        "output_shift": details["output_shift"],
+        "labels": {str(place): str(number) for place, number in enumerate(labels.classes)},
+    }
+    with disk_errors(path, advice="give the command once more"), atomic_path(path) as temporary:
+        torch.save({"classifiers": list(states), "epoch": details["epochs"], "vjepa_fast": own}, temporary)
 
 
 def write_json(folder: Path, content: Mapping[str, Any]) -> None:
@@ -72,25 +65,24 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=_DPI)
 
 
-def draw_curves(path: Path, result: ProbeResult, score: str) -> None:
+def draw_curves(path: Path, details: Mapping[str, Any], score: str) -> None:
     """Training loss and validation score of every head by epoch.
 
     Args:
         path: of the PNG.
-        result: of attentive probes.
+        details: of the result of attentive probes.
         score: name of the score.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    assert result.history is not None
-    heads, best = result.details["heads"], result.details["best_head"]
+    heads, best, val_score = details["heads"], details["best_head"], details["val_score_by_epoch"]
     rates = sorted({head["lr"] for head in heads})
     shades = {rate: colormaps["viridis"](0.9 * place / max(1, len(rates) - 1)) for place, rate in enumerate(rates)}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, curves in ((left, result.history.train_loss), (right, result.history.val_score)):
+    for axes, curves in ((left, details["train_loss_by_epoch"]), (right, val_score)):
         values = np.where(np.isfinite(curves), curves, np.nan)
         epochs = np.arange(1, len(values) + 1)
         for number, head in enumerate(heads):
@@ -105,7 +97,7 @@ def draw_curves(path: Path, result: ProbeResult, score: str) -> None:
     right.set(ylabel=f"validation {score}")
     if score == "r2":
         # What is far worse than the mean would hide the rest.
-        low = np.nanmin(np.where(np.isfinite(result.history.val_score), result.history.val_score, np.nan))
+        low = np.nanmin(np.where(np.isfinite(val_score), val_score, np.nan))
         right.set_ylim(max(-1.0, float(low) - 0.05), 1.02)
     else:
         right.set_ylim(0, 1.02)
@@ -121,8 +113,7 @@ def draw_curves(path: Path, result: ProbeResult, score: str) -> None:
     lines += [Line2D([], [], color=shades[rate], label=f"lr {rate:g}") for rate in rates]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), fontsize=8)
     figure.suptitle(
-        f"{len(heads)} attentive {'probe' if len(heads) == 1 else 'probes'} of depth {result.details['depth']}",
-        fontsize=11,
+        f"{len(heads)} attentive {'probe' if len(heads) == 1 else 'probes'} of depth {details['depth']}", fontsize=11
     )
     save_figure(figure, path)
 
@@ -138,7 +129,7 @@ def draw_confusion(path: Path, labels: Labels, outputs: Tensor, name: str) -> No
     """
     from matplotlib.figure import Figure
 
-    counts = confusion_of(labels, outputs).numpy()
+    counts = confusion(outputs.argmax(1), labels.val.labels, len(labels.classes)).numpy()
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     side = min(9.0, max(4.6, 0.32 * len(counts) + 2.2))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
