@@ -33,6 +33,18 @@ def test_config_and_command_do_not_wait_for_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_help_imports_no_more_than_it_shows() -> None:
+    """The list of verbs needs none of them, and the help of a verb no torch."""
+    code = (
+        "import sys, vjepa_fast.cli.main as m; m.app({args}, standalone_mode=False); "
+        "print([name for name in ('torch', 'numpy', 'pydantic', 'matplotlib') if name in sys.modules])"
+    )
+    assert run("-c", code.format(args=["--help"])).stdout.splitlines()[-1] == "[]"
+    for verb in ("train", "pack", "embed", "probe", "convert", "bench", "masks", "plan", "doctor"):
+        last = run("-c", code.format(args=[verb, "--help"])).stdout.splitlines()[-1]
+        assert "torch" not in last and "matplotlib" not in last, verb
+
+
 def test_module_entry() -> None:
     result = run("-m", "vjepa_fast", "--version")
     assert (result.returncode, result.stdout) == (0, f"vjepa-fast {__version__}\n")

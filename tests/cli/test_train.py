@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import vjepa_fast.train
 from vjepa_fast.cli.main import app
 from vjepa_fast.common.errors import ConfigError, UserError
-from vjepa_fast.config import Config, load_config, load_recipe
+from vjepa_fast.config import Config, load_config, load_recipe, recipe_names, recipe_summary
 from vjepa_fast.evaluation.demo import probe_run
 
 
@@ -187,3 +187,22 @@ def test_help_names_every_flag_and_recipe() -> None:
         "Exit codes:",
     ):
         assert word in text, word
+
+
+def test_recipes_are_listed_a_line_each() -> None:
+    result = invoke("train", "--list-recipes")
+    assert result.exit_code == 0
+    head, *rows = [line.split(maxsplit=4) for line in result.output.splitlines()]
+    assert head[:4] == ["recipe", "model", "pixels", "frames"]
+    assert [row[0] for row in rows] == recipe_names()
+    by_name = {name: rest for name, *rest in rows}
+    assert by_name["vitl16-256"][:3] == ["vit_large", "256", "16"]
+    assert by_name["vitg16-384-64f-cooldown"][:3] == ["vit_giant_xformers", "384", "64"]
+    assert by_name["demo"][0] == load_recipe("demo").model.model_name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_says_what_it_is_in_its_first_line(name: str) -> None:
+    summary = recipe_summary(name)
+    assert 20 < len(summary) <= 110 and summary[0].isupper()
+    assert not summary.startswith("#") and not summary.endswith((".", ",", ":"))

@@ -12,12 +12,14 @@ import typer
 from vjepa_fast.cli.config import ConfigOption, RecipeOption, load
 from vjepa_fast.cli.console import exit_codes
 from vjepa_fast.common.errors import ConfigError
-from vjepa_fast.config import Config, dump
+from vjepa_fast.config import Config, dump, load_recipe, recipe_names, recipe_summary
 
 EPILOG = """
 Examples:
 
   vjepa-fast train  (the demo: about two minutes on two CPU cores)
+
+  vjepa-fast train --list-recipes
 
   vjepa-fast train --recipe vitl16-256 data.datasets=videos.csv --nproc 8
 
@@ -48,6 +50,9 @@ def train(
         ),
     ] = None,
     recipe: RecipeOption = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Print a table of the packaged recipes, and stop.")
+    ] = False,
     config: ConfigOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; the same as train.out=DIR.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
@@ -71,6 +76,9 @@ def train(
 ) -> None:
     """Pretrain from a recipe or a config file. With nothing else: the demo, on videos that it makes itself."""
     with exit_codes():
+        if list_recipes:
+            _list_recipes()
+            return
         changes = list(overrides or ())
         if out is not None:
             changes.append(f"train.out={json.dumps(str(out))}")
@@ -92,6 +100,25 @@ def train(
 
         code = launch_run.run(cfg, nproc=nproc, resume=resume, profile=profile, finish=probe_run)
     raise typer.Exit(code)
+
+
+def _list_recipes() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("recipe", "model", "pixels", "frames"):
+        table.add_column(column, justify="right" if column in ("pixels", "frames") else "left", no_wrap=True)
+    table.add_column("what it is")
+    for name in recipe_names():
+        cfg = load_recipe(name)
+        height, width = cfg.data.crop_size
+        pixels = str(height) if height == width else f"{height} x {width}"
+        frames = ", ".join(map(str, sorted(set(cfg.data.dataset_fpcs))))
+        table.add_row(name, cfg.model.model_name, pixels, frames, recipe_summary(name))
+    # In a pipe, a line for each recipe.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
 
 
 def _submit(cfg: Config, text: str, nproc: int, resume: bool, profile: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 from importlib.resources import files
@@ -19,7 +20,16 @@ from vjepa_fast.config.messages import explain
 from vjepa_fast.config.meta import v1, v2, v21
 from vjepa_fast.config.schema import Config, MaskConfig
 
-__all__ = ["Config", "ConfigWarning", "contents", "dump", "load_config", "load_recipe", "recipe_names"]
+__all__ = [
+    "Config",
+    "ConfigWarning",
+    "contents",
+    "dump",
+    "load_config",
+    "load_recipe",
+    "recipe_names",
+    "recipe_summary",
+]
 
 _COPIES = {
     "model": {"crop_size", "patch_size", "tubelet_size", "num_frames", "dtype", "return_all_tokens"},
@@ -35,6 +45,16 @@ class ConfigWarning(UserWarning):
 def recipe_names() -> list[str]:
     """The packaged recipes."""
     return sorted(entry.name[:-5] for entry in (files(__name__) / "recipes").iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """What a recipe is for: the first line of its file, up to a bracket, a colon or the end of the sentence.
+
+    Args:
+        name: one of `recipe_names()`.
+    """
+    first = _recipe_text(name).partition("\n")[0]
+    return re.split(r" \(|[:;] |\.(?: |$)", first.removeprefix("# "))[0]
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Config:
@@ -98,10 +118,14 @@ def _recipe(name: str) -> dict[str, Any]:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise ConfigError(f"no recipe is called {name!r}; {hint}recipes: {', '.join(names)}")
-    raw = yaml_io.parse((files(__name__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+    raw = yaml_io.parse(_recipe_text(name), f"recipe {name}")
     assert isinstance(raw, dict)
     base = raw.pop("base", None)
     return raw if base is None else _overrides.merge(_recipe(base), raw)
+
+
+def _recipe_text(name: str) -> str:
+    return (files(__name__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _build(raw: dict[str, Any], source: str, overrides: Iterable[str]) -> Config:
