@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vjepa_fast.cli.bar import Bar
-from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.cli.console import say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
+from vjepa_fast.cli.options import command
 from vjepa_fast.common.errors import UserError
+from vjepa_fast.config.sections.base import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vjepa_fast.inference.model import InferenceModel
+    from vjepa_fast.inference.videos import EmbedJob
 
 EPILOG = """
 Examples:
@@ -29,7 +37,9 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
 
 
-def embed(
+class EmbedOptions(Section):
+    """Which videos, with which model, how. Each field is an option, with the help that it shows."""
+
     videos: Annotated[
         list[str],
         typer.Argument(
@@ -37,7 +47,7 @@ def embed(
             show_default=False,
             help="Videos and images: files, folders, globs, CSV or .npy manifests, packs.",
         ),
-    ],
+    ]
     checkpoint: Annotated[
         Path,
         typer.Option(
@@ -46,32 +56,32 @@ def embed(
             help="A run folder, a checkpoint or released weights of Meta's, a "
             ".safetensors file, or a folder of Hugging Face.",
         ),
-    ],
+    ]
     out: Annotated[
         Path,
         typer.Option(
             metavar="FILE", show_default=False, help="New: .safetensors or .npz, with an entry a video under its path."
         ),
-    ],
+    ]
     pool: Annotated[
         Literal["none", "mean"], typer.Option(help="none: all tokens, [N, D]; mean: their average, [D].")
-    ] = "none",
+    ] = "none"
     frames: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
-    ] = None,
+    ] = None
     fps: Annotated[
         float | None,
         typer.Option(
             metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
         ),
-    ] = None,
+    ] = None
     size: Annotated[
         int | None,
         typer.Option(
             metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
         ),
-    ] = None,
+    ] = None
     clips: Annotated[
         int,
         typer.Option(
@@ -80,83 +90,96 @@ def embed(
             help="Clips of a video: the middle one, or several spread evenly; the first "
             "dimension of the features is then the clip.",
         ),
-    ] = 1,
-    weights: WeightsOption = None,
-    config: ModelConfigOption = None,
-    device: DeviceOption = "auto",
+    ] = 1
+    weights: WeightsOption = None
+    config: ModelConfigOption = None
+    device: DeviceOption = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the computation and of the features.")
-    ] = "float32",
+    ] = "float32"
     batch_size: Annotated[
         int | None,
         typer.Option(
             "--batch-size", metavar="N", min=1, help="Clips encoded together.", show_default="1 on a CPU, 8 on a GPU"
         ),
-    ] = None,
-    workers: WorkersOption = None,
-    option: SetOption = None,
-) -> None:
+    ] = None
+    workers: WorkersOption = None
+    option: SetOption = None
+
+
+def _run(options: EmbedOptions) -> None:
     """Write the features of videos, one entry a video; stopped, the same command goes on."""
-    with exit_codes():
-        # Imported here: they need seconds, which --help need not wait for.
-        import torch
+    # Imported here: they need seconds, which --help need not wait for.
+    from vjepa_fast.checkpoints.open import open_checkpoint
+    from vjepa_fast.inference.model import build
+    from vjepa_fast.inference.videos import EmbedJob, default_sampling, list_videos
 
-        from vjepa_fast.checkpoints.open import open_checkpoint
-        from vjepa_fast.data.workers import auto_num_workers
-        from vjepa_fast.inference.model import InferenceModel, build
-        from vjepa_fast.inference.videos import EmbedJob, default_sampling, list_videos
+    device = usable_device(options.device)
+    found = list_videos(options.videos)
+    opened = apply_config(open_checkpoint(options.checkpoint), options.config)
+    overrides = fields(options.option or [], "--set")
+    model = build(opened, weights=options.weights, dtype=options.dtype, predictor=False, overrides=overrides)
+    for note in model.assumed:
+        say("warning", note)
+    stat = opened.path.stat()
+    file = hashlib.sha256(f"{opened.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    job = EmbedJob(
+        found,
+        options.out,
+        default_sampling(model, options.frames, options.fps, options.size, options.clips),
+        {"checkpoint": f"{opened.path}:{file}", "weights": model.weights, "pool": options.pool, "dtype": options.dtype},
+    )
+    first = _embed(options, model, job, device)
+    _warn_of_broken(job)
+    if first is None:
+        raise UserError(f"none of the {job.progress.total} videos could be read; {options.out} was not written")
+    typer.echo(_describe(options, job, first, model.weights))
 
-        target = usable_device(device)
-        found = list_videos(videos)
-        opened = apply_config(open_checkpoint(checkpoint), config)
-        model = build(opened, weights=weights, dtype=dtype, predictor=False, overrides=fields(option or [], "--set"))
-        for note in model.assumed:
-            say("warning", note)
-        stat = opened.path.stat()
-        file = hashlib.sha256(f"{opened.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        job = EmbedJob(
-            found,
-            out,
-            default_sampling(model, frames, fps, size, clips),
-            {"checkpoint": f"{opened.path}:{file}", "weights": model.weights, "pool": pool, "dtype": dtype},
+
+embed = command(EmbedOptions, _run)
+
+
+def _embed(options: EmbedOptions, model: InferenceModel, job: EmbedJob, device: Any) -> Tensor | None:
+    """Runs the job, and says so if it is stopped."""
+    from vjepa_fast.data.workers import auto_num_workers
+
+    pool: Literal["mean"] | None = "mean" if options.pool == "mean" else None
+    bar = Bar("embedded", "videos", job.progress.total, job.progress.done)
+    try:
+        # On the GPU only once the decoding processes are there: they are forked, which CUDA does not survive.
+        return job.run(
+            lambda: model.to(device),
+            lambda loaded, clips: loaded.encode(clips, pool=pool),
+            options.batch_size or (8 if device.type == "cuda" else 1),
+            options.workers or max(1, auto_num_workers(device)),
+            lambda now: bar.show(now.done, f"{now.broken} broken"),
+        )
+    except KeyboardInterrupt:
+        bar.close()
+        say(
+            "warning", f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command goes on"
+        )
+        raise
+    finally:
+        bar.close()
+
+
+def _warn_of_broken(job: EmbedJob) -> None:
+    broken = job.progress.broken
+    if broken:
+        path, reason = next(iter(job.broken.items()))
+        say(
+            "warning",
+            f"{broken} of {job.progress.total} videos could not be read and were left out: {job.broken_list} "
+            f"({path}: {reason}{', ...' if broken > 1 else ''})",
         )
 
-        def encode(loaded: InferenceModel, batch: Any) -> Any:
-            return loaded.encode(batch, pool="mean" if pool == "mean" else None)
 
-        bar = Bar("embedded", "videos", job.progress.total, job.progress.done)
-        try:
-            # On the GPU only once the decoding processes are there: they are forked, which CUDA does not survive.
-            first = job.run(
-                lambda: model.to(target),
-                encode,
-                batch_size or (8 if target.type == "cuda" else 1),
-                workers or max(1, auto_num_workers(target)),
-                lambda now: bar.show(now.done, f"{now.broken} broken"),
-            )
-        except KeyboardInterrupt:
-            bar.close()
-            say(
-                "warning",
-                f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command goes on",
-            )
-            raise
-        finally:
-            bar.close()
-        total, broken = job.progress.total, job.progress.broken
-        if broken:
-            path, reason = next(iter(job.broken.items()))
-            say(
-                "warning",
-                f"{broken} of {total} videos could not be read and were left out: {job.broken_list} "
-                f"({path}: {reason}{', ...' if broken > 1 else ''})",
-            )
-        if first is None:
-            raise UserError(f"none of the {total} videos could be read; {out} was not written")
-        shape = " x ".join(map(str, first.shape))
-        # NumPy has no bfloat16.
-        kept = "float32" if out.suffix == ".npz" and first.dtype == torch.bfloat16 else dtype
-        typer.echo(
-            f"{out}: {total - broken} {'video' if total - broken == 1 else 'videos'}, {shape} each, {kept}, "
-            f"of the {model.weights}"
-        )
+def _describe(options: EmbedOptions, job: EmbedJob, first: Tensor, weights: str) -> str:
+    import torch
+
+    count = job.progress.total - job.progress.broken
+    shape = " x ".join(map(str, first.shape))
+    # NumPy has no bfloat16.
+    kept = "float32" if options.out.suffix == ".npz" and first.dtype == torch.bfloat16 else options.dtype
+    return f"{options.out}: {count} {'video' if count == 1 else 'videos'}, {shape} each, {kept}, of the {weights}"

@@ -51,10 +51,12 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _validated(section: type[OptionsT], given: dict[str, Any]) -> OptionsT:
-    """The section; what typer lets pass and pydantic does not, such as --fps nan, is named by its flag."""
     try:
         return section(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        flag = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{flag} is {first['input']}; {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        # What typer lets pass, and a section does not.
+        for found in error.errors(include_url=False):
+            if found["type"] == "finite_number":
+                flag = str(found["loc"][0]).replace("_", "-")
+                raise ConfigError(f"--{flag} is {found['input']}; expected a finite number") from None
+        raise

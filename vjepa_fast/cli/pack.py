@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vjepa_fast.cli.console import exit_codes, say
+from vjepa_fast.cli.console import say
+from vjepa_fast.cli.options import command
 from vjepa_fast.common.errors import ConfigError, UserError
+from vjepa_fast.config.sections.base import Section
 
 if TYPE_CHECKING:
     from vjepa_fast.data.pack.writer import Counts, Summary
@@ -36,7 +38,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_FRAMES = 0.2
 
 
-def pack(
+class PackOptions(Section):
+    """Which videos, and how they are kept. Each field is an option, with the help that it shows."""
+
     manifest: Annotated[
         str,
         typer.Argument(
@@ -44,90 +48,94 @@ def pack(
             show_default=False,
             help="Videos and images: a CSV, .npy, folder or glob, as for data.datasets. Labels are kept.",
         ),
-    ],
+    ]
     out: Annotated[
         Path,
         typer.Option(
             metavar="DIR", help="Folder of the pack: new, or of the same command stopped before.", show_default=False
         ),
-    ],
+    ]
     fps: Annotated[
         float,
         typer.Option(
             metavar="F", help="Frames kept a second, the data.fps of training. A slower video keeps all it has."
         ),
-    ] = 4.0,
+    ] = 4.0
     two_phase: Annotated[
         bool,
         typer.Option(
             "--two-phase", help="Keep twice the frames: a clip can start half a period later, at the same fps."
         ),
-    ] = False,
+    ] = False
     short_side: Annotated[
         int,
         typer.Option(
             metavar="PX", help="Shorter side, a multiple of 32; the other is rounded to one. Nothing is enlarged."
         ),
-    ] = 256,
-    quality: Annotated[int, typer.Option(metavar="Q", min=1, max=95, help="Of the JPEG frames, 4:2:0.")] = 90,
+    ] = 256
+    quality: Annotated[int, typer.Option(metavar="Q", min=1, max=95, help="Of the JPEG frames, 4:2:0.")] = 90
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Of a shard, at most: 500MB, 2GB; a video is never split.")
-    ] = "1GB",
+    ] = "1GB"
     workers: Annotated[
         int | None,
         typer.Option(
             metavar="N", min=1, help="Processes. The pack is the same for any number.", show_default="one a core"
         ),
-    ] = None,
+    ] = None
     max_broken: Annotated[
         float,
         typer.Option(metavar="X", min=0, max=1, help="Stop when more than this fraction of the videos is broken."),
-    ] = 0.1,
-) -> None:
+    ] = 0.1
+
+
+def _run(options: PackOptions) -> None:
     """Keep videos as JPEG frames in WebDataset shards, which training reads at a fraction of the videos' CPU time.
 
     Every frame of every video is decoded and checked; what is broken is left out and listed in DIR/broken.tsv.
     """
-    with exit_codes():
-        if not 0 < fps < float("inf"):
-            raise ConfigError(f"--fps is {fps:g}; expected a positive number of frames per second")
-        if short_side < _SIDE_MULTIPLE or short_side % _SIDE_MULTIPLE:
-            raise ConfigError(f"--short-side is {short_side}; expected a multiple of {_SIDE_MULTIPLE}, as in 256")
-        shard_bytes = _num_bytes(shard_size)
-        # Imported here: they need seconds, which --help need not wait for.
-        from vjepa_fast.data.manifest import read_manifest
-        from vjepa_fast.data.pack.index import PackSettings
-        from vjepa_fast.data.pack.reader import is_pack
-        from vjepa_fast.data.pack.writer import BROKEN_NAME, make_pack
-        from vjepa_fast.data.workers import available_cores
+    if options.fps <= 0:
+        raise ConfigError(f"--fps is {options.fps:g}; expected a positive number of frames per second")
+    side = options.short_side
+    if side < _SIDE_MULTIPLE or side % _SIDE_MULTIPLE:
+        raise ConfigError(f"--short-side is {side}; expected a multiple of {_SIDE_MULTIPLE}, as in 256")
+    shard_bytes = _num_bytes(options.shard_size)
+    # Imported here: they need seconds, which --help need not wait for.
+    from vjepa_fast.data.manifest import read_manifest
+    from vjepa_fast.data.pack.index import PackSettings
+    from vjepa_fast.data.pack.reader import is_pack
+    from vjepa_fast.data.pack.writer import BROKEN_NAME, make_pack
+    from vjepa_fast.data.workers import available_cores
 
-        if is_pack(manifest):
-            raise UserError(f"{manifest} is a pack already; expected videos: a CSV, .npy, folder or glob")
-        paths, labels = read_manifest(manifest)
-        settings = PackSettings(fps, short_side, quality, two_phase, shard_bytes)
-        progress = _Progress()
-        try:
-            summary = make_pack(
-                paths,
-                labels,
-                out,
-                settings,
-                num_workers=workers or available_cores(),
-                max_broken=max_broken,
-                report=progress.show,
-            )
-        except KeyboardInterrupt:
-            progress.close()
-            done = progress.counts
-            if done is not None:
-                say("warning", f"{done.done} of {done.total} videos are done and kept; the same command goes on")
-            raise
-        finally:
-            progress.close()
-        if summary.num_broken:
-            say("warning", f"{summary.num_broken} of {len(paths)} videos could not be packed: {out / BROKEN_NAME}")
-        typer.echo(_describe(summary, out))
-        typer.echo(f"train on it with data.datasets={out}")
+    if is_pack(options.manifest):
+        raise UserError(f"{options.manifest} is a pack already; expected videos: a CSV, .npy, folder or glob")
+    paths, labels = read_manifest(options.manifest)
+    progress = _Progress()
+    try:
+        summary = make_pack(
+            paths,
+            labels,
+            options.out,
+            PackSettings(options.fps, side, options.quality, options.two_phase, shard_bytes),
+            num_workers=options.workers or available_cores(),
+            max_broken=options.max_broken,
+            report=progress.show,
+        )
+    except KeyboardInterrupt:
+        progress.close()
+        done = progress.counts
+        if done is not None:
+            say("warning", f"{done.done} of {done.total} videos are done and kept; the same command goes on")
+        raise
+    finally:
+        progress.close()
+    if summary.num_broken:
+        say("warning", f"{summary.num_broken} of {len(paths)} videos could not be packed: {options.out / BROKEN_NAME}")
+    typer.echo(_describe(summary, options.out))
+    typer.echo(f"train on it with data.datasets={options.out}")
+
+
+pack = command(PackOptions, _run)
 
 
 def _num_bytes(text: str) -> int:
