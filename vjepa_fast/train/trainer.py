@@ -21,8 +21,7 @@ from vjepa_fast.train.monitor.broken_videos_file import BrokenList
 from vjepa_fast.train.monitor.pending_metrics import Pending, read_back
 from vjepa_fast.train.monitor.progress import RunConsole
 from vjepa_fast.train.monitor.recovery import Recovery
-from vjepa_fast.train.monitor.run_log import RunLog
-from vjepa_fast.train.monitor.summary import RunSummary
+from vjepa_fast.train.monitor.run_log import RunLog, RunSummary
 from vjepa_fast.train.pretraining import Pretraining
 from vjepa_fast.train.report import run_json
 from vjepa_fast.train.report.run_report import conclude
