@@ -257,17 +257,7 @@ class Operations:
         return ours, reference
 
 
-NAMES = (
-    "patch_embedding",
-    "rope",
-    "add_and_norm",
-    "gelu",
-    "swiglu",
-    "loss",
-    "variance_term",
-    "moving_average",
-    "optimizer_step",
-)
+NAMES = tuple(name for name in vars(Operations) if not name.startswith("_"))
 
 
 def check_same(name: str, ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,14 @@ def budgets() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_kernel_has_a_budget(compiled: dict[str, Any], budgets: dict[str, Any]) -> None:
+    """A new one is compiled by COMPILED of its operator's tests, and gets a budget from the command above."""
     assert set(compiled) == set(budgets)
+    kernels = {
+        name
+        for file in (HERE.parents[1] / "vjepa_fast" / "ops").rglob("*.py")
+        for name in re.findall(r"^@jit\ndef (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert kernels and kernels == {name.split()[0] for name in compiled}
 
 
 @pytest.mark.slow

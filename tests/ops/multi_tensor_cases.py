@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -37,3 +38,8 @@ def far_tensor(values: Tensor, start: int) -> tuple[int, np.ndarray, mmap.mmap]:
     everything = np.frombuffer(memory, np.float32)
     everything[start:] = values.numpy()
     return everything.ctypes.data, everything[start:], memory
+
+
+def multi_tensor_case(run: Callable[[Tensor, Tensor], None], size: int) -> None:
+    """For tests/aot; `size` decides whether the tensors count as aligned."""
+    run(torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16))

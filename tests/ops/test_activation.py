@@ -173,3 +173,24 @@ def test_the_pytorch_path_is_pytorchs(monkeypatch):
 def test_bad_operands(value):
     with pytest.raises(ValueError, match="gate is torch.float32 \\[3, 8\\], value torch.float"):
         swiglu(torch.ones(3, 8), value)
+
+
+def gelu_case(dtype: torch.dtype, width: int) -> None:
+    x = torch.zeros(64, width, dtype=dtype)
+    module._gelu_bwd(module._gelu_fwd(x), x)
+
+
+def swiglu_case(dtype: torch.dtype, width: int, halves: bool) -> None:
+    x = torch.zeros(64, 2 * width, dtype=dtype)
+    gate, value = x.chunk(2, dim=1) if halves else (x, x)
+    module._swiglu_bwd(module._swiglu_fwd(gate, value), gate, value)
+
+
+COMPILED = {
+    "gelu bf16 4096": lambda: gelu_case(torch.bfloat16, 4096),
+    "gelu fp32 1537": lambda: gelu_case(torch.float32, 1537),
+    "swiglu bf16 4096": lambda: swiglu_case(torch.bfloat16, 4096, False),
+    "swiglu bf16 halves of 8192": lambda: swiglu_case(torch.bfloat16, 4096, True),
+    "swiglu fp32 1023": lambda: swiglu_case(torch.float32, 1023, False),
+}
+"""What tests/aot compiles."""

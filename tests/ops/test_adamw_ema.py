@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.multi_tensor_cases import far_tensor, rows
+from tests.ops.multi_tensor_cases import far_tensor, multi_tensor_case, rows
 from tests.ops.tolerance import assert_as_good
 from vjepa_fast.ops import adamw_ema as module
 from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_fit
@@ -230,3 +230,15 @@ def test_registration(kernels):
     for mine, expected in zip(ours[:-3], eager[:-3], strict=True):
         for x, y in zip(mine, expected, strict=True):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def adamw_ema_case(x: torch.Tensor, half: torch.Tensor) -> None:
+    one = torch.zeros(())
+    module._adamw_ema([x], [x], [x], [x], [one], [x], [half], [half], [0], torch.zeros(1, 6).double(), one)
+
+
+COMPILED = {
+    "adamw_ema aligned": lambda: multi_tensor_case(adamw_ema_case, 64),
+    "adamw_ema odd": lambda: multi_tensor_case(adamw_ema_case, 63),
+}
+"""What tests/aot compiles."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.multi_tensor_cases import far_tensor, rows
+from tests.ops.multi_tensor_cases import far_tensor, multi_tensor_case, rows
 from tests.ops.tolerance import assert_as_good
 from vjepa_fast.ops import ema
 from vjepa_fast.ops.ema import ema_, ema_ref
@@ -111,3 +111,10 @@ def test_registration(kernels):
     compiled(targets, sources, 0.9, [torch.zeros_like(s) for s in shadows])
     for target, expected in zip(targets, eager, strict=True):
         assert torch.equal(target, expected)
+
+
+COMPILED = {
+    "ema aligned": lambda: multi_tensor_case(lambda x, half: ema._ema([x], [x], torch.zeros(()).double(), [half]), 64),
+    "ema odd": lambda: multi_tensor_case(lambda x, half: ema._ema([x], [x], torch.zeros(()).double(), [half]), 63),
+}
+"""What tests/aot compiles."""

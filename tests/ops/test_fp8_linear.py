@@ -118,3 +118,12 @@ def test_old_gpus_are_named(monkeypatch):
     with pytest.raises(ConfigError, match=r"A100 has compute capability 8\.0"):
         check_device(torch.device("cuda"))
     check_device(torch.device("cpu"))
+
+
+COMPILED = {
+    "quantise_rows bf16 1024": lambda: fp8_linear._quantise_rows(torch.zeros(64, 1024, dtype=torch.bfloat16)) and None,
+    "quantise_rows fp32 4096": lambda: fp8_linear._quantise_rows(torch.zeros(64, 4096)) and None,
+}
+"""What tests/aot compiles."""
+COMPILED_FROM = 90
+"""Compute capability: earlier GPUs have no float8."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.multi_tensor_cases import far_tensor, rows
+from tests.ops.multi_tensor_cases import far_tensor, multi_tensor_case, rows
 from tests.ops.tolerance import assert_as_good
 from vjepa_fast.ops import grad_norm
 from vjepa_fast.ops.grad_norm import sum_of_squares, sum_of_squares_ref
@@ -78,3 +78,10 @@ def test_registration(kernels):
     torch.library.opcheck(torch.ops.vjepa_fast.sum_of_squares.default, (tensors,))
     compiled = torch.compile(lambda ts: sum_of_squares([t * 2 for t in ts]) + 1, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tensors), sum_of_squares(tensors) * 4 + 1)
+
+
+COMPILED = {
+    "sum_of_squares aligned": lambda: multi_tensor_case(lambda x, _: grad_norm._sum_of_squares([x]), 64),
+    "sum_of_squares odd": lambda: multi_tensor_case(lambda x, _: grad_norm._sum_of_squares([x]), 63),
+}
+"""What tests/aot compiles."""

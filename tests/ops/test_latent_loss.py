@@ -234,3 +234,20 @@ def test_bad_operands(change, message):
     good = {"predictions": torch.ones(3, 8), "features": torch.ones(3, 8), "weights": torch.ones(3)}
     with pytest.raises(ValueError, match=message):
         latent_loss(**{**good, **change})
+
+
+def latent_loss_case(dtype: torch.dtype, width: int, exponent: float, levels: int = 1) -> None:
+    rows, weights, affine = torch.zeros(64, dtype=torch.int64), torch.zeros(64), torch.zeros(levels * width)
+    x = torch.zeros(64, levels * width, dtype=dtype)
+    _, slopes = module._latent_loss_fwd(x, x, rows, weights, affine, affine, 1e-6, exponent, levels)
+    module._latent_loss_bwd(slopes, weights, torch.zeros(()), dtype, levels)
+
+
+COMPILED = {
+    "latent_loss bf16 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0),
+    "latent_loss bf16 1408 p=1": lambda: latent_loss_case(torch.bfloat16, 1408, 1.0),
+    "latent_loss bf16 1024 p=1.5": lambda: latent_loss_case(torch.bfloat16, 1024, 1.5),
+    "latent_loss bf16 4 x 1024 p=1": lambda: latent_loss_case(torch.bfloat16, 1024, 1.0, 4),
+    "latent_loss fp32 4096 p=1": lambda: latent_loss_case(torch.float32, 4096, 1.0),
+}
+"""What tests/aot compiles."""

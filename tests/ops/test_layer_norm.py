@@ -193,3 +193,20 @@ def test_bad_operands(x, branch, message):
             layer_norm(x, torch.ones(7), torch.ones(7), EPS)
         else:
             add_layer_norm(x, branch, torch.ones(7), torch.ones(7), EPS)
+
+
+def layer_norm_case(dtype: torch.dtype, width: int, with_branch: bool) -> None:
+    x, affine = torch.zeros(64, width, dtype=dtype), torch.zeros(width)
+    branch = x if with_branch else None
+    _, y, mean, rstd = module._layer_norm_fwd(x, branch, affine, affine, 1e-6, dtype)
+    module._layer_norm_bwd(y, branch, x, affine, mean, rstd)
+
+
+COMPILED = {
+    "layer_norm bf16 1024": lambda: layer_norm_case(torch.bfloat16, 1024, False),
+    "layer_norm bf16 1024 + residual": lambda: layer_norm_case(torch.bfloat16, 1024, True),
+    "layer_norm bf16 1408 + residual": lambda: layer_norm_case(torch.bfloat16, 1408, True),
+    "layer_norm fp32 384 + residual": lambda: layer_norm_case(torch.float32, 384, True),
+    "layer_norm fp32 4096 + residual": lambda: layer_norm_case(torch.float32, 4096, True),
+}
+"""What tests/aot compiles."""

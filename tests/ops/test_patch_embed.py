@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.ops.conftest import FAR
 from tests.ops.tolerance import assert_as_good
+from vjepa_fast.ops import patch_embed as module
 from vjepa_fast.ops.patch_embed import normalise, patch_embed, patch_embed_ref
 from vjepa_fast.ops.triton_support import dispatch
 
@@ -270,3 +271,40 @@ def test_statistics_of_a_trace_are_not_kept():
 def test_bad_operands(clips, table, message):
     with pytest.raises(ValueError, match=message):
         patch_embed(clips, torch.zeros(5, 3, 2, 8, 8), torch.zeros(5), None, torch.float32, table)
+
+
+def patch_embed_case(
+    dtype: torch.dtype,
+    width: int,
+    kernel: tuple[int, int, int],
+    clip: tuple[int, int, int],
+    with_table: bool = False,
+    pixel_dtype: torch.dtype = torch.uint8,
+    channels_last: bool = True,
+) -> None:
+    sides = [n * unit for n, unit in zip(clip, kernel, strict=True)]
+    clips = torch.zeros(2, *sides, 3, dtype=pixel_dtype)
+    if not channels_last:
+        clips = torch.zeros(2, 3, *sides, dtype=pixel_dtype).movedim(1, -1)
+    weight = torch.zeros(width, 3, *kernel[:2], kernel[2])
+    num_tokens = clip[0] * clip[1] * clip[2]
+    table = torch.zeros(num_tokens, width) if with_table else None
+    rows = None if with_table else torch.zeros(3 * num_tokens // 2, dtype=torch.int64)
+    tokens, places = module._patch_embed_fwd(clips, weight, torch.zeros(width), rows, table, dtype)
+    module._patch_embed_bwd(tokens, clips, places, *kernel[:2], torch.float32)
+
+
+COMPILED = {
+    "patch_embed bf16 1024": lambda: patch_embed_case(torch.bfloat16, 1024, (2, 16, 16), (8, 16, 16)),
+    "patch_embed bf16 1024 + table": lambda: patch_embed_case(torch.bfloat16, 1024, (2, 16, 16), (8, 16, 16), True),
+    "patch_embed fp16 192 patch 14": lambda: patch_embed_case(torch.float16, 192, (2, 14, 14), (8, 16, 16)),
+    "patch_embed bf16 40 patch 5": lambda: patch_embed_case(torch.bfloat16, 40, (4, 5, 5), (2, 7, 3)),
+    "patch_embed bf16 1408 channels first": lambda: patch_embed_case(
+        torch.bfloat16, 1408, (2, 16, 16), (8, 16, 16), channels_last=False
+    ),
+    "patch_embed bf16 1280 float image": lambda: patch_embed_case(
+        torch.bfloat16, 1280, (1, 8, 8), (1, 28, 28), pixel_dtype=torch.bfloat16
+    ),
+    "patch_embed fp32 384": lambda: patch_embed_case(torch.float32, 384, (2, 16, 16), (8, 16, 16)),
+}
+"""What tests/aot compiles."""

@@ -431,3 +431,23 @@ def test_what_is_traced_holds_operators_of_torch_only(compiled):
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert names and not [name for name in names if "vjepa_fast" in name]
     torch.testing.assert_close(exported.module()(x), Rotates()(x))
+
+
+def rope3d_case(dtype: torch.dtype, num_heads: int, head_dim: int, precision: module.Precision, back: bool) -> None:
+    grid = (8, 16, 16)
+    rope = Rope(torch.zeros(64, dtype=torch.int32), grid, head_dim, dtype, "tiled", precision)
+    qkv = torch.zeros(64, 3 * num_heads * head_dim, dtype=dtype)
+    run = module._rope3d_bwd if back else module._rope3d_fwd
+    run(qkv, rope.ids, rope.tables[0], rope.tables[2 if back else 1], grid, num_heads, rope.rounds)
+
+
+COMPILED = {
+    "rope3d bf16 16 x 64": lambda: rope3d_case(torch.bfloat16, 16, 64, "fp32", False),
+    "rope3d bf16 16 x 64 backward": lambda: rope3d_case(torch.bfloat16, 16, 64, "fp32", True),
+    "rope3d bf16 16 x 64 reference": lambda: rope3d_case(torch.bfloat16, 16, 64, "reference", False),
+    "rope3d bf16 16 x 80": lambda: rope3d_case(torch.bfloat16, 16, 80, "fp32", False),
+    "rope3d bf16 16 x 88 backward": lambda: rope3d_case(torch.bfloat16, 16, 88, "fp32", True),
+    "rope3d bf16 12 x 32": lambda: rope3d_case(torch.bfloat16, 12, 32, "fp32", False),
+    "rope3d fp32 3 x 104": lambda: rope3d_case(torch.float32, 3, 104, "fp32", False),
+}
+"""What tests/aot compiles."""

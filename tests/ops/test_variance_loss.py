@@ -291,3 +291,16 @@ def test_bad_operands(change, message):
     }
     with pytest.raises(ValueError, match=message):
         variance_loss(**{**good, **change})
+
+
+def variance_loss_case(dtype: torch.dtype, width: int) -> None:
+    x, cu_seqlens, weights = torch.zeros(64, width, dtype=dtype), torch.zeros(49, dtype=torch.int32), torch.zeros(24)
+    loss, *statistics = module._variance_loss_fwd(x, cu_seqlens, 1305, weights)
+    module._variance_loss_bwd(loss, x, cu_seqlens, 1305, *statistics)
+
+
+COMPILED = {
+    "variance_loss bf16 1024": lambda: variance_loss_case(torch.bfloat16, 1024),
+    "variance_loss fp32 391": lambda: variance_loss_case(torch.float32, 391),
+}
+"""What tests/aot compiles."""

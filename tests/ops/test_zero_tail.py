@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vjepa_fast.ops import zero_tail as module
 from vjepa_fast.ops.triton_support import dispatch
 from vjepa_fast.ops.zero_tail import zero_tail_, zero_tail_ref_
 
@@ -36,3 +37,14 @@ def test_fp64_and_no_rows() -> None:
 def test_strided_memory_is_refused() -> None:
     with pytest.raises(AssertionError, match="walks through memory"):
         zero_tail_(torch.ones(4, 4)[:, :2], torch.tensor([0, 2], dtype=torch.int32))
+
+
+def zero_tail_case(dtype: torch.dtype, width: int) -> None:
+    module._zero_tail(torch.zeros(64, width, dtype=dtype), torch.zeros(49, dtype=torch.int32))
+
+
+COMPILED = {
+    "zero_tail bf16 1024": lambda: zero_tail_case(torch.bfloat16, 1024),
+    "zero_tail bf16 3072": lambda: zero_tail_case(torch.bfloat16, 3072),
+}
+"""What tests/aot compiles."""

@@ -49,17 +49,6 @@ _NO_LAUNCH = {
     "_pin_memory",
     "promote_types",
 }
-KERNELS_OF = {
-    # Beyond one a call: factors before the update; folded weights; partial sums; a sum over rows, two copies.
-    "adamw_ema_": 2,
-    "patch_embed_fwd": 2,
-    "patch_embed_bwd": 3,
-    "sum_of_squares": 2,
-    "latent_loss_fwd": 2,
-    "layer_norm_bwd": 4,
-    "variance_loss_fwd": 3,
-}
-"""Kernels that a call of one of our operators launches, where it is more than one."""
 
 
 @dataclass
@@ -116,7 +105,7 @@ class LaunchCounter(TorchDispatchMode):
         if namespace not in ("aten", "vjepa_fast") or name in _NO_LAUNCH or _returns_view(func):
             return out
         tally = self.tallies.setdefault(self._tracker.part, Tally())
-        launches = KERNELS_OF.get(name, 1) if namespace == "vjepa_fast" else 1
+        launches = dispatch.kernels_of.get(name, 1) if namespace == "vjepa_fast" else 1
         tally.launches += launches
         tally.operators[name] += launches
         read = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}

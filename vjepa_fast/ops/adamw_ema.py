@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from vjepa_fast.ops.ema import ema_ref
-from vjepa_fast.ops.triton_support.dispatch import jit, launch, tl
+from vjepa_fast.ops.triton_support.dispatch import jit, kernels_of, launch, tl
 from vjepa_fast.ops.triton_support.multi_tensor import BLOCK, CHUNK, is_dense, table_of
 
 GROUP_VALUES = ("lr", "beta1", "beta2", "eps", "weight_decay", "ema_momentum")
@@ -279,6 +279,8 @@ def _adamw_ema(
 
 
 torch.library.impl("vjepa_fast::adamw_ema_", ("cpu", "cuda"), _adamw_ema)
+# The factors first, then the update.
+kernels_of["adamw_ema_"] = 2
 
 
 def kernels_fit(operands: Operands) -> bool:

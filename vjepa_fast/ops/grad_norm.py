@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vjepa_fast.ops.triton_support.dispatch import jit, launch, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import jit, kernels_of, launch, tl, use_triton
 from vjepa_fast.ops.triton_support.multi_tensor import BLOCK, CHUNK, is_dense, table_of
 
 
@@ -82,6 +82,8 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 torch.library.impl("vjepa_fast::sum_of_squares", ("cpu", "cuda"), _sum_of_squares)
+# Partial sums, then their sum.
+kernels_of["sum_of_squares"] = 2
 
 
 @torch.no_grad()

@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vjepa_fast.ops.triton_support.dispatch import MAX_ROW, jit, launch, row_block, rows_contiguous, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import (
+    MAX_ROW,
+    jit,
+    kernels_of,
+    launch,
+    row_block,
+    rows_contiguous,
+    tl,
+    use_triton,
+)
 
 TARGET_EPS = 1e-5
 """eps of the parameter-free norm, PyTorch's default, which the reference leaves as it is."""
@@ -238,6 +247,8 @@ def _latent_loss_bwd(slopes: Tensor, weights: Tensor, grad_loss: Tensor, dtype: 
 
 torch.library.impl("vjepa_fast::latent_loss_fwd", ("cpu", "cuda"), _latent_loss_fwd)
 torch.library.impl("vjepa_fast::latent_loss_bwd", ("cpu", "cuda"), _latent_loss_bwd)
+# The last one adds up the rows.
+kernels_of["latent_loss_fwd"] = 2
 
 
 class _LatentLoss(torch.autograd.Function):

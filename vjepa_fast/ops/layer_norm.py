@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from vjepa_fast.ops.triton_support.dispatch import (
     MAX_ROW,
     jit,
+    kernels_of,
     launch,
     num_multiprocessors,
     row_block,
@@ -218,6 +219,8 @@ def _layer_norm_bwd(
 
 torch.library.impl("vjepa_fast::layer_norm_fwd", ("cpu", "cuda"), _layer_norm_fwd)
 torch.library.impl("vjepa_fast::layer_norm_bwd", ("cpu", "cuda"), _layer_norm_bwd)
+# The sum of the partial sums, and a copy of each half.
+kernels_of["layer_norm_bwd"] = 4
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -45,7 +45,14 @@ from vjepa_fast.ops._patch_embed_kernels import (
     _patch_embed_unfold_kernel,
 )
 from vjepa_fast.ops.linear import linear
-from vjepa_fast.ops.triton_support.dispatch import KERNEL_DTYPES, capability, launch, num_multiprocessors, use_triton
+from vjepa_fast.ops.triton_support.dispatch import (
+    KERNEL_DTYPES,
+    capability,
+    kernels_of,
+    launch,
+    num_multiprocessors,
+    use_triton,
+)
 
 # ImageNet statistics, as the reference normalises clips (app/vjepa/transforms.py).
 MEAN = (0.485, 0.456, 0.406)
@@ -289,6 +296,8 @@ def _patch_embed_bwd(
 
 torch.library.impl("vjepa_fast::patch_embed_fwd", ("cpu", "cuda"), _patch_embed_fwd)
 torch.library.impl("vjepa_fast::patch_embed_bwd", ("cpu", "cuda"), _patch_embed_bwd)
+# The folded weight comes first. Backward: the gradient of the bias, the product, the unfolded sums of its ranges.
+kernels_of.update(patch_embed_fwd=2, patch_embed_bwd=3)
 
 
 class _PatchEmbed(torch.autograd.Function):

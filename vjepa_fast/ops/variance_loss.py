@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vjepa_fast.ops.packing import Packing, sequence_of_rows
-from vjepa_fast.ops.triton_support.dispatch import jit, launch, rows_contiguous, tl, use_triton
+from vjepa_fast.ops.triton_support.dispatch import jit, kernels_of, launch, rows_contiguous, tl, use_triton
 
 EPS = 1e-4
 """Added to the variance before the root."""
@@ -318,6 +318,8 @@ def _variance_loss_bwd(
 
 torch.library.impl("vjepa_fast::variance_loss_fwd", ("cpu", "cuda"), _variance_loss_fwd)
 torch.library.impl("vjepa_fast::variance_loss_bwd", ("cpu", "cuda"), _variance_loss_bwd)
+# Statistics, the loss of every clip, their sum.
+kernels_of["variance_loss_fwd"] = 3
 
 
 class _VarianceLoss(torch.autograd.Function):

@@ -27,6 +27,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 launches: Counter[str] = Counter()
 """How often each kernel was launched, by its name."""
+kernels_of: dict[str, int] = {}
+"""Kernels that a call of an operator launches, PyTorch's included, by its name; one where it is not here."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
