@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.clip_sources import KINDS, Kind, pack_of, requests, write_video
 from vjepa_fast.bench.timing import ROOT, environment
+from vjepa_fast.common import markdown
 from vjepa_fast.data.decode import dali
 from vjepa_fast.data.decode.backend import HostPreparer
 from vjepa_fast.data.decode.dali import DaliPreparer
@@ -211,28 +212,28 @@ def as_markdown(report: dict[str, Any]) -> str:
         "included; both back ends give the same bytes. *index*: once a file. Other work on the machine raises the",
         "figures of a row together, those of one row more than of another: compare within a row.",
         "",
-        "| source | " + " | ".join(_COLUMNS) + " | index |",
-        "|---" * (len(_COLUMNS) + 2) + "|",
+        *markdown.table(
+            ["source", *_COLUMNS, "index"],
+            [
+                [
+                    row["source"],
+                    *(f"{row['core_ms'][name]:.1f}" if name in row["core_ms"] else "" for name in _COLUMNS),
+                    f"{row['index_ms']:.1f}",
+                ]
+                for row in rows
+            ],
+        ),
     ]
-    for row in rows:
-        cells = [f"{row['core_ms'][name]:.1f}" if name in row["core_ms"] else "" for name in _COLUMNS]
-        lines.append(f"| {row['source']} | {' | '.join(cells)} | {row['index_ms']:.1f} |")
     ours = [name for name in _COLUMNS if name not in ("reference", "by RGB frames", "decoding alone")]
-    lines += [
-        "",
-        "Reference's cost over ours:",
-        "",
-        "| source | " + " | ".join(ours) + " | packed frame | video, KB | pack, KB | PSNR, dB |",
-        "|---" * (len(ours) + 5) + "|",
-    ]
+    compared = []
     for row in rows:
         found = row["core_ms"]
-        cells = [f"{found['reference'] / found[name]:.1f}" if name in found else "" for name in ours]
+        ratios = [f"{found['reference'] / found[name]:.1f}" if name in found else "" for name in ours]
         height, width = row["pack_size"]
-        lines.append(
-            f"| {row['source']} | {' | '.join(cells)} | {width} x {height} | {row['video_bytes'] / 1e3:.0f} | "
-            f"{row['pack_bytes'] / 1e3:.0f} | {row['pack_psnr']:.1f} |"
-        )
+        sizes = [f"{width} x {height}", f"{row['video_bytes'] / 1e3:.0f}", f"{row['pack_bytes'] / 1e3:.0f}"]
+        compared.append([row["source"], *ratios, *sizes, f"{row['pack_psnr']:.1f}"])
+    head = ["source", *ours, "packed frame", "video, KB", "pack, KB", "PSNR, dB"]
+    lines += ["", "Reference's cost over ours:", "", *markdown.table(head, compared)]
     lines += ["", "Colour, PyAV raw less that by RGB frames:", ""]
     lines += [
         f"- {row['source']}: {row['colour']['mean']:.2f} on average, {row['colour']['size']:.2f} in size, "
@@ -250,10 +251,11 @@ def as_markdown(report: dict[str, Any]) -> str:
         "random places. The columns count files; those of the fourth have frames that are wrong and no word of",
         "it from container or decoder.",
         "",
-        "| codec | bits flipped | a reason is given | wrong frames without one | no frame is wrong |",
-        "|---|---|---|---|---|",
+        *markdown.table(
+            ["codec", "bits flipped", "a reason is given", "wrong frames without one", "no frame is wrong"],
+            report["damage"],
+        ),
     ]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in report["damage"]]
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ import vjepa_fast as vf
 from vjepa_fast.bench.reference import REFERENCE_COMMIT
 from vjepa_fast.bench.timing import ROOT, Quantiles, environment
 from vjepa_fast.bench.workload import LARGE
-from vjepa_fast.common import extension
+from vjepa_fast.common import extension, markdown
 from vjepa_fast.masking import mask_sample as mask_ops
 
 CALLS = 5
@@ -104,16 +104,22 @@ def as_markdown(report: dict[str, Any]) -> str:
         "24 clips of 8 x 16 x 16 tokens, two masks (8 blocks of 15 %, 2 of 70 %), truncated to the batch minimum; one",
         f"core, {report['rounds']} turns of {CALLS} calls of each, another step each time.",
         "",
-        "| what | fastest, ms | median, ms (20 % to 80 %) | reference / this: fastest | median |",
-        "|---|---|---|---|---|",
     ]
+    rows = []
     theirs = report["times"]["reference"]
     for name, title in WHAT.items():
         own = report["times"][name]
-        lines.append(
-            f"| {title} | {own['fastest'] * 1e3:.3f} | {own['p50'] * 1e3:.3f} ({own['p20'] * 1e3:.3f} to "
-            f"{own['p80'] * 1e3:.3f}) | {theirs['fastest'] / own['fastest']:.0f} | {theirs['p50'] / own['p50']:.0f} |"
+        rows.append(
+            [
+                title,
+                f"{own['fastest'] * 1e3:.3f}",
+                f"{own['p50'] * 1e3:.3f} ({own['p20'] * 1e3:.3f} to {own['p80'] * 1e3:.3f})",
+                f"{theirs['fastest'] / own['fastest']:.0f}",
+                f"{theirs['p50'] / own['p50']:.0f}",
+            ]
         )
+    head = ["what", "fastest, ms", "median, ms (20 % to 80 %)", "reference / this: fastest", "median"]
+    lines += markdown.table(head, rows)
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import vjepa_fast as vf
 from vjepa_fast.bench.timing import ROOT, Quantiles, environment
 from vjepa_fast.bench.workload import SMALL, Workload
+from vjepa_fast.common import markdown
 from vjepa_fast.ops.activation import gelu, swiglu
 from vjepa_fast.ops.latent_loss import latent_loss
 from vjepa_fast.ops.layer_norm import LayerNorm
@@ -298,17 +299,21 @@ def as_markdown(about: dict[str, Any], rounds: int, found: dict[str, Any]) -> st
         f"{about['commit']}. {SMALL.name}, {SMALL.batch_size} clips, fp32, forward and backward, {rounds} turns. "
         f"Command: `{about['command']}`.",
         "",
-        "| operation | ours, ms (fastest) | reference, ms (fastest) | ratio, turn by turn (20 % to 80 %) | of the "
-        "fastest |",
-        "|---|---|---|---|---|",
     ]
+    rows = []
     for name, info in found.items():
-        ratio = info["ratio"]
-        lines.append(
-            f"| {name.replace('_', ' ')} | {1e3 * info['ours']['p50']:.2f} ({1e3 * info['ours']['fastest']:.2f}) | "
-            f"{1e3 * info['reference']['p50']:.2f} ({1e3 * info['reference']['fastest']:.2f}) | "
-            f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f}) | {info['ratio_of_fastest']:.2f} |"
+        ratio, sides = info["ratio"], (info["ours"], info["reference"])
+        rows.append(
+            [
+                name.replace("_", " "),
+                *(f"{1e3 * side['p50']:.2f} ({1e3 * side['fastest']:.2f})" for side in sides),
+                f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})",
+                f"{info['ratio_of_fastest']:.2f}",
+            ]
         )
+    times = ["ours, ms (fastest)", "reference, ms (fastest)"]
+    head = ["operation", *times, "ratio, turn by turn (20 % to 80 %)", "of the fastest"]
+    lines += markdown.table(head, rows)
     return "\n".join([*lines, "", "A ratio above 1 means that ours is faster.", ""])
 
 

@@ -26,6 +26,7 @@ from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep
 from vjepa_fast.bench.steps import OurStep, check_same_loss, interleave, masks_of_batches, profile_steps
 from vjepa_fast.bench.timing import ROOT, Limits, Quantiles, environment, limits_as_dict, measure_limits
 from vjepa_fast.bench.workload import BASE, SMALL, TINY, TRIAL, Workload
+from vjepa_fast.common import markdown
 from vjepa_fast.cost.flops import step_flops
 
 TOLERANCE = 1e-5
@@ -115,32 +116,43 @@ def as_markdown(report: dict[str, Any]) -> str:
         "products (with the patch embedding's convolution) and attention, which a profiled step right after the timed",
         "one tells; the median of these.",
         "",
-        "| config | batch | ours, ms | reference, ms | ratio | ceiling | ratio / ceiling | clips/s | "
-        "GFLOP/s (of matrix product rate) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for found in report["configs"]:
-        own, theirs = (spread(found["seconds"][side], 1, 1e3) for side in ("ours", "reference"))
-        lines.append(
-            f"| {found['config']} | {found['batch_size']} | {own} | {theirs} | {spread(found['ratio'], 3)} | "
-            f"{spread(found['ceiling'], 3)} | {100 * found['share_of_ceiling']:.0f} % | {found['clips_per_s']:.2f} | "
-            f"{found['gflop_per_s']:.0f} ({100 * found['share_of_matmul_rate']:.0f} %) |"
-        )
-    lines += [
+        *_times(report["configs"]),
         "",
         "Milliseconds a step by kind, under the profiler:",
         "",
-        "| config | side | matmul | attention | other | operators called |",
-        "|---|---|---|---|---|---|",
+        *markdown.table(
+            ["config", "side", "matmul", "attention", "other", "operators called"],
+            [
+                [
+                    found["config"],
+                    side,
+                    *(f"{recorded['ms_by_kind'][kind]:.1f}" for kind in ("matmul", "attention", "other")),
+                    recorded["num_operators"],
+                ]
+                for found in report["configs"]
+                for side, recorded in found["profiles"].items()
+            ],
+        ),
     ]
-    for found in report["configs"]:
-        for side, recorded in found["profiles"].items():
-            kinds = recorded["ms_by_kind"]
-            lines.append(
-                f"| {found['config']} | {side} | {kinds['matmul']:.1f} | {kinds['attention']:.1f} | "
-                f"{kinds['other']:.1f} | {recorded['num_operators']} |"
-            )
     return "\n".join(lines) + "\n"
+
+
+def _times(configs: list[dict[str, Any]]) -> list[str]:
+    head = ["config", "batch", "ours, ms", "reference, ms", "ratio", "ceiling", "ratio / ceiling", "clips/s"]
+    rows = [
+        [
+            found["config"],
+            found["batch_size"],
+            *(spread(found["seconds"][side], 1, 1e3) for side in ("ours", "reference")),
+            spread(found["ratio"], 3),
+            spread(found["ceiling"], 3),
+            f"{100 * found['share_of_ceiling']:.0f} %",
+            f"{found['clips_per_s']:.2f}",
+            f"{found['gflop_per_s']:.0f} ({100 * found['share_of_matmul_rate']:.0f} %)",
+        ]
+        for found in configs
+    ]
+    return markdown.table([*head, "GFLOP/s (of matrix product rate)"], rows)
 
 
 def spread(quantiles: dict[str, Any], digits: int, factor: float = 1.0) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vjepa_fast.bench.timing import environment
+from vjepa_fast.common import markdown
 from vjepa_fast.train.monitor.metrics import read_csv
 
 
@@ -63,13 +64,19 @@ def as_markdown(runs: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"- command: `{about['command']}`",
         f"- date: {about['date']}",
         "",
-        "| run | steps | loss, first tenth | middle tenth | last tenth | velocity R2 |",
-        "|---|---|---|---|---|---|",
+        *markdown.table(
+            ["run", "steps", "loss, first tenth", "middle tenth", "last tenth", "velocity R2"],
+            [
+                [
+                    run["name"],
+                    run["steps"],
+                    *(f"{run[part]:.4f}" for part in ("first", "middle", "last")),
+                    "" if run["velocity_r2"] is None else f"{run['velocity_r2']:.2f}",
+                ]
+                for run in runs
+            ],
+        ),
     ]
-    for run in runs:
-        score = "" if run["velocity_r2"] is None else f"{run['velocity_r2']:.2f}"
-        means = " | ".join(f"{run[part]:.4f}" for part in ("first", "middle", "last"))
-        lines.append(f"| {run['name']} | {run['steps']} | {means} | {score} |")
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ from vjepa_fast.bench.timing import (
     synchronize,
 )
 from vjepa_fast.bench.workload import LARGE, SMALL, TRIAL, Workload
+from vjepa_fast.common import markdown
 
 _SIZES = {"trial": TRIAL, "small": SMALL, "large": LARGE}
 _GPUS = {"h200": Limits(4.8e12, 790e12, "bfloat16")}
@@ -109,9 +110,9 @@ def measure(
         benchmark.extra_info.update(workload=workload.name, device=device.type)
         if request.config.getoption("--floors"):
             floor, bound = limits.floor(num_bytes, flops)
+            name = request.node.name.removeprefix("test_")
             request.config.stash.setdefault(_FLOORS, []).append(
-                f"| {request.node.name.removeprefix('test_')} | {num_bytes / 1e6:.1f} | {flops / 1e9:.2f} | "
-                f"{1e6 * floor:.1f} | {bound} |"
+                [name, f"{num_bytes / 1e6:.1f}", f"{flops / 1e9:.2f}", f"{1e6 * floor:.1f}", bound]
             )
             benchmark(lambda: None)
             return
@@ -142,12 +143,10 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """A table of times, rates and shares of the limits."""
-    for line in [
-        "| operation | MB | GFLOP | floor, us | bound |",
-        "|---|---|---|---|---|",
-        *config.stash.get(_FLOORS, []),
-    ] * bool(config.getoption("--floors")):
-        terminalreporter.write_line(line)
+    if config.getoption("--floors"):
+        head = ["operation", "MB", "GFLOP", "floor, us", "bound"]
+        for line in markdown.table(head, config.stash.get(_FLOORS, [])):
+            terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     if session is None or _LIMITS not in config.stash:
         return

@@ -27,6 +27,7 @@ from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep, build_ne
 from vjepa_fast.bench.steps import OurStep
 from vjepa_fast.bench.timing import ROOT, environment
 from vjepa_fast.bench.workload import LARGE, TINY, TRIAL, Workload
+from vjepa_fast.common import markdown
 from vjepa_fast.cost.counter import Tally, count, count_step, fake_parameters, fake_tensors
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.train.step import TrainStep
@@ -134,20 +135,28 @@ def as_markdown(report: dict[str, Any]) -> str:
         "none; bytes are those of its inputs and outputs. Forward, backward, AdamW and EMA of the second step on one",
         "batch, under the rules in benchmarks/count_step.py. Nothing here was run on a GPU.",
         "",
-        "| config | side | launches | GB | GB outside matrix products and attention | launches over ours |",
-        "|---|---|---|---|---|---|",
     ]
+    rows = []
     for found in report["configs"]:
         own = found["sides"]["ours, kernels"]["launches"]
-        lines += [
-            f"| {found['config']}, batch {found['batch_size']}, {found['dtype']} | {name} | {side['launches']} | "
-            f"{side['gigabytes']:.2f} | {side['elementwise_gigabytes']:.2f} | {side['launches'] / own:.1f} |"
+        rows += [
+            [
+                f"{found['config']}, batch {found['batch_size']}, {found['dtype']}",
+                name,
+                side["launches"],
+                f"{side['gigabytes']:.2f}",
+                f"{side['elementwise_gigabytes']:.2f}",
+                f"{side['launches'] / own:.1f}",
+            ]
             for name, side in found["sides"].items()
         ]
+    head = ["config", "side", "launches", "GB", "GB outside matrix products and attention", "launches over ours"]
+    lines += markdown.table(head, rows)
     for found in report["configs"]:
         parts = found["sides"]["ours, kernels"]["parts"]
-        lines += ["", f"Ours by part, kernels, {found['config']}:", "", "| part | launches | GB |", "|---|---|---|"]
-        lines += [f"| {part} | {info['launches']} | {info['gigabytes']:.2f} |" for part, info in parts.items()]
+        counts = [(part, info["launches"], f"{info['gigabytes']:.2f}") for part, info in parts.items()]
+        lines += ["", f"Ours by part, kernels, {found['config']}:", ""]
+        lines += markdown.table(["part", "launches", "GB"], counts)
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from vjepa_fast.common import markdown
 from vjepa_fast.config import load_recipe
 from vjepa_fast.cost.communication import NAMES, WAYS, Cluster, exchange
 from vjepa_fast.cost.gpus import gpu_named
@@ -45,16 +46,12 @@ def main() -> None:
                     f"{1e3 * (x.exposed_backward + x.exposed_forward):.1f}",
                     f"{100 * x.efficiency:.0f} %",
                 ]
-            rows.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
     print("; ".join(alone) + ".\n")
-    print(
-        "| model | GPUs | link | "
-        + " | ".join(f"{NAMES[way]}: GB sent | exposed, ms | efficiency" for way in WAYS)
-        + " |\n"
-        + "|---" * (3 + 3 * len(WAYS))
-        + "|"
-    )
-    print("\n".join(rows))
+    head = ["model", "GPUs", "link"]
+    for way in WAYS:
+        head += [f"{NAMES[way]}: GB sent", "exposed, ms", "efficiency"]
+    print("\n".join(markdown.table(head, rows)))
 
 
 if __name__ == "__main__":

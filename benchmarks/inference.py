@@ -31,6 +31,7 @@ from vjepa_fast.checkpoints.export import write
 from vjepa_fast.checkpoints.huggingface import weights as huggingface
 from vjepa_fast.checkpoints.huggingface.config import to_hf_config
 from vjepa_fast.checkpoints.open import Checkpoint
+from vjepa_fast.common import markdown
 from vjepa_fast.common.hardware import cpu_name
 from vjepa_fast.config.schema import Config
 from vjepa_fast.inference.model import InferenceModel
@@ -171,30 +172,32 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{report['hardware']}; {report['versions']}; {report['date']}",
         "",
     ]
-    lines += [
-        "| model | clip | memory of inference: parameters, peak | of training: parameters, peak |",
-        "|---|---|---|---|",
-    ]
-    for entry in report["models"]:
-        if "memory" in entry:
-            cells = [
+    memory = [
+        [
+            entry["name"],
+            entry["clip"],
+            *(
                 f"{part['parameters'] / 1e6:.0f} M, {part['peak'] / 2**30:.2f} GiB"
                 for part in (entry["memory"]["inference"], entry["memory"]["training"])
-            ]
-            lines.append(f"| {entry['name']} | {entry['clip']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| model | clip | who | clips/s | ours is faster by | ours compiled is faster by |",
-        "|---|---|---|---|---|---|",
+            ),
+        ]
+        for entry in report["models"]
+        if "memory" in entry
     ]
+    speeds = []
     for entry in report["models"]:
         speed = entry.get("speed", {})
         for key, value in speed.items():
             if isinstance(value, dict):
                 ratios = [f"{speed[pair]:.2f}x" if (pair := f"{mine} / {key}") in speed else "" for mine in OURS]
-                lines.append(
-                    f"| {entry['name']} | {entry['clip']} | {key} | {value['clips_per_s']:.3g} | {' | '.join(ratios)} |"
-                )
+                speeds.append([entry["name"], entry["clip"], key, f"{value['clips_per_s']:.3g}", *ratios])
+    lines += markdown.table(
+        ["model", "clip", "memory of inference: parameters, peak", "of training: parameters, peak"], memory
+    )
+    lines += [
+        "",
+        *markdown.table(["model", "clip", "who", "clips/s", "ours is faster by", "ours compiled is faster by"], speeds),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import vjepa_fast as vf
 from vjepa_fast.bench.workload import of_config
+from vjepa_fast.common import markdown
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.memory import Memory, peak_memory
 from vjepa_fast.train.step import TrainStep
@@ -105,23 +106,21 @@ def to_markdown(report: dict[str, Any]) -> str:
         "Two masks, 16 frames, predictor 12 x 384. MiB; `between steps` is what both have in common: weights, "
         "moments, copies in half precision.",
         "",
-        "| model | pixels | clips | dtype | recomputed | micro-batches | between steps | predicted | measured | "
-        "predicted / measured | predicted to be in |",
-        "|" + "---|" * 11,
     ]
-    for row in report["rows"]:
-        cells = [
-            row["model"],
-            row["pixels"],
-            row["clips"],
-            row["dtype"],
-            row["checkpointing"],
-            row["micro_batches"],
-            *(f"{row[key] / 2**20:.0f}" for key in ("permanent", "predicted", "measured")),
+    settings = {"model": "model", "pixels": "pixels", "clips": "clips", "dtype": "dtype"}
+    settings |= {"checkpointing": "recomputed", "micro_batches": "micro-batches"}
+    sizes = {"permanent": "between steps", "predicted": "predicted", "measured": "measured"}
+    rows = [
+        [
+            *(row[key] for key in settings),
+            *(f"{row[key] / 2**20:.0f}" for key in sizes),
             f"{row['ratio']:.3f}",
             row["where"],
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for row in report["rows"]
+    ]
+    head = [*settings.values(), *sizes.values(), "predicted / measured", "predicted to be in"]
+    lines += markdown.table(head, rows)
     ratios = [row["ratio"] for row in report["rows"]]
     return "\n".join([*lines, "", f"Between {min(ratios):.3f} and {max(ratios):.3f}."]) + "\n"
 

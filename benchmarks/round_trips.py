@@ -29,6 +29,7 @@ from vjepa_fast.checkpoints.export import write
 from vjepa_fast.checkpoints.huggingface import weights as huggingface
 from vjepa_fast.checkpoints.huggingface.config import to_hf_config
 from vjepa_fast.checkpoints.open import Checkpoint, open_checkpoint
+from vjepa_fast.common import markdown
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.inference import verify
@@ -403,12 +404,20 @@ def to_markdown(rows: Iterable[Row], depth: int | None, command: str) -> str:
         "in the encoder, 4 in the predictor) at full width. Outputs: norm of the difference over norm, of features and "
         "predictions of one random clip, fp32.",
         "",
-        "| model | tensors, parameters | Meta -> ours -> Meta | Hugging Face -> ours -> Hugging Face | outputs |",
-        "|---|---|---|---|---|",
+        *markdown.table(
+            ["model", "tensors, parameters", "Meta -> ours -> Meta", "Hugging Face -> ours -> Hugging Face", "outputs"],
+            [
+                [
+                    row.name,
+                    row.tensors,
+                    row.meta_trip,
+                    row.hf_trip,
+                    ", ".join(f"{key} {value:.0e}" for key, value in row.outputs.items()),
+                ]
+                for row in rows
+            ],
+        ),
     ]
-    for row in rows:
-        outputs = ", ".join(f"{key} {value:.0e}" for key, value in row.outputs.items())
-        lines.append(f"| {row.name} | {row.tensors} | {row.meta_trip} | {row.hf_trip} | {outputs} |")
     return "\n".join(lines) + "\n"
 
 

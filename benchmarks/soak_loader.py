@@ -21,6 +21,7 @@ import av
 import numpy as np
 import torch
 
+from vjepa_fast.common import markdown
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.loader import build_loader
 
@@ -94,12 +95,9 @@ def soak(manifest: Path, backend: str, num_clips: int, num_workers: int, num_poi
 def as_markdown(rows: list[list[float]]) -> str:
     """A table; megabytes."""
     names = ["training process", *(f"decoding process {number}" for number in range((len(rows[0]) - 4) // 2))]
-    lines = [
-        "| clips | " + " | ".join(f"{name}: resident | own" for name in names) + " | open files |",
-        "|---" * len(rows[0]) + "|",
-    ]
-    lines += ["| " + " | ".join(f"{value:.0f}" for value in row) + " |" for row in rows]
-    return "\n".join(lines)
+    columns = [column for name in names for column in (f"{name}: resident", "own")]
+    texts = [[f"{value:.0f}" for value in row] for row in rows]
+    return "\n".join(markdown.table(["clips", *columns, "open files"], texts))
 
 
 def main() -> None:

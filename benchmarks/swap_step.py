@@ -27,6 +27,7 @@ from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep
 from vjepa_fast.bench.steps import OurStep, check_same_loss, interleave, masks_of_batches
 from vjepa_fast.bench.timing import ROOT, Quantiles, environment
 from vjepa_fast.bench.workload import BASE, SMALL, TINY, TRIAL, Workload
+from vjepa_fast.common import markdown
 
 TOLERANCE = 1e-5
 PROMISED = 1.1
@@ -86,13 +87,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         "its three networks swapped. Ours: the step of `vjepa-fast train`. Times are medians with quantiles 20 to 80,",
         f"ratios the medians of those of neighbouring steps. Promised of the swap alone: {PROMISED}.",
         "",
-        "| config | batch | reference, ms | swapped, ms | ours, ms | reference / swapped | reference / ours |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for found in report["configs"]:
         times = [spread(found["seconds"][name], 1, 1e3) for name in ("reference", "swapped", "ours")]
         ratios = [spread(found["ratios"][name], 3) for name in ("swapped", "ours")]
-        lines.append(f"| {found['config']} | {found['batch_size']} | {' | '.join(times + ratios)} |")
+        rows.append([found["config"], found["batch_size"], *times, *ratios])
+    head = ["config", "batch", "reference, ms", "swapped, ms", "ours, ms", "reference / swapped", "reference / ours"]
+    lines += markdown.table(head, rows)
     return "\n".join(lines) + "\n"
 
 

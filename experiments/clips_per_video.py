@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.clip_sources import KINDS, requests
 from benchmarks.compare_decode import core_ms
+from vjepa_fast.common import markdown
 from vjepa_fast.data.decode.index import build_index
 from vjepa_fast.data.decode.pyav import decode_clips
 from vjepa_fast.data.decode.request import VideoSource
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the videos")
     folder = parser.parse_args().folder
     torch.set_num_threads(1)
-    print("| source | " + " | ".join(f"{count} of a video" for count in COUNTS) + " |\n|---|" + "---|" * len(COUNTS))
+    print("\n".join(markdown.table(["source", *(f"{count} of a video" for count in COUNTS)], [])))
     for kind in KINDS[:2]:
         [path] = kind.write(folder, 1)
         clips = requests([VideoSource(str(path), build_index(str(path)))], NUM_CLIPS, (256, 256))
@@ -39,7 +40,7 @@ def main() -> None:
                 for first in range(0, NUM_CLIPS, count):
                     decode_clips(clips[first : first + count])
                 best[count] = min(best[count], (core_ms() - before) / NUM_CLIPS)
-        print(f"| {kind.name} | " + " | ".join(f"{best[count]:.0f}" for count in COUNTS) + " |", flush=True)
+        print(markdown.row([kind.name, *(f"{best[count]:.0f}" for count in COUNTS)]), flush=True)
 
 
 if __name__ == "__main__":

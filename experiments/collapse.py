@@ -24,6 +24,7 @@ from torch import Tensor
 
 import vjepa_fast as vf
 from experiments import RESULTS
+from vjepa_fast.common import markdown
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.latent_loss import target_features
@@ -132,15 +133,21 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "context rank",
         "explained",
     )
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rows = []
     for r in results:
         last, first = r["rows"][-1], (r["warnings"] or [{"step": "none", "kind": "", "cause": ""}])[0]
-        lines.append(
-            f"| {r['name']} | {first['step']} | {first['kind']} | {first['cause']} | {r['expected'] or 'none'} | "
-            f"{last['target_std']:.3f} | {last['target_rank']:.1f} | {last['context_rank']:.1f} | "
-            f"{last['explained']:.2f} |"
+        rows.append(
+            [
+                r["name"],
+                *(first[key] for key in ("step", "kind", "cause")),
+                r["expected"] or "none",
+                f"{last['target_std']:.3f}",
+                f"{last['target_rank']:.1f}",
+                f"{last['context_rank']:.1f}",
+                f"{last['explained']:.2f}",
+            ]
         )
-    return "\n".join(lines)
+    return "\n".join(markdown.table(columns, rows))
 
 
 def main() -> None:

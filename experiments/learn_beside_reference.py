@@ -29,6 +29,7 @@ import vjepa_fast as vf
 from benchmarks.compare_runs import plot_losses, smooth
 from vjepa_fast.bench.reference import REFERENCE_COMMIT, ReferenceStep, normalise
 from vjepa_fast.bench.timing import ROOT, environment
+from vjepa_fast.common import markdown
 from vjepa_fast.data.loader import Batch
 from vjepa_fast.evaluation.demo import clips_of, probe_scores
 from vjepa_fast.optim.schedules import Schedules
@@ -133,17 +134,17 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"{ours.shape[1]} steps of the demo recipe with `mask.truncate=batch_min`, fp32; both sides see the same clips",
         "and masks and start from the same weights. Mean and standard deviation over the seeds.",
         "",
-        "| | reference | ours | untrained |",
-        "|---|---|---|---|",
     ]
+    rows = []
     tenth = max(1, ours.shape[1] // 10)
     for name, part in (("loss, first tenth", slice(0, tenth)), ("loss, last tenth", slice(-tenth, None))):
         cells = [spread([float(np.mean(run["losses"][side][part])) for run in runs]) for side in SIDES]
-        lines.append(f"| {name} | {' | '.join(cells)} | |")
+        rows.append([name, *cells])
     for score in SCORES:
         cells = [spread([run["scores"][side][score] for run in runs]) for side in SIDES]
-        lines.append(f"| {score} | {' | '.join(cells)} | {spread([run['untrained'][score] for run in runs])} |")
+        rows.append([score, *cells, spread([run["untrained"][score] for run in runs])])
     lines += [
+        *markdown.table(["", "reference", "ours", "untrained"], rows),
         "",
         "Largest relative difference of a step's loss up to step 10, 50, 100 and the last, worst seed: "
         + ", ".join(f"{apart[:, :upto].max():.1e}" for upto in (10, 50, 100, ours.shape[1]))
@@ -154,17 +155,16 @@ def as_markdown(report: dict[str, Any]) -> str:
             "Means over ten steps differ by more than the seeds' deviations at "
             f"{100 * outside(runs):.1f} % of the steps."
         )
-    lines += [
-        "",
-        "| seed | velocity R2, reference | ours | loss of the last tenth, reference | ours |",
-        "|---|---|---|---|---|",
+    head = ["seed", "velocity R2, reference", "ours", "loss of the last tenth, reference", "ours"]
+    by_seed = [
+        [
+            run["seed"],
+            *(f"{run['scores'][side]['velocity_r2']:.2f}" for side in ("reference", "ours")),
+            *(f"{np.mean(run['losses'][side][-tenth:]):.4f}" for side in ("reference", "ours")),
+        ]
+        for run in runs
     ]
-    for run in runs:
-        last = {side: np.mean(run["losses"][side][-tenth:]) for side in SIDES}
-        lines.append(
-            f"| {run['seed']} | {run['scores']['reference']['velocity_r2']:.2f} | "
-            f"{run['scores']['ours']['velocity_r2']:.2f} | {last['reference']:.4f} | {last['ours']:.4f} |"
-        )
+    lines += ["", *markdown.table(head, by_seed)]
     return "\n".join(lines) + "\n"
 
 

@@ -31,6 +31,7 @@ from experiments.learn_beside_reference import FedReference
 from experiments.physics_probes import QUANTITIES, Split, effective_rank, features, pack_videos, read_split, scores
 from vjepa_fast.bench.reference import REFERENCE_COMMIT
 from vjepa_fast.bench.timing import ROOT, environment, pick_device, synchronize
+from vjepa_fast.common import markdown
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.generated.physics import make_physics
 from vjepa_fast.train.trainer import Trainer
@@ -151,31 +152,26 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"- command: `VJEPA2_REFERENCE=... {about['command']}`",
         f"- date: {about['date']}",
         "",
-        "| | " + " | ".join(sides) + " |",
-        "|---" * (len(sides) + 1) + "|",
     ]
+    rows: list[list[str]] = []
     for label, key, form in (
         ("steps", "losses", len),
         ("clips/s, with loading and compiling", "clips_per_s", "{:.0f}".format),
         ("waits for clips", "data_wait", "{:.1%}".format),
         ("peak memory, GiB (of the reference with a copy of ours)", "peak_memory_gib", "{:.1f}".format),
     ):
-        lines.append(
-            f"| {label} | "
-            + " | ".join(str(form(side[key])) if side.get(key) is not None else "" for side in sides.values())
-            + " |"
-        )
+        rows.append([label, *(str(form(side[key])) if side.get(key) is not None else "" for side in sides.values())])
     most = max(len(side.get("losses", [])) for side in sides.values())
     for end in sorted({most // 10, most // 4, most // 2, most}):
         told = [side.get("losses", [])[:end] for side in sides.values()]
         cells = [f"{np.mean(losses[-20:]):.4f}" if len(losses) == end else "" for losses in told]
-        lines.append(f"| loss, 20 steps to step {end} | " + " | ".join(cells) + " |")
+        rows.append([f"loss, 20 steps to step {end}", *cells])
     for read_out in ("mean", "last"):
         for quantity in QUANTITIES:
             cells = [f"{side['probe']['scores'][read_out][quantity]:.2f}" for side in sides.values()]
-            lines.append(f"| {quantity} ({read_out}) | " + " | ".join(cells) + " |")
-    cells = [f"{side['probe']['rank']:.1f}" for side in sides.values()]
-    lines.append("| effective rank | " + " | ".join(cells) + " |")
+            rows.append([f"{quantity} ({read_out})", *cells])
+    rows.append(["effective rank", *(f"{side['probe']['rank']:.1f}" for side in sides.values())])
+    lines += markdown.table(["", *sides], rows)
     return "\n".join(lines) + "\n"
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import vjepa_fast as vf
 from experiments import RESULTS
+from vjepa_fast.common import markdown
 from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
@@ -289,30 +290,30 @@ def gather(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 
 def table(rows: dict[str, dict[str, list[float]]]) -> str:
     """Markdown: mean, and the spread from the least to the largest seed."""
-    lines = [f"| features | {' | '.join(QUANTITIES)} |", "|---" * (len(QUANTITIES) + 1) + "|"]
+    texts = []
     for name, row in rows.items():
         cells = [f"{np.mean(v):.2f}" + (f" ({min(v):.2f} to {max(v):.2f})" if len(v) > 1 else "") for v in row.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        texts.append([name, *cells])
+    return "\n".join(markdown.table(["features", *QUANTITIES], texts))
 
 
 def margins(rows: dict[str, dict[str, list[float]]]) -> str:
     """Markdown: trained less untrained, and in standard deviations of the difference between two seeds."""
-    lines = [f"| less untrained | {' | '.join(QUANTITIES)} |", "|---" * (len(QUANTITIES) + 1) + "|"]
+    texts = []
     for name in rows:
         which, _, read_out = name.rpartition(", ")
         beside = rows.get(f"untrained, {read_out}")
         if beside is None or which == "untrained":
             continue
-        cells = []
+        cells = [name]
         for quantity in QUANTITIES:
             own, other = rows[name][quantity], beside[quantity]
             margin, cell = np.mean(own) - np.mean(other), ""
             if len(own) > 1 and len(other) > 1:
                 cell = f" ({margin / np.hypot(np.std(own, ddof=1), np.std(other, ddof=1)):.1f} std)"
             cells.append(f"{margin:+.2f}{cell}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        texts.append(cells)
+    return "\n".join(markdown.table(["less untrained", *QUANTITIES], texts))
 
 
 def lengths(runs: list[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ import torch
 
 from experiments import RESULTS
 from experiments.physics_probes import Job, pack_videos, run, versions
+from vjepa_fast.common import markdown
 from vjepa_fast.data.generated import physics
 from vjepa_fast.data.generated.physics import make_physics
 
@@ -70,10 +71,7 @@ READ = (("velocity", "mean"), ("position", "last"), ("time to contact", "last"),
 def table(found: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> str:
     """Markdown: mean and spread over the seeds."""
     columns = [f"{quantity} ({read_out})" for quantity, read_out in READ]
-    lines = [
-        f"| changed | steps | {' | '.join(columns)} | rank | explained | seconds a step |",
-        "|---" * (len(READ) + 5) + "|",
-    ]
+    rows = []
     for name, runs in {**found, "untrained": untrained}.items():
         cells = []
         for quantity, read_out in READ:
@@ -84,8 +82,8 @@ def table(found: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]
         steps = str(runs[0]["steps"]) if trained else ""
         cells.append(f"{np.mean([one['log']['explained'] for one in runs]):.2f}" if trained else "")
         cells.append(f"{np.mean([60 * one['minutes'] / one['steps'] for one in runs]):.2f}" if trained else "")
-        lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, steps, *cells])
+    return "\n".join(markdown.table(["changed", "steps", *columns, "rank", "explained", "seconds a step"], rows))
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from vjepa_fast.common import markdown
+
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets.json"
 CAPABILITIES = ("80", "90", "100")
@@ -101,18 +103,16 @@ def _budget(used: dict[str, Any]) -> dict[str, Any]:
 
 def table(compiled: dict[str, Any]) -> str:
     """What each kernel uses, in Markdown; a cell has one figure where all architectures agree."""
-    lines = [
-        f"| kernel (case) | registers, sm_{' / '.join(CAPABILITIES)} | stack | shared, bytes | instructions |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for kernel, found in compiled.items():
         cells = []
         for key in ("registers", "stack", "shared", "instructions"):
             values = [found[c][key] for c in CAPABILITIES if c in found]
             texts = [", ".join(value) if isinstance(value, list) else str(value) for value in values]
             cells.append(texts[0] if len(set(texts)) == 1 else " / ".join(texts))
-        lines.append(f"| {kernel} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([kernel, *cells])
+    head = ["kernel (case)", f"registers, sm_{' / '.join(CAPABILITIES)}", "stack", "shared, bytes", "instructions"]
+    return "\n".join(markdown.table(head, rows))
 
 
 if __name__ == "__main__":

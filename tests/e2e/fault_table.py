@@ -27,6 +27,7 @@ from tests.e2e.harness import (
 )
 from vjepa_fast.checkpoints.run_folder import newest_checkpoint
 from vjepa_fast.checkpoints.writer import damage
+from vjepa_fast.common import markdown
 
 STEPS = 9
 """Of a run; a checkpoint every 3."""
@@ -72,7 +73,7 @@ class Table:
         assert losses(out) == losses(self.alone) and equal(weights(out), weights(self.alone)), what
         assert no_leftovers(out)
         went_on = next(line.rsplit(" ", 1)[1] for line in run.stdout.splitlines() if line.startswith("continuing "))
-        print(f"| {what} | {said.replace(str(out), 'RUN')} | step {went_on}, the same to the bit |", flush=True)
+        print(markdown.row([what, said.replace(str(out), "RUN"), f"step {went_on}, the same to the bit"]), flush=True)
 
     def disk(self, what: str, patch: tuple) -> None:  # type: ignore[type-arg]
         """A disk that refuses the third checkpoint."""
@@ -120,7 +121,7 @@ def main() -> None:
         table = Table(Path(name), arguments.format)
         sharded = arguments.format == "sharded"
         what = "step6.dcp" if sharded else "latest.pt"
-        print("| what happens | what is said | where the run goes on |\n|---|---|---|")
+        print("\n".join(markdown.table(["what happens", "what is said", "where the run goes on"], [])))
         full = full_disk_in_shards if sharded else full_disk_in_checkpoint
         table.disk("disk full during a checkpoint", (full, (3,)))
         table.disk("folder becomes read-only", (read_only_at_checkpoint, (3,)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vjepa_fast.bench.loader import backend_name
+from vjepa_fast.common import markdown
 from vjepa_fast.common.profiler_labels import PARTS, backward_of
 
 _COLOURS = {"ours": "#2a6fbb", "reference": "#b8b8b8"}
@@ -48,17 +49,11 @@ def _loader_lines(loader: dict[str, Any], on_cpu: bool) -> list[str]:
         f"Loader, {loader['manifest']}. The step takes {loader['step_ms_per_clip']:.1f} ms a clip, so it needs "
         f"{loader['step_clips_per_s']:.1f} clips/s.",
         "",
-        f"| from | by | decoding processes | clips/s | core-ms a clip | {_waits(on_cpu)} | |",
-        "|---|---|---|---|---|---|---|",
+        *markdown.table(
+            ["from", "by", "decoding processes", "clips/s", "core-ms a clip", _waits(on_cpu), ""],
+            map(_loader_row, loader["rows"]),
+        ),
     ]
-    for row in loader["rows"]:
-        what = f"| {row['format']} | {backend_name(row)} |"
-        lines.append(
-            f"{what} | | | | {row['error'].splitlines()[0]} |"
-            if "error" in row
-            else f"{what} {row['num_workers']} | {row['clips_per_s']:.1f} | {row['core_ms_per_clip']:.1f} | "
-            f"{100 * row['waits']:.1f} % | {'; '.join(row['notes'])} |"
-        )
     if "sample" in loader:
         found = loader["sample"]
         lines += [
@@ -74,6 +69,14 @@ def _loader_lines(loader: dict[str, Any], on_cpu: bool) -> list[str]:
             f"their bytes, {made['psnr']:.1f} dB."
         ]
     return lines
+
+
+def _loader_row(row: dict[str, Any]) -> list[object]:
+    what = [row["format"], backend_name(row)]
+    if "error" in row:
+        return [*what, "", "", "", "", row["error"].splitlines()[0]]
+    rates = (f"{row['clips_per_s']:.1f}", f"{row['core_ms_per_clip']:.1f}", f"{100 * row['waits']:.1f} %")
+    return [*what, row["num_workers"], *rates, "; ".join(row["notes"])]
 
 
 def _waits(on_cpu: bool) -> str:
@@ -103,29 +106,29 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
             "the ratios of neighbouring steps. Unseen shapes: the first pass over the batches. The reference's",
             "clips are normalised beforehand, ours in the step.",
         ]
-    lines += [
-        "",
-        "| | ms | clips/s | model TFLOP/s (of matrix product rate) | unseen shapes, ms | our speed-up |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, info in sides(report).items():
-        ratio = info.get("over_ours")
-        text = "" if ratio is None else f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
-        lines.append(
-            f"| {name} | {info['p50'] * 1e3:.1f} ({info['p20'] * 1e3:.1f} to {info['p80'] * 1e3:.1f}) | "
-            f"{info['clips_per_s']:.2f} | {info['model_tflop_per_s']:.3g} "
-            f"({100 * info['share_of_matmul_rate']:.0f} %) | {info['unseen_shapes']['p50'] * 1e3:.1f} | {text} |"
-        )
-    for name, info in report.get("reference", {}).items():
-        if "error" in info:
-            lines.append(f"| {name} | {info['error']} | | | | |")
+    rows = [_step_row(name, info) for name, info in sides(report).items()]
+    rows += [[name, info["error"]] for name, info in report.get("reference", {}).items() if "error" in info]
+    head = ["", "ms", "clips/s", "model TFLOP/s (of matrix product rate)", "unseen shapes, ms", "our speed-up"]
+    lines += ["", *markdown.table(head, rows)]
     if "graphed" in report["step"]:
         lines += ["", _graphed_line(report["step"]["graphed"])]
     by_part = report["step"]["profile"]["ms_by_part"]
     total = sum(by_part.values())
-    lines += ["", "Our step by part, under the profiler:", "", "| part | ms | share |", "|---|---|---|"]
-    lines += [f"| {part} | {by_part[part]:.2f} | {100 * by_part[part] / total:.1f} % |" for part in _parts(by_part)]
+    shares = [(part, f"{by_part[part]:.2f}", f"{100 * by_part[part] / total:.1f} %") for part in _parts(by_part)]
+    lines += ["", "Our step by part, under the profiler:", "", *markdown.table(["part", "ms", "share"], shares)]
     return lines
+
+
+def _step_row(name: str, info: dict[str, Any]) -> list[str]:
+    ratio = info.get("over_ours")
+    return [
+        name,
+        f"{info['p50'] * 1e3:.1f} ({info['p20'] * 1e3:.1f} to {info['p80'] * 1e3:.1f})",
+        f"{info['clips_per_s']:.2f}",
+        f"{info['model_tflop_per_s']:.3g} ({100 * info['share_of_matmul_rate']:.0f} %)",
+        f"{info['unseen_shapes']['p50'] * 1e3:.1f}",
+        "" if ratio is None else f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})",
+    ]
 
 
 def _parts(by_part: dict[str, float]) -> list[str]:
