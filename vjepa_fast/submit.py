@@ -1,4 +1,4 @@
-"""The name under which a job that waits in SLURM's queue was pickled; at home in cli/submit.py."""
+"""Keeps the module path that queued SLURM jobs were pickled with; the code is in cli/submit.py."""
 
 from vjepa_fast.cli.submit import TrainingJob
 

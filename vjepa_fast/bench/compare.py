@@ -1,4 +1,4 @@
-"""Our step by itself and beside the reference's, as figures."""
+"""Compares our step with the reference's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loader gives from a user's files and from packs, by each back end, and whether that feeds the step.
+"""Measures what the loader delivers from a user's files and from packs, per back end, and whether it feeds the step.
 
 Every row is measured twice: in this process, whose CPU time is known exactly, and with the decoding processes that
 training has, for the rate. Neither counts importing, starting processes, building pipelines, or the keyframe indices of

@@ -1,4 +1,4 @@
-"""The result of `vjepa-fast bench` as a page and as a picture."""
+"""Renders the result of `vjepa-fast bench` as a page and a picture."""
 
 from __future__ import annotations
 

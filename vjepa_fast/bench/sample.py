@@ -1,4 +1,4 @@
-"""Some of a user's videos to measure the loader on, and a pack of some of those, made for the measurement alone."""
+"""Draws a sample of a user's videos, and packs some of it, to measure the loader on."""
 
 from __future__ import annotations
 

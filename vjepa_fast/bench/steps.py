@@ -1,4 +1,4 @@
-"""Whole training steps: ours, several sides in turns, and where their time goes."""
+"""Times whole training steps, several implementations in turns, and profiles where the time goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing on a CPU or a GPU, the limits of the machine, and a record of what was measured where.
+"""Timing on CPU and GPU, the machine's limits, and a record of the environment of a measurement.
 
 A share of a limit is always a share of a measured one: `measure_limits` times a large copy and a large matrix product
 on random data, and `share_of_limit` divides the time that the slower of the two would need by the time taken.

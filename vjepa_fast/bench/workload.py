@@ -1,4 +1,4 @@
-"""What the benchmarks run on: a model size, a batch, and clips and masks as training draws them."""
+"""Workloads for benchmarks: model size, batch, and clips and masks as training draws them."""
 
 from __future__ import annotations
 

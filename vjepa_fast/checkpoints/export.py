@@ -1,4 +1,4 @@
-"""Writes V-JEPA weights in the reference's layout, as one .safetensors file, or as a folder of Hugging Face.
+"""Exports V-JEPA weights to Meta's layout, to one .safetensors file, or to a Hugging Face folder.
 
 What is written appears whole or not at all.
 """

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of, told by the names and shapes of its parameters.
+"""Infers a model's config from the names and shapes of its parameters.
 
 Shapes tell width, depth, patch and tubelet size, the MLP, the predictor's sizes and, by a stored sine-cosine table, the
 grid. They do not tell the number of heads, how RoPE spreads its angles or the crop size: those are taken from what the

@@ -1,4 +1,4 @@
-"""The weights of a pretrained model as those of the first step of a new run (train.init_weights)."""
+"""Initialises a new run from the weights of a pretrained model (train.init_weights)."""
 
 from __future__ import annotations
 

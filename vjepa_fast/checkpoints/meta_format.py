@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of facebookresearch/vjepa2 (app/vjepa/train.py:331-345), both ways.
+"""Reads and writes checkpoints in the layout of facebookresearch/vjepa2 (app/vjepa/train.py:331-345).
 
 Keys: encoder, predictor, target_encoder (state dicts with the prefix `module.backbone.`), opt, scaler, epoch, loss,
 batch_size, world_size, lr. Ours add one key, `vjepa_fast`, which the reference ignores.

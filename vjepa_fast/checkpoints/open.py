@@ -1,4 +1,4 @@
-"""Opens whatever holds V-JEPA weights, and says what is in it.
+"""Opens any file or folder with V-JEPA weights and describes its contents.
 
 Read are: training checkpoints of facebookresearch/jepa and vjepa2 and ours (app/vjepa/train.py:331-345), released
 weights, action-conditioned checkpoints (app/vjepa_droid), attentive probes (evals/video_classification_frozen), bare

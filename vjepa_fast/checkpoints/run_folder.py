@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""Chooses the run folder and finds the checkpoints in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are folders of shards, written by torch.distributed.checkpoint, read without a process group.
+"""Sharded checkpoints: folders written by torch.distributed.checkpoint, read without a process group.
 
 A folder holds
 

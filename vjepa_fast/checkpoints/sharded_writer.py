@@ -1,4 +1,4 @@
-"""Checkpoints of which every process writes its part: step<N>.dcp folders.
+"""Writes sharded checkpoints, step<N>.dcp folders: every process writes its part.
 
 vjepa_fast.checkpoints.sharded_format says what they hold.
 

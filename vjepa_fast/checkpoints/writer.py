@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: latest.pt and those before it, written at once or in the background, and checked.
+"""Writes the checkpoints of a run folder, at once or in the background, and verifies them.
 
 latest.pt is the newest. Before another takes its place it gets a second name, step<N>.pt, so that up to `keep_last`
 checkpoints are there; a hard link costs no time and no space. At no moment is there none: where the file system has no

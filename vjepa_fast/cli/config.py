@@ -1,4 +1,4 @@
-"""Which config a verb works on: the options that name it, and how it is read."""
+"""Options that select a config, shared by several verbs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verbs say on stderr, and the exit codes of errors."""
+"""Messages on stderr and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast convert`: weights from any layout into another, proved."""
+"""`vjepa-fast convert`: converts weights between layouts and verifies the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast doctor`: what is installed, what is used, and why something is not."""
+"""`vjepa-fast doctor`: reports what is installed, what is used, and why something is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast embed`: features of videos by a pretrained encoder."""
+"""`vjepa-fast embed`: computes features of videos with a pretrained encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast masks`: a picture of the masks that a config draws."""
+"""`vjepa-fast masks`: draws the masks of a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the commands that use a trained model."""
+"""Options shared by the verbs that use a trained model."""
 
 from __future__ import annotations
 

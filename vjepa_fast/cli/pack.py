@@ -1,4 +1,4 @@
-"""`vjepa-fast pack`: videos once decoded, scaled and kept as JPEG frames, which are cheap to read."""
+"""`vjepa-fast pack`: decodes and scales videos once and stores JPEG frames, which are cheap to read."""
 
 from __future__ import annotations
 

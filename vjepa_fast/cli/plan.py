@@ -1,4 +1,4 @@
-"""`vjepa-fast plan`: what a config costs on a named GPU, before it runs."""
+"""`vjepa-fast plan`: predicts what a config costs on a named GPU."""
 
 from __future__ import annotations
 

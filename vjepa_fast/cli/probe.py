@@ -1,4 +1,4 @@
-"""`vjepa-fast probe`: what the features of a frozen encoder know."""
+"""`vjepa-fast probe`: measures what the features of a frozen encoder encode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast probe` on labelled videos: features, probes, and what they scored."""
+"""`vjepa-fast probe` on labelled videos: computes features, trains probes, reports scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vjepa-fast probe --task horizon` and `--task surprise`: what is asked of the predictor."""
+"""`vjepa-fast probe --task horizon` and `--task surprise`: evaluates the predictor."""
 
 from __future__ import annotations
 

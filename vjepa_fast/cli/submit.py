@@ -1,4 +1,4 @@
-"""Training as a SLURM job, submitted from the command line by submitit (the extra `slurm`).
+"""Submits training as a SLURM job through submitit (the extra `slurm`).
 
 A job that is about to reach its time limit gets SIGUSR2 from SLURM: the run finishes its step and writes a checkpoint,
 then submitit puts the job back into the queue, where it goes on from that checkpoint. SIGTERM is taken as ever: a

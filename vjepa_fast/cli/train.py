@@ -1,4 +1,4 @@
-"""`vjepa-fast train`: pretrain from a recipe or a config file."""
+"""`vjepa-fast train`: pretrains from a recipe or a config file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every other part stands on: errors, random numbers, files, the machine. Imports nothing of the package."""
+"""Foundations of every other part: errors, random numbers, files, the machine. Imports no other part."""

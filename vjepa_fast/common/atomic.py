@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also when the power goes or the disk is full."""
+"""Writes files atomically: whole or absent, even on power loss or a full disk."""
 
 from __future__ import annotations
 

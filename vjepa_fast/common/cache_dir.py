@@ -1,4 +1,4 @@
-"""Where everything is kept that can be worked out again."""
+"""The cache folder: everything in it can be recomputed."""
 
 from __future__ import annotations
 

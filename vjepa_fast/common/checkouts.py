@@ -1,4 +1,4 @@
-"""Importing modules out of a checkout of facebookresearch/vjepa2 or jepa, several versions in one process."""
+"""Imports modules from checkouts of facebookresearch/vjepa2 or jepa, several versions in one process."""
 
 from __future__ import annotations
 

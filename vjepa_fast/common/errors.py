@@ -1,4 +1,4 @@
-"""Errors that a user can cause: their message is shown alone, without a traceback."""
+"""Errors a user can cause; the command line shows their message without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled operators of csrc/: found and loaded once, when first asked for, and what came of it.
+"""Finds and loads the compiled operators of csrc/ once, on first use, and reports the outcome.
 
 One shared library, `_C.so` in the package, holds the C++ and the CUDA kernels behind PyTorch's stable ABI, so that it
 loads in any PyTorch from 2.10 on, with and without CUDA. Everything works without it; `load().reason` says why it is

@@ -1,4 +1,4 @@
-"""What the machine is."""
+"""Describes the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for the parts of a training step, for a profiler or a counter; nothing happens unless one is at work.
+"""Labels for the parts of a training step; free unless a profiler or counter is active.
 
 A part's forward is a range. Its backward has no place in the code: a mark says that from here on the backward is that
 part's, set when the gradient of what the part returned is known.

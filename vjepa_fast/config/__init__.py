@@ -1,4 +1,4 @@
-"""Reading a config: our YAML, the reference's YAML or a packaged recipe, with overrides on top."""
+"""Reads configs: our YAML, the reference's YAML or a packaged recipe, with overrides on top."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs as flat lists of keys, and what one changes of a packaged recipe."""
+"""Flattens configs to lists of keys and compares a config with a packaged recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pydantic's findings as sentences: the key, the value seen, the values accepted."""
+"""Turns pydantic's errors into sentences: the key, the value seen, the values accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`section.key=value` on top of a config that is still plain dicts and lists."""
+"""Applies `section.key=value` overrides to a config that is still plain dicts and lists."""
 
 from __future__ import annotations
 

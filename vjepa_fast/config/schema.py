@@ -1,4 +1,4 @@
-"""What a run is made of: typed, validated, the single source of every default.
+"""The schema of a run's config: typed, validated, the single source of every default.
 
 The keys are the reference's own (facebookresearch/vjepa2, app/vjepa/train.py) wherever it has one, so that somebody
 who knows its YAML files knows ours. Where sizes appear in two sections (the model needs the crop size, so does the

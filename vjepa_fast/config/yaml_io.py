@@ -1,4 +1,4 @@
-"""YAML without its surprises, in and out.
+"""Reads and writes YAML without its surprises.
 
 PyYAML implements YAML 1.1, where `1e-4` is a string, `8:30` the number 510 and `2024-01-01` a date. Here scalars follow
 YAML 1.2 for these three, and a key that is written twice in one mapping is an error.

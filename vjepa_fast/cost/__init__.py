@@ -1,1 +1,1 @@
-"""What a training step costs before it runs: arithmetic, bytes, launches, memory and time on a named GPU."""
+"""Predicts the cost of a training step: arithmetic, bytes, launches, memory and time on a named GPU."""

@@ -1,4 +1,4 @@
-"""Bytes that the blocks of a network keep for the backward, and those that come and go while a block runs.
+"""Counts the bytes that a network's blocks keep for the backward, and the temporary ones of a running block.
 
 For each token of a block, with s bytes an element, D width and F hidden width. Our kernels keep the inputs of both
 norms, of the four linear layers and of the activation, queries, keys, values, and the output of attention, 8 D s +

@@ -1,4 +1,4 @@
-"""Which settings save memory, and how much: for a run that did not fit, and for one that would not."""
+"""Suggests settings that save memory, and how much, for a run that does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predicted against measured, part by part."""
+"""Compares predicted with measured times, part by part."""
 
 from __future__ import annotations
 

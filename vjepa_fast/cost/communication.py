@@ -1,4 +1,4 @@
-"""What a step costs on many GPUs: the bytes that processes exchange, beside the computation, and what stays exposed.
+"""Predicts the communication of a step on many GPUs: bytes exchanged, and the share that is not hidden.
 
 Bytes that one GPU sends, of n, for P trained parameters of which the encoder's are E (the target encoder has as many):
 

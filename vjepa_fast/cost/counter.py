@@ -1,4 +1,4 @@
-"""Kernel launches and bytes of a step, counted operator by operator as torch dispatches them.
+"""Counts kernel launches and bytes of a step, operator by operator, as torch dispatches them.
 
 Every operator that computes or copies is one launch; views and allocations are none. Bytes are those of its inputs and
 outputs, each once. So an operator that torch runs as several kernels (a reduction in two stages) counts as one, and one

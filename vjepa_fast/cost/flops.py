@@ -1,4 +1,4 @@
-"""How many floating-point operations a step has to do, from the configuration and the lengths of the masks.
+"""Counts the floating-point operations of a step from the config and the lengths of the masks.
 
 Only matrix products and attention count, a multiply-add as two. A backward pass costs twice its forward; attention
 that recomputes its scores does more, which is not credited. The patch embedding's input needs no gradient, so its

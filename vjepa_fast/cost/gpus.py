@@ -1,4 +1,4 @@
-"""GPUs by name: what the data sheets say, and the shares of it that kernels are assumed or were measured to reach.
+"""GPUs by name: data sheet rates, and the share of them that kernels reach, assumed or measured.
 
 Assumed until measured on the machine (each replaced by `with_measured`):
 - matrix products reach 80 % of the data sheet's dense bf16 rate (790 of 989 TFLOP/s on a Hopper);

@@ -1,4 +1,4 @@
-"""Memory of a training step: what lies there all the time, and the account of one step, allocation by allocation.
+"""Predicts the memory of a training step: what is always resident, and one step, allocation by allocation.
 
 The step is walked through as training does it, one block of a network after the other: what is kept for the backward
 comes in during the forward and goes again block by block, while gradients come in. The peak is where the sum is

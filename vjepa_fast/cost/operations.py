@@ -1,4 +1,4 @@
-"""The operations of a training step on our kernels: arithmetic, bytes and launches of each.
+"""Lists the operations of a training step on our kernels with their arithmetic, bytes and launches.
 
 Bytes are those of the formulas in the files of vjepa_fast/ops; of a matrix product, operands and result once. Attention
 is counted as one launch over all packed sequences.

@@ -1,4 +1,4 @@
-"""How many parameters a model has, counted on modules without memory."""
+"""Counts a model's parameters on modules without memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config will be: shapes, tokens, arithmetic, memory, time and cost, as text."""
+"""Describes a config as text: shapes, tokens, arithmetic, memory, time and cost."""
 
 from __future__ import annotations
 

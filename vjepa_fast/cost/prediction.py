@@ -1,4 +1,4 @@
-"""Time of a training step on a named GPU, part by part.
+"""Predicts the time of a training step on a named GPU, part by part.
 
 A matrix product or attention takes the longer of arithmetic and bytes, everything else its bytes. A part takes the
 longer of what its kernels take and what launching them takes the CPU; the parts add up. The loader runs beside the

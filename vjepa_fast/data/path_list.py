@@ -1,4 +1,4 @@
-"""Many paths in little memory, shared by processes that are forked."""
+"""Stores many paths in little memory, shared by forked processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks in processes, one of which may die without taking the others along."""
+"""A process pool that survives the death of a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches that are being finished before the step asks for them.
+"""Finishes batches ahead of the step.
 
 `num_ahead` batches of a back end may be in work or waiting; beyond that nothing is taken from the decoding processes,
 whose own queues are bounded too, so that a slow step stops the whole line. On a GPU a thread takes and starts them, so

@@ -1,4 +1,4 @@
-"""Batches from the decoding processes, in order; what happens when one of them dies or hangs.
+"""Collects batches from the decoding processes in order, and handles those that die or hang.
 
 A process that dies (most often the kernel's out-of-memory killer) costs what is read ahead and no more: a batch is a
 pure function of its step, so all processes are started again at the first step that has not arrived. Only when that

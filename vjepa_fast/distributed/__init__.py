@@ -1,1 +1,1 @@
-"""Several processes: how they find each other, share a model, agree to stop, and notice that one hangs."""
+"""Several processes: finding each other, sharing a model, agreeing to stop, and noticing a hang."""

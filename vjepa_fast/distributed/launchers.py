@@ -1,4 +1,4 @@
-"""Which process of a run this one is, when torchrun or SLURM's srun started it.
+"""Reads this process's rank from torchrun's or srun's environment.
 
 Both say it in environment variables: torchrun RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, srun
 SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID and SLURM_STEP_NODELIST. Where both are there, torchrun was started by

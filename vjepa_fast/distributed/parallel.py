@@ -1,4 +1,4 @@
-"""The model of a run on several processes: whole in each (DDP; ZeRO, which needs no wrapper), or in shards (FSDP2).
+"""Parallel models: replicated (DDP; ZeRO, which needs no wrapper) or sharded (FSDP2).
 
 FSDP2 is used as torchtitan does: every transformer block is a unit whose parameters are gathered before it runs and
 freed after, forward and backward, and what is left is one more, gathered for the whole step. The target encoder is cut

@@ -1,4 +1,4 @@
-"""Processes: which one this is, how they start, how they agree, how they end."""
+"""Starts processes, and lets them agree, wait and end together."""
 
 from __future__ import annotations
 

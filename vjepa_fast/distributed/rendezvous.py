@@ -1,4 +1,4 @@
-"""Processes that torchrun or srun has started find each other, run, and end together."""
+"""Joins the processes that torchrun or srun has started into one run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop, SIGUSR1 as one to write a checkpoint, which the training loop meets between
-two steps."""
+"""Turns SIGINT and SIGTERM into a request to stop, and SIGUSR1 into one to save, honoured between two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that hangs says where, and which process it is, and ends."""
+"""Ends a run that hangs, and reports where it hung and in which process."""
 
 from __future__ import annotations
 

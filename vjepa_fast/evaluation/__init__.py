@@ -1,1 +1,1 @@
-"""What frozen features know."""
+"""Evaluates frozen features and the predictor."""

@@ -1,4 +1,4 @@
-"""Training of attentive probes on frozen features, with the reference's optimizer and schedules.
+"""Trains attentive probes on frozen features, with the reference's optimizer and schedules.
 
 Reference: evals/video_classification_frozen/eval.py of facebookresearch/vjepa2 (V-JEPA 2: AdamW over all parameters, lr
 and weight decay by cosine after a warm-up, set before each step counted from 1) and of facebookresearch/jepa (V-JEPA 1:

@@ -1,4 +1,4 @@
-"""What frozen evaluation does to the pixels of training clips, as the reference does: RandAugment, crop, erasing.
+"""The reference's augmentations for frozen evaluation: RandAugment, crop, erasing.
 
 Reference: evals/video_classification_frozen/utils.py (VideoTransform): RandAugment `rand-m7-n4-mstd0.5-inc1` on whole
 frames (Cubuk et al., arXiv 1909.13719), a crop of 8 to 100 % of the area at a ratio of 3/4 to 4/3, no flip, and with

@@ -1,4 +1,4 @@
-"""What the demo's encoder has learned: position, velocity and shape of the main object, read out by linear probes.
+"""Probes the demo's encoder for position, velocity and shape of the main object, with linear probes.
 
 Train and test clips come from different files. A probe sees the mean of all tokens of a clip. Beside it stand the same
 probe on the encoder as it was before training, on the mean of the raw tubelets (what the encoder is given, pooled as

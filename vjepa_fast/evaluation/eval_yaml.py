@@ -1,4 +1,4 @@
-"""Meta's YAML files of video classification as settings of `vjepa-fast probe`.
+"""Converts Meta's YAML files of video classification to options of `vjepa-fast probe`.
 
 Files of V-JEPA 2 have everything below `experiment`, those of V-JEPA 1 have `data`, `optimization` and `pretrain`.
 """

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, kept on disk, so that a probe is trained on what was computed once.
+"""Stores the features of a frozen encoder on disk, so that they are computed once.
 
 The folder of an encoder is named by a hash over the bytes of its weights, its config and the dtype; an entry in it by
 a hash over the video file (path, size, time of change) and the rule by which it becomes clips. Whatever changes, other

@@ -1,4 +1,4 @@
-"""Several attentive probes of one shape in one batched pass: a grid of learning rates and weight decays at once.
+"""Trains a grid of attentive probes, one per learning rate and weight decay, in one batched pass.
 
 Every parameter is one tensor [K, ...] over the K heads, so that a product over all heads is one batched product, and no
 head sees another: the gradients are those of K separate probes.

@@ -1,4 +1,4 @@
-"""Prediction error by how far ahead, against copying the last features.
+"""Measures prediction error by how far ahead, against copying the last features.
 
 A model that has learned how things move is nearer to the future than the present is, and the lead grows before it is
 lost in what cannot be known.

@@ -1,4 +1,4 @@
-"""What a probe is asked: the labels of a training and a validation manifest, checked.
+"""Reads and checks the labels of a training and a validation manifest.
 
 A label is a class number (`video.mp4 3`) or numbers to predict: one (`video.mp4 0.25`) or several, separated by commas
 (`video.mp4 0.25,-1.5`) or, after `::`, by spaces too (`video.mp4::0.25 -1.5`). Labels that are all whole numbers

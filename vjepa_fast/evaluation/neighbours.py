@@ -1,4 +1,4 @@
-"""k nearest neighbours on pooled features: no training at all, so that what is measured is the features.
+"""Classifies by k nearest neighbours on pooled features: no training, so only the features are measured.
 
 Legend: N training and M test samples, D features, C classes or targets.
 """

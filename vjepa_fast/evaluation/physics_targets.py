@@ -1,4 +1,4 @@
-"""Manifests of numbers and of classes for `vjepa-fast probe` out of labelled clips of physics.
+"""Writes manifests of numbers and classes for `vjepa-fast probe` from labelled physics clips.
 
     python -m vjepa_fast.evaluation.physics_targets train.csv val.csv [--frames 8 --fps 6]
 

@@ -1,4 +1,4 @@
-"""How far predicted features of the future are from what comes, window by window of a video.
+"""Compares predicted features of the future with the true ones, window by window of a video.
 
 The context encoder sees the first tubelets of a clip, the predictor predicts all tokens of the others, and the target
 encoder, which sees the whole clip, says what they are: the training's own question, with its layer norm and its L1

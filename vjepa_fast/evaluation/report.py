@@ -1,4 +1,4 @@
-"""Results of a frozen evaluation as a folder: results.json, probe.pt, and pictures."""
+"""Writes the results of a frozen evaluation: results.json, probe.pt, pictures."""
 
 from __future__ import annotations
 

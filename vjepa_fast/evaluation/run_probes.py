@@ -1,4 +1,4 @@
-"""A frozen evaluation from two manifests: features, then probes on them, then what they scored."""
+"""Runs a frozen evaluation from two manifests: features, probes, scores."""
 
 from __future__ import annotations
 

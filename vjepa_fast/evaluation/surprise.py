@@ -1,4 +1,4 @@
-"""Prediction error as a measure of surprise: are videos in which something impossible happens predicted worse?
+"""Uses prediction error as a measure of surprise: are videos of impossible events predicted worse?
 
 After Garrido et al., "Intuitive physics understanding emerges from self-supervised pretraining on natural videos"
 (arXiv 2502.11831): a window slides over a video, its second half is predicted from its first, and the error is averaged

@@ -1,4 +1,4 @@
-"""Which clips of a video a frozen evaluation looks at: segments in time, views in space, augmented versions.
+"""Chooses the clips of a video for frozen evaluation: segments in time, views in space, augmented versions.
 
 Reference: evals/video_classification_frozen of facebookresearch/vjepa2, src/datasets/video_dataset.py (frames) and
 evals/video_classification_frozen/utils.py (crops). A video is divided into as many parts as there are segments, and of

@@ -1,4 +1,4 @@
-"""A pretrained model for use: features of clips, predictions at chosen positions, states of the future.
+"""A pretrained model for inference: features of clips, predictions at chosen positions, future states.
 
 Only the networks that are used are in memory: one encoder, and the predictor where the file has one.
 

@@ -1,4 +1,4 @@
-"""Runs a converted model here and in the other library, on the same random clip, and compares.
+"""Verifies a converted model: runs it here and in the other library on the same clip and compares.
 
 Legend: B clips, N tokens, K predicted tokens, D width.
 """

@@ -1,4 +1,4 @@
-"""Features of many videos into one file, by a job that can be stopped and goes on.
+"""Computes features of many videos into one file, in a job that can be stopped and resumed.
 
 Done videos are kept in a folder beside the file, in parts that are whole or absent; when all are done the parts become
 the file and the folder goes.

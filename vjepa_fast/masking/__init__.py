@@ -1,1 +1,1 @@
-"""What is hidden and what is predicted: rules, samplers, and the packed batch of masks."""
+"""Masks: rules, samplers, loss weights, and the packed batch of masks."""

@@ -1,4 +1,4 @@
-"""MaskBatch: which tokens are seen and which are predicted, packed for variable-length attention.
+"""MaskBatch: which tokens are context and which are predicted, packed for variable-length attention.
 
 One MaskBatch describes M masks of each of B clips on one token grid. A (mask, clip) pair is a sequence; there are
 S = M * B of them, mask by mask: sequence s belongs to mask s // B and clip s % B.

@@ -1,4 +1,4 @@
-"""Masks in buffers of fixed size and place, refilled for each step, for CUDA graphs.
+"""Masks in buffers of fixed size and address, refilled for each step, for CUDA graphs.
 
 Nothing that depends on a step's masks is a python number here: where sequences begin, what they weigh in the loss and
 which rows they read is worked out on the device, so that a replayed graph finds the numbers of its own step.

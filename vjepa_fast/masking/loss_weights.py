@@ -1,4 +1,4 @@
-"""What every predicted token weighs in the loss: all weights of a step, in one place.
+"""Loss weights: how much each predicted token counts, all rules in one place.
 
     loss of a step = sum over processes, micro-batches and target tokens of  w * |prediction - target|^p / p
 

@@ -1,4 +1,4 @@
-"""Masks of a batch: drawn, truncated and packed, by the compiled operators of csrc/ or by NumPy, to the same bits.
+"""Draws, truncates and packs the masks of a batch with the operators of csrc/ or NumPy, bit-identically.
 
 The rules are those of vjepa_fast.masking.mask_rules. The operators:
 

@@ -1,4 +1,4 @@
-"""A picture of masks over the frames of clips: what the encoder sees, what is predicted, and what is neither.
+"""Draws masks over the frames of clips: context, predicted, and neither.
 
 Sizes are in pixels of the PNG. The frames are put together in NumPy at their final size, a whole number of pixels for
 each token, so that every token has sharp edges; matplotlib adds the text and writes the file.

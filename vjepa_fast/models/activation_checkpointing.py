@@ -1,4 +1,4 @@
-"""What a block keeps for the backward and what it computes a second time.
+"""Activation checkpointing: what a block keeps for the backward and what it recomputes.
 
 `full` keeps the input of a block and runs all of it again. `selective` also keeps the results of matrix products and of
 attention, and runs only what is between them again: norms, rotation, activations, additions. It works on operators as

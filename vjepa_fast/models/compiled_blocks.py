@@ -1,4 +1,4 @@
-"""The parts of a block that are worth compiling, compiled once for all layers of a width.
+"""Compiles the parts of a block around attention, once for all layers of a width.
 
 A block has two: what comes before attention (residual add, norm, qkv) and what comes after it (projection, residual
 add, norm, MLP). RoPE and attention between them stay eager: they look at sequence lengths, which differ at each step.

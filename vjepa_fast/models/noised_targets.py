@@ -1,4 +1,4 @@
-"""Target features with noise, which V-JEPA 1's predictor can be given in place of mask tokens.
+"""Noised target features, an alternative to mask tokens in V-JEPA 1's predictor.
 
 For each (mask, clip) sequence a level i of NUM_LEVELS is drawn, with a_i = product over j <= i of (1 - b_j) and b_j
 rising evenly from 0.5 to 1. Its projected targets x become sqrt(a_i) norm(x) + sqrt(1 - a_i) e, where norm has no

@@ -1,4 +1,4 @@
-"""How sequences of different lengths lie in one token buffer.
+"""Packing: sequences of different lengths in one token buffer.
 
 Legend: L total tokens of all sequences, S sequences, D width.
 """

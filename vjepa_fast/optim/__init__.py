@@ -1,1 +1,1 @@
-"""AdamW with the moving average of the target encoder, its split over processes, and the schedules."""
+"""AdamW with the EMA of the target encoder, its split over processes, and the schedules."""

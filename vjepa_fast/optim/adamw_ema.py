@@ -1,4 +1,4 @@
-"""AdamW that also moves the target encoder and refreshes the half-precision shadows."""
+"""AdamW that also updates the target encoder and the half-precision shadows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of which every process keeps a shard, cut out of whole ones and put together."""
+"""Cuts whole tensors into this process's shard and gathers shards into whole tensors."""
 
 from __future__ import annotations
 

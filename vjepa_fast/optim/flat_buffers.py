@@ -1,4 +1,4 @@
-"""Parameters side by side in flat buffers, of which each process has a share.
+"""Flat buffers of parameters, of which each process owns a share.
 
 A bucket holds the linear layers of one block of a network, or of several where blocks are small: what a backward is
 through with at about one time. All else (norms, patch embedding, mask tokens) is little, and makes one bucket for the

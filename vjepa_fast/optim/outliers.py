@@ -1,4 +1,4 @@
-"""Steps with an outlying loss are left out (V-JEPA 2.1's loss_reg_std_mult).
+"""Skips steps with an outlying loss (V-JEPA 2.1's loss_reg_std_mult).
 
 A step is skipped, after its backward pass, if its loss exceeds the mean of the last losses by so many of their standard
 deviations; such a loss is not among the last ones of later steps (facebookresearch/vjepa2 at 204698b,

@@ -1,4 +1,4 @@
-"""An optimizer whose work is shared by the processes (ZeRO).
+"""AdamWEMA with its work split over the processes (ZeRO-1).
 
 Each process averages the gradients of its share of the parameters, as the backward produces them, keeps the moments of
 this share, updates it and moves the target encoder there; then the shares are brought together while the next step

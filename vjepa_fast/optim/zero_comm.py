@@ -1,4 +1,4 @@
-"""What processes that share an optimizer's work exchange: gradients one way, weights the other.
+"""Communication of ZeRO-1: gradients one way, weights the other.
 
 Gradients are added up bucket by bucket while the backward goes on, and each process gets the sum of its share alone.
 Weights are brought together while the next step begins: what is read first comes first, and who reads waits for that.

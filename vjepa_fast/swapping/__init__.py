@@ -1,1 +1,1 @@
-"""The reference's live modules as fast ones that share their parameters."""
+"""Swaps the reference's live modules for fast ones that share their parameters."""

@@ -1,4 +1,4 @@
-"""Live modules of Hugging Face transformers (models/vjepa2) on our networks.
+"""Swaps live modules of Hugging Face transformers (models/vjepa2).
 
 Theirs keep query, key and value apart; ours joins them, under autograd, at every call. Calls that ask for hidden states
 or attentions run their own layers, as hooks on these record them.

@@ -1,4 +1,4 @@
-"""Which modules `swap` knows, by the names of their classes and their attributes; nobody's package is imported."""
+"""Recognises the modules that `swap` supports by class and attribute names, without importing their packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's mask collators, with masks from our sampler: the same constructor, the same output.
+"""The reference's mask collators on our sampler: same constructor, same output.
 
     facebookresearch/vjepa2  src/masks/multiseq_multiblock3d.py  MaskCollator(cfgs_mask, dataset_fpcs, crop_size=...)
     facebookresearch/jepa    src/masks/multiblock3d.py           MaskCollator(cfgs_mask, crop_size=..., num_frames=...)

@@ -1,4 +1,4 @@
-"""Live modules of Meta's code on our networks: facebookresearch/jepa (V-JEPA 1) and facebookresearch/vjepa2.
+"""Swaps live modules of Meta's code: facebookresearch/jepa (V-JEPA 1) and facebookresearch/vjepa2.
 
 The reference is not imported: classes are known by their names and attributes. What an encoder or predictor can do that
 ours cannot is refused when it is swapped, with one message that names all of it.

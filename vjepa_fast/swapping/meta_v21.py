@@ -1,4 +1,4 @@
-"""Live modules of Meta's V-JEPA 2.1 (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1) on our networks.
+"""Swaps live modules of Meta's V-JEPA 2.1 (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1).
 
 Legend: B clips, K context tokens, K' target tokens, D width; L depths whose features stand side by side.
 """

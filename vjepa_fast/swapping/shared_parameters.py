@@ -1,4 +1,4 @@
-"""Our networks over the parameters of live modules of others.
+"""Builds our networks over the parameters of foreign live modules.
 
 `swap` leaves a module's tree as it is: its children go on holding the parameters, so that names, order, optimizers,
 hooks of data parallelism and checkpoints see nothing new. It puts a class of ours before the module's own

@@ -1,4 +1,4 @@
-"""Meta's and Hugging Face's live modules on our networks, with the very same parameters: `vjepa_fast.swap`.
+"""`vjepa_fast.swap`: Meta's and Hugging Face's live modules on our networks, sharing their parameters.
 
 What stays theirs: parameters, state_dict keys, order of parameters, signatures, outputs, and so optimizers, moving
 averages, DistributedDataParallel and checkpoints. What becomes ours: the forward. docs/swap.md tells what that brings.

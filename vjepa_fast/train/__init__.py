@@ -1,1 +1,1 @@
-"""The training loop, one step of it, and how a run starts and resumes."""
+"""The training loop, its tasks, one training step, and how a run starts and resumes."""

@@ -1,4 +1,4 @@
-"""Images beside videos in every step (V-JEPA 2.1).
+"""Trains on images and videos in every step (V-JEPA 2.1).
 
 In the reference some processes train on images and the others on videos, and gradients are averaged over all of them
 (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1/train.py, img_data.rank_ratio). Here every process has its share of

@@ -1,4 +1,4 @@
-"""A run as the command line does it: alone, as a few processes of its own, or as one of those of torchrun or srun."""
+"""Runs training for the command line: in this process, in child processes, or as one process of torchrun or srun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining with V-JEPA as a task of the training loop (vjepa_fast.train.task.Task)."""
+"""V-JEPA pretraining as a task of the training loop (vjepa_fast.train.task.Task)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a run its checkpoints hold, where it goes on from them, and what has changed since they were written."""
+"""Saves and resumes the checkpoints of a run, and reports what has changed since."""
 
 from __future__ import annotations
 

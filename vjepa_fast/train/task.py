@@ -1,4 +1,4 @@
-"""What the training loop needs of what it trains.
+"""The interface between the training loop and what it trains.
 
 `vjepa_fast.train.trainer.Trainer` knows signals, logs, checkpoints, bad steps and the order of a step; a Task knows
 data, model, loss and what of them is kept and reported. vjepa_fast.train.pretraining is the task of V-JEPA.

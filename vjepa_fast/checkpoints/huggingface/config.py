@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's VJEPA2Model and VJEPA2ForVideoClassification, and back."""
+"""Converts config.json of Hugging Face's VJEPA2Model and VJEPA2ForVideoClassification, both ways."""
 
 from __future__ import annotations
 

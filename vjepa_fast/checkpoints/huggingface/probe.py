@@ -1,4 +1,4 @@
-"""Attentive probes under the names of Hugging Face's VJEPA2ForVideoClassification, and back.
+"""Renames the parameters of attentive probes to and from Hugging Face's VJEPA2ForVideoClassification.
 
 A probe of V-JEPA 2 is three self-attention blocks, one cross-attention block with a learned query, and a linear layer.
 Query, key and value are one layer here and three there.

@@ -1,4 +1,4 @@
-"""Parameters of a V-JEPA 2 encoder and predictor under the names of Hugging Face transformers, and back.
+"""Renames the parameters of a V-JEPA 2 encoder and predictor to and from Hugging Face transformers.
 
 The counterpart is `transformers.VJEPA2Model`. Only names and layouts differ: query, key and value are one layer here
 and three there, mask tokens are separate parameters here and one stacked tensor there. It has RoPE in the tiled form

@@ -1,4 +1,4 @@
-"""What the readers of the reference's YAML files share: sections, defaults, and what is missing or read by nobody."""
+"""Shared by the readers of Meta's YAML files: sections, defaults, missing and unused keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""V-JEPA 1's pretraining YAML, in our keys.
+"""Converts V-JEPA 1's pretraining YAML to our keys.
 
 A file means here what it means to facebookresearch/jepa (app/vjepa/train.py, read at main(), with the defaults of its
 mask collators and of src/datasets/video_dataset.py): keys absent from the file have the reference's defaults, keys that

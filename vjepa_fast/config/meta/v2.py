@@ -1,4 +1,4 @@
-"""The reference's pretraining YAML, in our keys.
+"""Converts V-JEPA 2's pretraining YAML to our keys.
 
 A file means here what it means to facebookresearch/vjepa2 (app/vjepa/train.py, read at main(), with the defaults of
 app/vjepa/train.py, src/datasets/data_manager.py and src/masks/multiseq_multiblock3d.py): keys absent from the file

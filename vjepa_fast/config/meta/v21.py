@@ -1,4 +1,4 @@
-"""V-JEPA 2.1's pretraining YAML, in our keys.
+"""Converts V-JEPA 2.1's pretraining YAML to our keys.
 
 A file means here what it means to facebookresearch/vjepa2 at 204698b (app/vjepa_2_1/train.py, read at main()), with one
 difference in how images and videos are spread over processes: there some processes train on images only, here every

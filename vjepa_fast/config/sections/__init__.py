@@ -1,1 +1,1 @@
-"""The sections of a config, a file for each subject; vjepa_fast.config.schema puts them together."""
+"""The sections of a config, one file a subject; vjepa_fast.config.schema combines them."""

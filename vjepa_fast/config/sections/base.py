@@ -1,4 +1,4 @@
-"""What all sections of a config have in common: kinds of values, and what a section refuses."""
+"""Shared by all sections of a config: value types and strict validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where clips are decoded: the two halves of a back end.
+"""The two halves of a decoding back end.
 
 A request (vjepa_fast.data.decode.request) goes through four calls:
 

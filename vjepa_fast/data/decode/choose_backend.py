@@ -1,4 +1,4 @@
-"""Which back end decodes: what is configured, what is installed, what the device can do."""
+"""Chooses the decoder from what is configured, installed and supported by the device."""
 
 from __future__ import annotations
 

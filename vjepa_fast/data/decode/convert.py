@@ -1,4 +1,4 @@
-"""What is made of a decoded frame (av.VideoFrame): RGB by FFmpeg, or the pixels of a clip straight from its planes."""
+"""Converts decoded frames (av.VideoFrame) to RGB with FFmpeg, or to clip pixels straight from the planes."""
 
 from __future__ import annotations
 

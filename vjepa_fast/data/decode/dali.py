@@ -1,4 +1,4 @@
-"""What DALI is given, and what it is spared; its pipelines are in vjepa_fast.data.decode.dali_pipelines.
+"""Prepares encoded clips for DALI; vjepa_fast.data.decode.dali_pipelines decodes them.
 
 DALI decides nothing. It gets a slice of the video (vjepa_fast.data.decode.remux) or the JPEG files of its frames,
 which frames are wanted, and the crop box. Colours follow DALI: BT.601 whatever the stream says, chroma interpolated.

@@ -1,4 +1,4 @@
-"""DALI's pipelines: encoded clips (vjepa_fast.data.decode.dali) -> uint8 [B, T, H, W, 3] on the device.
+"""DALI pipelines: encoded clips (vjepa_fast.data.decode.dali) -> uint8 [B, T, H, W, 3] on the device.
 
 A pipeline decodes, crops, then resizes and flips in one operator; its output becomes a torch tensor without a copy.
 JPEG files on the CPU end with the crop, of which DALI decodes little more than it shows: PyTorch's resize takes a sixth

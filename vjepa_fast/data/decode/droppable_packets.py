@@ -1,4 +1,4 @@
-"""Packets that no other picture needs, read from the headers of a coded stream.
+"""Finds packets that no other picture refers to, from the headers of a coded stream.
 
 Without them every other picture decodes to the same bits. What tells them apart:
 

@@ -1,4 +1,4 @@
-"""Where the frames of a video are, and which are needed: read from the container and headers, without decoding.
+"""Indexes a video: where its frames are and what they depend on, from container and headers, without decoding.
 
 An index costs one pass over the file's packets (5 to 11 ms for ten seconds of 360p) and is kept in a cache folder under
 a name made of the file's absolute path, size and modification time, so a changed file gets a new one. An entry that

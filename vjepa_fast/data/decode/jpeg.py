@@ -1,4 +1,4 @@
-"""Clips out of JPEG files, on the CPU, with Pillow (libjpeg-turbo).
+"""Decodes clips from JPEG files on the CPU with Pillow (libjpeg-turbo).
 
 A file goes straight into libjpeg, without Pillow's reading of its header: a third less time on frames of 448 x 256.
 """

@@ -1,4 +1,4 @@
-"""What a coded packet says of its pictures in their headers.
+"""Parses what the headers of a coded packet say about its pictures.
 
 NAL units: ITU-T H.264, 7.3.1 and H.265, 7.3.1.2; divided by lengths where the extradata is a configuration record
 (ISO/IEC 14496-15), else by start codes. VP9: bitstream specification, 7.2 and, for superframes, annex B.

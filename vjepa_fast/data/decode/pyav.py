@@ -1,4 +1,4 @@
-"""Exact frames out of video files, on the CPU, with PyAV (FFmpeg).
+"""Decodes exact frames from video files on the CPU with PyAV (FFmpeg).
 
 Decoding starts at the keyframe before a wanted frame and ends at the last wanted one. Frames are numbered in
 presentation order and recognised by their presentation timestamp (pts), which the index (vjepa_fast.data.decode.index)

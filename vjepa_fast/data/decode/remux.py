@@ -1,4 +1,4 @@
-"""The part of a video that a clip needs, as a small file of its own: cut out without decoding anything.
+"""Cuts the part of a video that a clip needs into a small file of its own, without decoding.
 
 DALI's decoder has no random access: it decodes what it is given from the first picture on. A slice begins at the
 keyframe before the first wanted frame, ends at the last wanted one, and leaves out the pictures that nothing wanted

@@ -1,4 +1,4 @@
-"""What a decoder is asked for: a source, and the frames, crop, size and flip that vjepa_fast.data.sampling chose."""
+"""A decoder's request: a source, and the frames, crop, size and flip that vjepa_fast.data.sampling chose."""
 
 from __future__ import annotations
 

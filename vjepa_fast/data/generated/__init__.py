@@ -1,1 +1,1 @@
-"""Videos that the package makes itself, with labels."""
+"""Labelled videos that the package generates."""

@@ -1,4 +1,4 @@
-"""Names in `data.datasets` that stand for clips which are made when they are first wanted, in the cache directory."""
+"""Names in `data.datasets` for generated sets of clips, made on first use in the cache folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One video as members of a shard: every frame decoded and checked, those of the pack scaled and compressed."""
+"""Encodes one video as members of a shard: decodes and checks every frame, scales and compresses the pack's."""
 
 from __future__ import annotations
 

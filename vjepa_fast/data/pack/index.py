@@ -1,4 +1,4 @@
-"""The index of a pack: one file that is mapped into memory, not read.
+"""The index of a pack: one memory-mapped file.
 
     vjepa-fast pack 1\\n     what it is, and the version
     {...}\\n                 JSON: settings, digest of the manifest, name, type and length of the arrays, CRC-32 of them

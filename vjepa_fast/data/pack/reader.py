@@ -1,4 +1,4 @@
-"""Frames of a pack as the loader asks for them."""
+"""Reads frames of a pack for the loader."""
 
 from __future__ import annotations
 

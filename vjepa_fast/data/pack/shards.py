@@ -1,4 +1,4 @@
-"""Bytes out of shards, on a disk or behind an address."""
+"""Reads bytes of shards from a disk or a remote address."""
 
 from __future__ import annotations
 

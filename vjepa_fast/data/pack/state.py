@@ -1,4 +1,4 @@
-"""What an unfinished pack has so far: parts (one a video) and shards.
+"""The state of an unfinished pack: parts (one a video) and shards.
 
     .unfinished/settings.json            what the pack is made with; another command is refused
     .unfinished/parts/00000012.json      what became of video 12, and beside it, if it could be packed,

@@ -1,4 +1,4 @@
-"""Makes packs: in parallel, and from where an earlier attempt stopped.
+"""Makes packs in parallel and resumes unfinished ones.
 
 Workers turn one video each into a part; this process joins the parts, in the order of the manifest, to shards. So what
 a shard holds depends neither on the number of workers nor on how often the work was interrupted. A part is written once

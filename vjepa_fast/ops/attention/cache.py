@@ -1,4 +1,4 @@
-"""The file of the user's cache folder in which the choices of attention back ends are kept.
+"""Caches the chosen attention back ends in a file of the user's cache folder.
 
 A file that is broken, foreign or of another version counts as empty and is written anew.
 """

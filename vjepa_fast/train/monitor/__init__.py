@@ -1,1 +1,1 @@
-"""What a run says while it trains: metrics, health, progress, warnings."""
+"""Monitors a run: metrics, health, progress, warnings, recovery."""

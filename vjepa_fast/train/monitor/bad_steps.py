@@ -1,4 +1,4 @@
-"""Steps that went wrong: gradients that are not finite, losses far above what they were."""
+"""Records bad steps: non-finite gradients and loss spikes."""
 
 from __future__ import annotations
 

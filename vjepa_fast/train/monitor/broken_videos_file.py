@@ -1,4 +1,4 @@
-"""The list of videos that could not be read, in the run folder."""
+"""Writes the list of unreadable videos in the run folder."""
 
 from __future__ import annotations
 

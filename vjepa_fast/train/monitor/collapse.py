@@ -1,4 +1,4 @@
-"""Says in plain words that a run collapses, or slides to an easy target, and which settings to change.
+"""Detects collapse and trivial solutions, names the cause, and suggests settings.
 
 The bounds follow from what is measured, not from a model or a set of videos. Targets are layer-normed token by token,
 so the mean square of their elements is 1, whatever the encoder: of that, std ** 2 differs from token to token and the

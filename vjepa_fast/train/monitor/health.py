@@ -1,4 +1,4 @@
-"""Is the model learning or collapsing: what targets, predictions and context features look like, and how it is told.
+"""Statistics of targets, predictions and context features that tell learning from collapse.
 
 Everything is computed on the device of the model from the last step's output and comes to the host in one copy, beside
 the losses of a line of the log. So a step itself does nothing for it, and rows are taken in pieces, so that it needs

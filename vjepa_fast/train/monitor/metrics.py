@@ -1,4 +1,4 @@
-"""What a run writes down: CSV with the reference's columns first, JSON lines and TensorBoard."""
+"""Writes a run's metrics: CSV with the reference's columns first, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What helps when memory runs out, and by how much: predicted by vjepa_fast.cost."""
+"""Explains an out-of-memory error and predicts which settings would help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of steps: on the device until they are read back, a few steps at a time."""
+"""Metrics of steps, kept on the device until several are read back at once."""
 
 from __future__ import annotations
 

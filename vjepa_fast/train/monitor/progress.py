@@ -1,4 +1,4 @@
-"""Progress for a person at a terminal, or one line every N steps for a log file."""
+"""Shows progress: a bar in a terminal, a line every N steps in a log file."""
 
 from __future__ import annotations
 

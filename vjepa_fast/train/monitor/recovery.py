@@ -1,4 +1,4 @@
-"""What becomes of a run whose steps go wrong: it goes back to its last checkpoint, or gives up with a reason."""
+"""Recovers from bad steps: rolls back to the last checkpoint, or stops the run with a reason."""
 
 from __future__ import annotations
 

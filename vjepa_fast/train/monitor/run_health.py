@@ -1,4 +1,4 @@
-"""The health of a run: its figures at each line of the log, warnings about them, and what stands in its report."""
+"""Tracks the health of a run: logs its statistics, warns, and summarises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes down and shows: the files of its log, the progress line, its speed, and how it ended."""
+"""The log of a run: its files, the progress line, its speed, and the summary at the end."""
 
 from __future__ import annotations
 

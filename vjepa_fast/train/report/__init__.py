@@ -1,1 +1,1 @@
-"""The page about a run, and the record it is made from."""
+"""The HTML report of a run, and the run.json it is made from."""

@@ -1,4 +1,4 @@
-"""The curves of a run: read from its logs, thinned out where they are long, and drawn.
+"""Reads a run's logs, thins out long ones, and plots the curves.
 
 Two pictures: what is learnt (loss, loss by place, health of the features; loss.png), and how training goes (gradients,
 schedules, speed). Steps are counted from 1. A panel whose figures the log lacks says so.

@@ -1,4 +1,4 @@
-"""Pieces of an HTML page that needs no other file. Text is shown as it is, whatever it holds."""
+"""Builds self-contained HTML pages; all text is escaped."""
 
 from __future__ import annotations
 

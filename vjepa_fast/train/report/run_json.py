@@ -1,4 +1,4 @@
-"""run.json in the run folder: when a run was started and went on, on what, and how it ended.
+"""run.json in the run folder: when a run started and resumed, on what, and how it ended.
 
 A list with an entry for every start since step 0, the last one last. Training does not read it.
 """

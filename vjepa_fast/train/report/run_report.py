@@ -1,4 +1,4 @@
-"""report.html in a run folder: what was trained, the curves, the warnings, and how to go on, on one page.
+"""Writes report.html: what was trained, the curves, the warnings, and how to continue.
 
     python -m vjepa_fast.train.report runs/demo
 

@@ -1,1 +1,1 @@
-"""What makes the step faster, and how it is measured: CUDA graphs, trials, profiles, timers."""
+"""Speeds up the step and measures it: CUDA graphs, trials, profiles, timers."""

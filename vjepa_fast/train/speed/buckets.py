@@ -1,4 +1,4 @@
-"""Which fixed sizes serve batches of varying size with little waste."""
+"""Chooses fixed sizes that serve batches of varying size with little padding."""
 
 from __future__ import annotations
 

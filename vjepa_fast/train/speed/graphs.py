@@ -1,4 +1,4 @@
-"""The whole training step as CUDA graphs: forward, backward, AdamW and EMA replayed by one call a step.
+"""Replays the whole training step as CUDA graphs: forward, backward, AdamW and EMA in one call a step.
 
 A graph has fixed shapes and addresses, so each batch is copied into static buffers of a *bucket*, a fixed room for
 context and target tokens, and the rows behind its tokens belong to nobody. A few buckets are chosen from the sizes

@@ -1,4 +1,4 @@
-"""A profile of a few steps, for `--profile`, and the share of each part of the step in a profile."""
+"""Profiles a few steps (`--profile`) and attributes the time to the parts of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the optional speed-ups a run uses: compiled blocks and CUDA graphs, on demand or by measurement."""
+"""Chooses optional speed-ups, compiled blocks and CUDA graphs, on request or by measurement."""
 
 from __future__ import annotations
 

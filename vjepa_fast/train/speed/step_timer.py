@@ -1,4 +1,4 @@
-"""How long a step takes, and how much of that it waits for clips.
+"""Times steps and the share of them spent waiting for clips.
 
 On a CPU by the clock. On a GPU the host hands out work far ahead of it, so neither its time in the loader nor its time
 in the step says what the GPU did; three events on the stream that computes do:

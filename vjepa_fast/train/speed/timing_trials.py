@@ -1,4 +1,4 @@
-"""Steps that are tried out and undone, to measure what is faster on this machine and these shapes.
+"""Times trial steps on this machine and these shapes, and undoes them.
 
 `auto` must not change what a run learns: whatever a step writes to is put back as it was, to the bit.
 """
