@@ -56,7 +56,7 @@ class Limits:
     bytes_per_s: float
     flops_per_s: float
     dtype: str
-    """Of the matrix product."""
+    """Dtype of the matrix product."""
 
     def floor(self, num_bytes: float = 0, flops: float = 0) -> tuple[float, str]:
         """Shortest time for this work, seconds, and what bounds it: `memory` or `compute`."""

@@ -189,7 +189,7 @@ def _save(state: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> 
         pointer = value.untyped_storage().data_ptr()
         whole[key] = value.clone() if pointer in seen else value.contiguous()
         seen.add(pointer)
-    # It makes files that nobody else may read; an empty one of Python's shows what the user's mask allows.
+    # save_file creates mode 0600; touch first to learn the mode that the umask allows.
     path.touch()
     mode = path.stat().st_mode
     save_file(whole, path, metadata)

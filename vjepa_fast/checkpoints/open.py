@@ -45,7 +45,7 @@ class Checkpoint:
     """By their key in the file."""
     predictor: State | None = None
     action_predictor: State | None = None
-    """Of an action-conditioned checkpoint; nothing here runs it."""
+    """The predictor of an action-conditioned checkpoint; nothing here runs it."""
     classifiers: list[State] = field(default_factory=list)
     """Attentive probes."""
     model: dict[str, Any] = field(default_factory=dict)

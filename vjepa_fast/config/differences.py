@@ -21,7 +21,7 @@ class Difference:
     recipe: Any
     """None also where the recipe has no such key."""
     config: Any
-    """Likewise."""
+    """Value of the key in the config."""
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

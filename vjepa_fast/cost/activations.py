@@ -22,7 +22,7 @@ from vjepa_fast.cost.operations import Network
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of a network's sequences."""
+    """Token counts of a network's sequences."""
 
     all: float
     last: float | None = None

@@ -175,15 +175,15 @@ class Exchange:
     sent: float
     """Bytes that a GPU sends in a step."""
     alone: float
-    """Of a step on one GPU."""
+    """Seconds of a step on one GPU."""
     busy: float
-    """Of all collectives, if nothing ran beside them."""
+    """Seconds of all collectives, if nothing ran beside them."""
     exposed_backward: float
     """That the step waits for gradients, and with FSDP2 for weights, in the backward and after it."""
     exposed_forward: float
     """That it waits for weights in the forward."""
     saved: float
-    """Of the update, which is shared."""
+    """Seconds saved on the update, which is shared."""
 
     @property
     def step(self) -> float:

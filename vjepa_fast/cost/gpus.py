@@ -53,7 +53,7 @@ class Gpu:
     matmul_share: float = 0.8
     """Of flops_per_s, in matrix products."""
     narrow_matmul_share: float = 0.8
-    """The same for narrow ones, beside what their bytes take."""
+    """Share of the matrix rate that narrow products reach, beside the time of their bytes."""
     memory_share: float = 0.9
     """Of bytes_per_s, in memory-bound kernels."""
     launch_s: float = 5e-6

@@ -33,11 +33,11 @@ class Operation:
     flops: float = 0.0
     launches: int = 1
     features: int = 0
-    """Of a matrix product: its narrower side. Of attention: the head dim."""
+    """Narrower side of a matrix product; head dim of attention."""
     length: float = 0.0
-    """Of attention: tokens of a sequence, weighted by their work."""
+    """Sequence length of attention, in tokens, weighted by work."""
     float8: bool = False
-    """Of a matrix product: both operands are."""
+    """Whether both operands of a matrix product are float8."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Load:
 
     @property
     def length(self) -> float:
-        """Of a sequence, weighted by its tokens."""
+        """Mean length of a sequence, weighted by its tokens."""
         return self.squares / self.tokens if self.tokens else 0.0
 
 
@@ -75,9 +75,9 @@ class Loads:
     both: Load
     """Context and target of a sequence together, as the predictor sees them."""
     image_tokens: float = 0.0
-    """Those of `whole` that are patches of one frame."""
+    """Tokens among `whole` that are patches of images (one frame)."""
     image_context: float = 0.0
-    """Those of `context` that are."""
+    """Tokens among `context` that are patches of images."""
 
     @classmethod
     def of(cls, steps: Sequence[Sequence[MaskBatch]], images: Sequence[bool] = ()) -> Loads:
@@ -239,7 +239,7 @@ def blocks_forward(part: str, net: Network, load: Load, s: int, last: float | No
 
 
 def _in_float8(net: Network, tokens: float, s: int, operations: list[Operation]) -> list[Operation]:
-    """The same with products of operands of one byte, which are made from inputs and fp32 weights at every call."""
+    """The operations with float8 products, whose operands are made from inputs and fp32 weights at every call."""
     out = [replace(op, float8=True, num_bytes=op.num_bytes / s) if op.kind == "matmul" else op for op in operations]
     made = sum(tokens * i * (s + 1) + i * o * (4 + 1) for _, i, o, _ in _linears(net, tokens, tokens))
     out.append(_memory("target encoder", "float8 operands", net.depth * made, 2 * 4 * net.depth))

@@ -22,11 +22,11 @@ class Parameters:
     predictor: int
     """Trained."""
     target: int
-    """Of the target encoder, fixed position tables included."""
+    """Parameters of the target encoder, fixed position tables included."""
     linear: int
-    """Those of `trained` that have a shadow in half precision."""
+    """Parameters among `trained` that have a half-precision shadow."""
     target_linear: int
-    """Those of `target` that do."""
+    """Parameters among `target` that have a half-precision shadow."""
 
     @property
     def trained(self) -> int:

@@ -30,7 +30,7 @@ class PartCost:
     attention: float = 0.0
     memory: float = 0.0
     launch: float = 0.0
-    """Of the CPU, meanwhile."""
+    """Seconds that the CPU needs to launch the part."""
     launches: int = 0
 
     @property
@@ -50,7 +50,7 @@ class Prediction:
     clips: float
     parts: tuple[PartCost, ...]
     flops: float
-    """Of the model: nothing for what is recomputed."""
+    """Model FLOPs of a step; recomputed work is not counted."""
     loader_clips_per_s: float | None = None
 
     @property

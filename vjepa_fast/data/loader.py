@@ -191,7 +191,7 @@ class Loader:
         raise UserError(f"{what}{len(videos)} of the {tried} videos tried were left out:\n" + "\n".join(lines))
 
     def _allowed(self) -> float:
-        """Broken videos that are put up with so far.
+        """How many broken videos are tolerated at this point.
 
         data.max_broken of those tried, and as many more as chance may put among them: the hypergeometric standard
         deviation, which is 0 when all are tried. A set with just that share of broken videos gets through.

@@ -281,7 +281,7 @@ def _result(
     spread: Tensor,
     centre: Tensor,
 ) -> ProbeResult:
-    """Of the head that is best on the validation set after the last epoch, from outputs [K, N, C] of all."""
+    """Result of the head that is best on the validation set after the last epoch; outputs [K, N, C] of all heads."""
     winner = max(range(len(grid)), key=lambda head: history.val_score[-1][head])
     scores = [scores_of(labels, one) for one in outputs]
     heads: list[dict[str, Any]] = [

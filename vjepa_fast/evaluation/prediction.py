@@ -245,5 +245,5 @@ def errors_of_videos(
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of [N] values; NaN for one."""
+    """Standard error of the mean of [N] values; NaN for one value."""
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

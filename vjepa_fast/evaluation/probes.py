@@ -134,7 +134,7 @@ def register(name: str, summary: str, probe: str | Callable[[], Probe]) -> None:
 
 
 def names() -> list[str]:
-    """Of all probes: those of this package, then those of others."""
+    """Names of all probes: those of this package, then registered ones."""
     return list(_known())
 
 

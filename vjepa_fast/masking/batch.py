@@ -54,7 +54,7 @@ class MaskBatch:
     """Weight of each target token of a sequence in the loss. None: the mean over the tokens of a (group, mask) pair,
     then over all pairs of the list handed to the model."""
     context_loss_weights: tuple[float, ...] | None = None
-    """Likewise for the context tokens, where they have a loss (V-JEPA 2.1). None: such that those of a sequence weigh
+    """Weights of the context tokens, where they have a loss (V-JEPA 2.1). None: such that those of a sequence weigh
     together what its target tokens do."""
     mask_token: int | None = None
     """Which mask token the predictor uses; None: the place of this group in the list handed to the model."""

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     """Tokens of a batch, or room for them."""
 
     context: int
-    """Of all sequences together; likewise target."""
+    """Context tokens of all sequences together; `target`: predicted ones."""
     target: int
     longest_context: int
     """Of one sequence; likewise longest_target, and `longest` of both together."""

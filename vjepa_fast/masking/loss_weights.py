@@ -30,7 +30,7 @@ Weights = tuple[float, ...]
 
 
 def mean_over_tokens(lengths: Sequence[int], num_masks: int, num_groups: int) -> Weights:
-    """Of a batch by itself: the mean over the tokens of a mask, then over masks and groups.
+    """Weights of a batch by itself: the mean over the tokens of a mask, then over masks and groups.
 
     Args:
         lengths: tokens of each sequence.
@@ -53,7 +53,7 @@ def by_truncation_group(
     num_groups: Mapping[int, int],
     num_clips: Mapping[int, int],
 ) -> Weights:
-    """Of clips of which each truncation group has one length.
+    """Weights of clips of which each truncation group has one length.
 
     Args:
         lengths: tokens of each sequence.
@@ -81,7 +81,7 @@ def over_all_tokens(counts: Tensor, batch_size: int, num_pairs: int) -> Weights:
 
 
 def of_reference_batch(lengths: Sequence[int], num_masks: int, num_groups: int, num_processes: int) -> Weights:
-    """Of masks out of the reference's stream: the mean that the reference takes on each of its processes."""
+    """Weights of masks from the reference's stream: the mean that the reference takes on each of its processes."""
     batch_size, scale = len(lengths) // num_masks, 1.0 / (num_groups * num_processes)
     return tuple(scale / (num_masks * length) / batch_size for length in lengths)
 

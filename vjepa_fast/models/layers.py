@@ -212,7 +212,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def _may_defer(block: nn.Module) -> bool:
-    """Whether nobody looks at what the block gets and returns, and it is ours."""
+    """True if the block is one of ours and no hook sees its inputs or outputs."""
     ours = type(block).forward is Block.forward and "forward" not in vars(block)
     return (
         ours
@@ -234,9 +234,9 @@ _BLOCK_MODULES = frozenset({Attention, MLP, SwiGLU, LayerNorm, Linear})
 
 
 def _may_compile(block: Block, x: Tensor, rows: Tensor | None) -> bool:
-    """Whether all within the block is ours and nobody looks at it, and the compiled code is for that many tokens.
+    """True if the block has only our modules, no hooks, and a token count that compiled code serves.
 
-    What is being traced already, or recorded op by op for selective recomputation, is not compiled separately.
+    A block that is being traced, or recorded op by op for selective recomputation, is not compiled separately.
     """
     traced = torch.compiler.is_compiling() or keeps_products()
     if traced or len(x if rows is None else rows) < 2 or nn.modules.module._has_any_global_hook():
@@ -250,7 +250,7 @@ def _inner(block: nn.Module) -> list[nn.Module]:
 
 
 def _are_ours(modules: list[nn.Module]) -> bool:
-    """Whether nobody looks at what these get and return, and they are as `Block` made them."""
+    """True if these modules have no hooks and are as `Block` made them."""
     return all(
         type(module) in _BLOCK_MODULES
         and "forward" not in vars(module)

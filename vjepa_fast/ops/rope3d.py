@@ -365,7 +365,7 @@ class Rope:
         ids: integer [L], token ids on the grid, all within it. An action or state token, which the reference rotates
             in time only (facebookresearch/vjepa2, src/models/utils/modules.py, ACRoPEAttention), takes the id of the
             first token of its frame: angle 0 of row 0 and column 0 leaves the other two axes as they are.
-        grid: (T, h, w) in tokens. Frames behind the first T are an error that nobody looks for.
+        grid: (T, h, w) in tokens. Not checked: ids of frames >= T.
         head_dim: width of a head, at least 6.
         dtype: of the queries and keys; angles are fp64 for fp64 and fp32 for the others.
         style, precision: see the module docstring.

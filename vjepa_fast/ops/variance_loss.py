@@ -50,7 +50,7 @@ def _variances(x: Tensor, packing: Packing) -> Tensor:
 
 
 def _variances_by_device(x: Tensor, packing: Packing) -> Tensor:
-    """The same where the host does not know the lengths."""
+    """Variance of every sequence and feature, where only the device knows the lengths."""
     lengths = packing.cu_seqlens.diff()[:, None]
     # What lies behind is one sequence more, which is left out.
     sequence = sequence_of_rows(packing.cu_seqlens, len(x))

@@ -422,7 +422,7 @@ class AdamWEMA(torch.optim.AdamW):
         return parameter.grad is not None
 
     def _grad_of(self, parameter: Tensor) -> Tensor | None:
-        """Of the part."""
+        """The gradient of this process's part of a parameter; None where there is none."""
         grad = parameter.grad
         if grad is None:
             return None

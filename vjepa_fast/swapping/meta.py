@@ -298,7 +298,7 @@ class FastPredictorBase(FastNetwork):
         refuse(self, wrong)
 
     def widths(self) -> tuple[int, int]:
-        """Of the predictor and of the encoder."""
+        """Widths of the predictor and of the encoder."""
         width, embed_dim = self.get_parameter("predictor_embed.weight").shape
         return width, embed_dim
 

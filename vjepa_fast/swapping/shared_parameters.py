@@ -181,7 +181,7 @@ class Fast(nn.Module):
 
 
 class FastNetwork(Fast):
-    """Of a module that has a view."""
+    """Base of swapped modules that have a view: encoders and predictors."""
 
     def make_view(self) -> View:
         """A new view of this module.
@@ -224,7 +224,7 @@ def _empty(mixin: type[Fast], base: type[nn.Module]) -> nn.Module:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Theirs, also of what has been swapped."""
+    """The foreign class of a module, also after it has been swapped."""
     return type(module).__bases__[1] if isinstance(module, Fast) else type(module)
 
 

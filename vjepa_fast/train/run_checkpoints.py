@@ -77,9 +77,9 @@ class Position:
 
     step: int = 0
     loss: float = float("nan")
-    """Of the checkpoint."""
+    """Loss recorded in the checkpoint."""
     saved_step: int | None = None
-    """Of the newest checkpoint in the run folder, if the run goes on from it."""
+    """Step of the newest checkpoint in the run folder, if the run resumes from it."""
 
 
 class RunCheckpoints:

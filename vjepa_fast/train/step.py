@@ -42,7 +42,7 @@ class StepResult:
     weight_decay: float
     momentum: float
     output: JEPAOutput
-    """Of the last micro-batch, detached."""
+    """Output of the last micro-batch, detached."""
 
     @property
     def schedule(self) -> dict[str, float]:

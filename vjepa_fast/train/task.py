@@ -25,11 +25,11 @@ class RunContext:
     """Where a run takes place."""
 
     cfg: Config
-    """Of the run; a task may fill in what the config leaves to the data, such as optimization.ipe."""
+    """Config of the run; a task may fill in what the config leaves to the data, such as optimization.ipe."""
     folder: Path
     """Run folder."""
     device: torch.device
-    """Of this process."""
+    """Device of this process."""
     processes: Processes
     console: RunConsole
     """Silent on all processes but the first."""
@@ -50,7 +50,7 @@ class Samples(Protocol):
 
     @property
     def num_samples(self) -> int:
-        """Of this process."""
+        """Samples of this process."""
         ...
 
 
@@ -114,7 +114,7 @@ class Task(Protocol):
         ...
 
     def about(self) -> dict[str, Any]:
-        """The same for run.json."""
+        """What run.json says about the model and the data."""
         ...
 
     def rewind_health(self, jsonl_path: Path) -> None:
@@ -153,15 +153,15 @@ class Task(Protocol):
         ...
 
     def load_state(self, own: Mapping[str, Any]) -> None:
-        """What the entry `vjepa_fast` holds of the state of the run."""
+        """Restore the state of the run from the entry `vjepa_fast` of a checkpoint."""
         ...
 
     def roll_back_state(self, own: Mapping[str, Any]) -> None:
-        """Of that entry only what belongs to the weights, for a roll-back: data goes on where it is."""
+        """Restore from the entry `vjepa_fast` only what belongs to the weights; the data continues where it is."""
         ...
 
     def skip_to(self, step: int) -> None:
-        """The same for a checkpoint without that entry, which only says how many steps were done."""
+        """Advance the state of a run whose checkpoint has no entry `vjepa_fast` by a number of steps."""
         ...
 
     def take_weights(self, path: Path) -> str:

@@ -29,7 +29,7 @@ class KeyReader:
     """Reads the sections of one file and notes on the way what is not read and what is missing."""
 
     source: str
-    """Of the file, for messages."""
+    """Name of the file, for messages."""
     ignored: list[str] = field(default_factory=list)
     """Dotted keys that nothing reads."""
     missing: list[str] = field(default_factory=list)

@@ -50,8 +50,8 @@ class ModelConfig(Section):
     target_precision: Literal["same", "float8"] = "same"
     """`float8` runs the linear layers of the target encoder's blocks in float8: inexact, an experiment."""
     positions: Literal["sincos", "learned"] = "sincos"
-    """Of a model without RoPE: fixed sines and cosines, or trained vectors: in the encoder the sum of one for the frame
-    of tokens and one for the place in it, in the predictor one for each token of a clip."""
+    """Positions of a model without RoPE: fixed sines and cosines, or trained vectors. The encoder adds one vector for
+    the frame of tokens and one for the place in it; the predictor has one for each token of a clip."""
     uniform_power: bool = False
     init: Literal["vjepa2", "vjepa1", "xavier", "xavier_uniform", "xavier_normal"] = "vjepa2"
     """Weights of linear and convolution layers: normal with std 0.02, in V-JEPA 2 with the output projections of block

@@ -35,7 +35,7 @@ class _Layout(NamedTuple):
 
 @cache
 def _layout(name: str) -> _Layout | None:
-    """Of a format by FFmpeg's name; None: not one that clip_pixels takes."""
+    """Layout of a pixel format by FFmpeg's name; None: clip_pixels does not take it."""
     if name == "nv12":
         return _Layout(_STEPS["420"], 8, 2, False)
     found = re.fullmatch(r"(?:yuv(j?)(\d{3})p|(gray))(?:(\d+)le)?", name)

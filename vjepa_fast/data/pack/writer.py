@@ -174,7 +174,7 @@ def make_pack(
 
 
 def _finished(state: State, about: dict[str, Any], began: float) -> Summary:
-    """Of a pack that is there."""
+    """Summary of a finished pack."""
     file = state.folder / INDEX_NAME
     index = read_index(file, str(state.folder))
     check_same(state.folder, asdict(index.settings) | json.loads(index.manifest), about)

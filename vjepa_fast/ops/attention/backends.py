@@ -49,13 +49,13 @@ class Backend:
     package: str
     """Name of the distribution whose version counts."""
     accepted: str
-    """Its versions."""
+    """Versions of the package that are accepted."""
     load: Callable[[], Adapter]
     """Imports the library; raises Unusable or whatever goes wrong in the import."""
     majors: frozenset[int]
     """Compute capabilities, without the minor number."""
     deterministic: frozenset[int]
-    """Those with a backward that gives the same bits at every run."""
+    """Compute capabilities whose backward gives the same bits in every run."""
     max_head_dim: int
     no_backward: frozenset[tuple[int, int]] = frozenset()
     """(Major compute capability, head dim) of backward kernels that do not compile."""
@@ -64,7 +64,7 @@ class Backend:
 
     @property
     def version(self) -> str | None:
-        """Of the installed package."""
+        """Version of the installed package; None where it is not installed."""
         return installed_version(self.package)
 
     def missing(self) -> str | None:

@@ -28,7 +28,7 @@ class Choice:
     ms: dict[str, float]
     """Medians of those that were timed; empty: it was the only candidate."""
     dropped: dict[str, str]
-    """Those that failed, and how."""
+    """Back ends that failed, and how."""
 
 
 def cache_file() -> Path:

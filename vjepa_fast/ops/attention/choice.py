@@ -191,8 +191,8 @@ def choose(case: Case, lengths: Sequence[int], requested: str | None, attend: At
 def _alone(device: torch.device, call: Callable[[], T]) -> T:
     """The result of a call in a thread of its own, with this device as the current one.
 
-    Whoever needs attention may have set up this thread for himself: activation checkpointing, for one, recomputes
-    whatever asks for a saved tensor. Grad mode, autocast and hooks are as fresh there as in a new process.
+    The caller may have thread-local state (activation checkpointing, autocast, grad mode, hooks); a fresh thread has
+    none of it.
     """
 
     def run() -> T:
@@ -223,7 +223,7 @@ def _remembered_or_measured(
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Its own, as measuring must not change what the run draws."""
+    """A generator for measuring alone, which must not change what the run draws."""
     return torch.Generator(device).manual_seed(0)
 
 

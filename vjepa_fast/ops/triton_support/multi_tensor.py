@@ -42,7 +42,7 @@ class Table:
     aligned: Tensor
     """int32 [K, 2]: number of the tensor, number of the chunk within it."""
     others: Tensor
-    """The same for tensors that are not aligned."""
+    """Chunks of the tensors that are not aligned, as `aligned`."""
     integers: tuple[Tensor, ...]
     """int64 [N] each, as given."""
     sources: tuple[Tensor, ...]

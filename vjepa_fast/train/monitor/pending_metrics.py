@@ -30,7 +30,7 @@ class Pending:
 
 @dataclass
 class StepMetrics:
-    """Of steps in their order."""
+    """Metrics of steps, in their order."""
 
     losses: list[float]
     """Over all processes."""
@@ -43,7 +43,7 @@ class StepMetrics:
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps that were not skipped, or of all if all were."""
+        """Mean loss of the steps that were not skipped, or of all steps if all were."""
         taken = [loss for loss, skip in zip(self.losses, self.skipped, strict=True) if not skip] or self.losses
         return sum(taken) / len(taken)
 

@@ -18,7 +18,7 @@ WARNINGS = "warnings.jsonl"
 
 
 class RunHealth:
-    """Of the first process of a run.
+    """Logs and judges the health of a run, on its first process.
 
     Args:
         cfg: with optimization.ipe set.
@@ -52,7 +52,7 @@ class RunHealth:
             write_text(self.path, "".join(json.dumps(warning) + "\n" for warning in warnings))
 
     def figures(self, part_norms: Tensor, output: JEPAOutput, model: VJEPA) -> dict[str, float]:
-        """Of a step, in one copy from the device; part_norms as in StepResult."""
+        """Health statistics of a step, in one copy from the device; part_norms as in StepResult."""
         norms = dict(zip(("grad_norm_encoder", "grad_norm_predictor"), part_norms.unbind(), strict=True))
         return read_figures(norms | health_figures(output, model, self._exponent))
 

@@ -68,13 +68,14 @@ def write_report(folder: Path) -> Path:
 
 
 def conclude(folder: Path, step: int, how: str, say: Callable[[str], object]) -> None:
-    """Put the end of a run on record, write its report and say where it is; whatever keeps it from being written takes
-    nothing away from the run, and is a warning.
+    """Record the end of a run and write its report.
+
+    A failure to write the report is logged as a warning; it never fails the run.
 
     Args:
         folder: run folder.
         step: steps done.
-        how: it ended, for people.
+        how: outcome of the run, such as `interrupted`.
         say: prints a line.
     """
     try:
@@ -100,13 +101,13 @@ class _Run:
     warnings: list[dict[str, Any]]
 
     def get(self, key: str) -> Any:
-        """Of the config; None where it has no such key."""
+        """Value of a key of the config; None where it has no such key."""
         section, _, name = key.partition(".")
         found = self.config.get(section)
         return found.get(name) if isinstance(found, dict) else None
 
     def about(self, key: str) -> Any:
-        """Of the last start; None where that is not on record."""
+        """What run.json says about the last start; None where it says nothing."""
         return self.starts[-1].get(key) if self.starts else None
 
     @property

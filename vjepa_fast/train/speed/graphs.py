@@ -125,7 +125,7 @@ class _Bucket:
     """[5]: loss, norm of the gradients, whether the step was skipped, norms of both networks' gradients; written by
     each run and replay."""
     output: JEPAOutput | None = None
-    """Likewise."""
+    """Output of the captured step; a replay refills its tensors."""
 
 
 class GraphedStep:

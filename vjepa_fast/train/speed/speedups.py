@@ -134,7 +134,7 @@ class SpeedUps:
             if not ran_out(error):
                 raise
             self.say("train.cuda_graphs=auto: CUDA graphs are not used, memory does not hold them beside eager steps")
-        # Theirs were throw-away graphs: the moments that they know are not there any more.
+        # The trial graphs reference optimizer moments that were just restored; drop them.
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
