@@ -23,7 +23,7 @@ from vjepa_fast.optim import flat_buffers, zero_comm
 from vjepa_fast.optim.adamw_ema import AdamWEMA
 from vjepa_fast.optim.zero import ShardedAdamWEMA
 from vjepa_fast.train.monitor.health import _weight_figures
-from vjepa_fast.train.speed.timing_trials import undone
+from vjepa_fast.train.speed.timing_trials import restoring_state
 from vjepa_fast.train.step import TrainStep
 
 STEPS = {"float32": 20, "bfloat16": 8, "accumulated": 4, "groups": 4, "outliers": 6, "rounded": 4}
@@ -244,7 +244,7 @@ def tried(ids: range) -> dict[str, bool]:
     moments = [{name: x.clone() for name, x in state.items()} for state in step.optimizer.state.values()]
     weights = [x.clone() for x in step.model.parameters()]
     losses = []
-    with undone(step):
+    with restoring_state(step):
         losses += [step(number, *batch(cfg, number, ids)).loss for number in (1, 2)]
     same = {
         "weights": all(map(torch.equal, weights, step.model.parameters())),

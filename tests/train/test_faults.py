@@ -75,21 +75,21 @@ def test_spikes(tmp_path: Path) -> None:
     steps = BadSteps(tmp_path, 0, spike_factor=2.0)
     ids = [torch.tensor([4, 5])]
     # Too early to know what is much.
-    steps.look(0, 9.0, 1.0, False, ids)
+    steps.observe(0, 9.0, 1.0, False, ids)
     for step in range(1, 60):
-        steps.look(step, 0.5, 1.0, False, ids)
-    steps.look(60, 1.9, 1.0, False, ids)
-    steps.look(61, float("nan"), 1.0, False, ids)
+        steps.observe(step, 0.5, 1.0, False, ids)
+    steps.observe(60, 1.9, 1.0, False, ids)
+    steps.observe(61, float("nan"), 1.0, False, ids)
     assert steps.in_a_row == 2
     assert [(row["step"], row["loss"], row["sample_ids"]) for row in listed(tmp_path)] == [
         (60, 1.9, [4, 5]),
         (61, "nan", [4, 5]),
     ]
-    steps.look(62, 0.8, 1.0, False, ids)
+    steps.observe(62, 0.8, 1.0, False, ids)
     assert steps.in_a_row == 0
     without = BadSteps(tmp_path / "b", 0, spike_factor=None)
     for step in range(40):
-        without.look(step, 0.5 if step < 39 else 100.0, 1.0, False, ids)
+        without.observe(step, 0.5 if step < 39 else 100.0, 1.0, False, ids)
     assert without.in_a_row == 0
 
 
@@ -167,7 +167,7 @@ def test_predictions_of_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_which_errors_are_of_memory(error: BaseException, out: bool) -> None:
-    assert out_of_memory.ran_out(error) is out
+    assert out_of_memory.is_out_of_memory(error) is out
 
 
 def test_watchdog_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from vjepa_fast.models.compiled_blocks import require_compiler
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.optim.adamw_ema import AdamWEMA
 from vjepa_fast.train.images_with_videos import JointLoader, JointMasks, add_image_masks, add_images
-from vjepa_fast.train.monitor.out_of_memory import explain, ran_out
+from vjepa_fast.train.monitor.out_of_memory import explain, is_out_of_memory
 from vjepa_fast.train.monitor.run_health import RunHealth
 from vjepa_fast.train.speed.speedups import SpeedUps, StepCallable, Trial
 from vjepa_fast.train.step import StepResult, TrainStep
@@ -145,7 +145,7 @@ class Pretraining:
         try:
             return self._run(batch.step, batch.clips, masks)
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 explain(self.cfg, self.batch_size, self.device, batch.step, self.processes.world_size)
@@ -218,7 +218,7 @@ class Pretraining:
 
     def watch(self, row: Mapping[str, float | None]) -> None:
         """As Task: warns of a collapse."""
-        self.health.look(row)
+        self.health.observe(row)
 
     def verdict(self) -> None:
         """As Task."""

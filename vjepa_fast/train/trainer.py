@@ -265,7 +265,7 @@ class Trainer:
         row = log.write(self.step, pending, steps, self.task.metrics(outcome) if first else {})
         if first:
             self.task.watch(row)
-        self.recovery.look(self.step, pending, steps, self._saved_step)
+        self.recovery.observe(self.step, pending, steps, self._saved_step)
 
     def _report(self, how: str) -> None:
         if self.processes.is_first:

@@ -26,7 +26,7 @@ HEALTHY = {
 def watch(*looks: dict[str, float | None], changes: tuple[str, ...] = ()) -> list[Finding | None]:
     """What is found in rows that differ from healthy ones."""
     one = CollapseWatch(vf.load_recipe("demo", list(changes)))
-    return [one.look(HEALTHY | {"step": 10.0 * number} | look) for number, look in enumerate(looks)]
+    return [one.observe(HEALTHY | {"step": 10.0 * number} | look) for number, look in enumerate(looks)]
 
 
 def test_the_healthy_and_the_unknown_find_nothing() -> None:

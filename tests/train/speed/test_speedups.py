@@ -14,7 +14,7 @@ from tests.helpers.tiny import tiny_config
 from tests.train.speed.test_graphs import batch, config, train_step
 from vjepa_fast.models import compiled_blocks
 from vjepa_fast.train.speed import speedups
-from vjepa_fast.train.speed.timing_trials import race, undone
+from vjepa_fast.train.speed.timing_trials import race, restoring_state
 from vjepa_fast.train.step import TrainStep
 from vjepa_fast.train.trainer import Trainer
 
@@ -56,7 +56,7 @@ def test_steps_are_undone_to_the_bit(dtype: str, begun: bool) -> None:
             step(number, *batch(number, cfg))
     torch.manual_seed(7)
     before = everything(ours)
-    with undone(ours):
+    with restoring_state(ours):
         for number in range(3):
             ours(10 + number, *batch(number, cfg))
         assert not equal(everything(ours), before)
@@ -72,7 +72,7 @@ def test_steps_that_fail_are_undone_too() -> None:
     cfg = config()
     step = train_step(cfg)
     before = everything(step)
-    with pytest.raises(ZeroDivisionError), undone(step):
+    with pytest.raises(ZeroDivisionError), restoring_state(step):
         step(0, *batch(0, cfg))
         raise ZeroDivisionError
     assert equal(everything(step), before)

@@ -32,7 +32,7 @@ class BadSteps:
         self._spike_factor = spike_factor
         self._mean, self._num_good = 0.0, 0
 
-    def look(self, step: int, loss: float, grad_norm: float, skipped: bool, sample_ids: Sequence[Tensor]) -> None:
+    def observe(self, step: int, loss: float, grad_norm: float, skipped: bool, sample_ids: Sequence[Tensor]) -> None:
         """A step that is done.
 
         Args:

@@ -96,7 +96,7 @@ class CollapseWatch:
         self._reach, self._width = 0.0, cfg.model.pred_embed_dim
         self._seen, self._num_constant = "", 0
 
-    def look(self, row: Mapping[str, float | None]) -> Finding | None:
+    def observe(self, row: Mapping[str, float | None]) -> Finding | None:
         """A row of metrics.jsonl, figures that are not finite being None or nan; None where all is well."""
         figures = {name: math.nan if value is None else float(value) for name, value in row.items()}
         step = int(figures["step"])

@@ -9,7 +9,7 @@ from vjepa_fast.config.schema import Config
 _GIB = 2**30
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation, on a GPU or on the CPU, failed."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

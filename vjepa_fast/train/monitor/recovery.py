@@ -35,7 +35,7 @@ class Recovery:
         self._num_rollbacks = 0
         self._num_outliers = 0
 
-    def look(self, step: int, pending: Sequence[Pending], steps: StepMetrics, saved_step: int | None) -> None:
+    def observe(self, step: int, pending: Sequence[Pending], steps: StepMetrics, saved_step: int | None) -> None:
         """Act on some steps that are done; the same on all processes.
 
         Args:
@@ -47,7 +47,7 @@ class Recovery:
             UserError: too many of them went wrong.
         """
         for p, loss, norm, skip in zip(pending, steps.losses, steps.norms, steps.skipped, strict=True):
-            self.bad_steps.look(p.step, loss, norm, bool(skip) and not math.isfinite(norm), p.sample_ids)
+            self.bad_steps.observe(p.step, loss, norm, bool(skip) and not math.isfinite(norm), p.sample_ids)
             # Its gradients were finite, so that its loss was an outlier.
             self._num_outliers += bool(skip) and math.isfinite(norm)
         if self._num_outliers > MAX_OUTLIERS:

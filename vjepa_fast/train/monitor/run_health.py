@@ -56,7 +56,7 @@ class RunHealth:
         norms = dict(zip(("grad_norm_encoder", "grad_norm_predictor"), part_norms.unbind(), strict=True))
         return read_figures(norms | health_figures(output, model, self._exponent))
 
-    def look(self, row: Mapping[str, float | None]) -> None:
+    def observe(self, row: Mapping[str, float | None]) -> None:
         """Warn if this row of metrics.jsonl is of a run that collapses.
 
         Raises:
@@ -69,7 +69,7 @@ class RunHealth:
 
     def _warnings(self, row: Mapping[str, float | None]) -> list[dict[str, object]]:
         self.last = row
-        found = self._watch.look(row)
+        found = self._watch.observe(row)
         if found is None:
             return []
         self.num_warnings += 1

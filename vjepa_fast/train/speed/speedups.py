@@ -15,9 +15,9 @@ from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.dynamic import Sizes
 from vjepa_fast.models.compiled_blocks import NotCompiled, require_compiler
 from vjepa_fast.models.layers import set_compiled
-from vjepa_fast.train.monitor.out_of_memory import ran_out
+from vjepa_fast.train.monitor.out_of_memory import is_out_of_memory
 from vjepa_fast.train.speed.graphs import WARM_UP, GraphedStep, refusal
-from vjepa_fast.train.speed.timing_trials import MARGIN, race, seconds_of, undone
+from vjepa_fast.train.speed.timing_trials import MARGIN, race, restoring_state, seconds_of
 from vjepa_fast.train.step import TrainStep
 
 StepCallable = TrainStep | GraphedStep
@@ -100,7 +100,7 @@ class SpeedUps:
 
         key, faster = "model.compile_model=auto", False
         try:
-            with undone(self.train_step):
+            with restoring_state(self.train_step):
                 # What is wrong with it is not the compiler's fault.
                 step(False, 0)
                 self._look_for_compiler()
@@ -128,10 +128,10 @@ class SpeedUps:
     def _graphs_are_faster(self, trials: Sequence[Trial], expected: Sequence[Sizes]) -> bool:
         faster = False
         try:
-            with undone(self.train_step):
+            with restoring_state(self.train_step):
                 faster = self._race_graphs(trials, expected)
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             self.say("train.cuda_graphs=auto: CUDA graphs are not used, memory does not hold them beside eager steps")
         # The trial graphs reference optimizer moments that were just restored; drop them.

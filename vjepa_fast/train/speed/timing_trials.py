@@ -27,7 +27,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def undone(train_step: TrainStep) -> Iterator[None]:
+def restoring_state(train_step: TrainStep) -> Iterator[None]:
     """Steps within leave no trace in the model, the optimizer, the loss scale and torch's generators.
 
     Gradients must be absent, as they are between steps.
