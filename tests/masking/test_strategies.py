@@ -38,23 +38,19 @@ register("checkerboard", checkerboard, keys=())
 '''
 
 
-def enum(name: str) -> list[int]:
-    """The numbers of an enum of csrc/mask_rules.h."""
+def enum(name: str) -> dict[str, int]:
+    """The numbers of an enum of csrc/mask_rules.h: kPatchesOfFrames as patches_of_frames."""
     text = (ROOT / "csrc" / "mask_rules.h").read_text()
-    found = re.search(rf"enum {name} : uint8_t {{(.*?)}};", text)
+    found = re.search(rf"enum {name} : uint8_t {{(.*?)}};", text, re.DOTALL)
     assert found is not None
-    return [int(entry.partition("=")[2]) for entry in found[1].split(",")]
-
-
-def enum_names(name: str) -> list[str]:
-    text = (ROOT / "csrc" / "mask_rules.h").read_text()
-    return re.findall(r"k(\w+) =", re.search(rf"enum {name} : uint8_t {{(.*?)}};", text)[1])  # type: ignore[index]
+    entries = [entry.split("=") for entry in found[1].split(",")]
+    return {re.sub(r"(?<!^)(?=[A-Z])", "_", key.strip()[1:]).lower(): int(value) for key, value in entries}
 
 
 def test_numbers_are_those_of_cpp() -> None:
     numbers = {name: row.number for name, row in STRATEGIES.items() if row.number is not None}
-    assert numbers == dict(zip(map(str.lower, enum_names("Strategy")), enum("Strategy"), strict=True))
-    assert list(COMPLEMENTS.values()) == enum("Complement")
+    assert numbers == enum("Strategy")
+    assert list(COMPLEMENTS.values()) == list(enum("Complement").values())
     assert set(DEFINITIONS) == set(STRATEGIES)
     # What runs have been drawn with: a number may be added, none may change.
     assert numbers["multiblock"] == 0 and numbers["tube"] == 1 and numbers["future"] == 5
