@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.common.test_rng import VECTORS
 from tests.csrc.building import load_emulator
-from tests.masking.mask_cases import EXAMPLES, PLAIN, Case, cases, emulate, needs_extension
+from tests.masking.mask_cases import EXAMPLES, NAMES, PLAIN, Case, cases, emulate, needs_extension
 from vjepa_fast.common import extension
 from vjepa_fast.config.mask_strategies import STRATEGIES
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
@@ -169,7 +169,7 @@ BAD_COMMON = [
     *(
         ({"specs": spec_with(place, value)}, message)
         for place, value, message in (
-            (0, 6, "strategy of specs is 6; expected 0 to 5"),
+            (0, len(NAMES), f"strategy of specs is {len(NAMES)}; expected 0 to {len(NAMES) - 1}"),
             (0, -1, "strategy"),
             (1, 0, "num_blocks"),
             (1, 1025, "num_blocks of specs is 1025; expected 1 to 1024"),
