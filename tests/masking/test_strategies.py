@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import load_recipe
 from vjepa_fast.config.mask_strategies import STRATEGIES, find_strategy
 from vjepa_fast.config.schema import MaskConfig, MaskSpec
+from vjepa_fast.masking import strategies
 from vjepa_fast.masking.mask_rules import COMPLEMENTS, DEFINITIONS, BlockSpec
 from vjepa_fast.masking.mask_sample import mask_sample_captured
 from vjepa_fast.masking.picture import describe
@@ -26,16 +28,18 @@ from vjepa_fast.masking.strategies import register
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = (2, 4, 4)
-MODULE = '''
-import numpy as np
-from vjepa_fast.masking.strategies import register
 
-def checkerboard(spec, grid, rng):
-    """Every other token."""
-    return np.flatnonzero((np.indices(grid).sum(0) + rng.integers(2)) % 2)
 
-register("checkerboard", checkerboard, keys=())
-'''
+def example(text: str) -> str:
+    """The module that a text shows."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.strip() == "import numpy as np")
+    last = next(number for number, line in enumerate(lines) if line.strip().startswith("register("))
+    return textwrap.dedent("\n".join(lines[first : last + 1])) + "\n"
+
+
+def test_documentation_shows_one_example() -> None:
+    assert example(strategies.__doc__ or "") == example((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
 
 def enum(name: str) -> dict[str, int]:
@@ -228,7 +232,7 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 def test_command_line_finds_the_entry_point(tmp_path: Path) -> None:
     """As pip leaves an installed package that has one."""
-    (tmp_path / "my_masks.py").write_text(MODULE)
+    (tmp_path / "my_masks.py").write_text(example(strategies.__doc__ or ""))
     about = tmp_path / "my_masks-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my_masks\nVersion: 1.0\n")
