@@ -1,5 +1,5 @@
 // The thread block of csrc/mask_sampler.h on the CPU: all threads of a phase one after another, in a chosen order, then
-// the next phase. Built and called by tests/ops/test_mask_sample.py.
+// the next phase. Built and called by tests/masking/test_mask_sample.py.
 
 #include <cstddef>
 #include <vector>
