@@ -132,9 +132,9 @@ class Trainer:
 
     def _fit(self) -> RunSummary:
         log = RunLog(self.folder, self.processes, self.console, self.step, self.last_step, self.cfg.train.tensorboard)
-        if self.processes.is_first:
-            self.task.rewind_health(log.files.jsonl_path)
         try:
+            if self.processes.is_first:
+                self.task.rewind_health(log.files.jsonl_path)
             self._loop(log)
         finally:
             log.progress.close()
