@@ -18,6 +18,7 @@ import vjepa_fast as vf
 from tests.checkpoints import models
 from tests.data.conftest import write_video
 from vjepa_fast.cli.main import app
+from vjepa_fast.inference import part_files
 from vjepa_fast.inference import videos as inference_videos
 from vjepa_fast.inference.model import InferenceModel
 
@@ -149,15 +150,14 @@ def test_batches_do_not_change_features(checkpoint: Path, videos: Path, tmp_path
 def test_parts_that_another_process_has_written(
     checkpoint: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, out = inference_videos.EmbedJob._write_part, tmp_path / "f.safetensors"
+    original, out = inference_videos.EmbedJob._finish, tmp_path / "f.safetensors"
 
-    def disturbed(job: inference_videos.EmbedJob) -> None:
-        original(job)
-        if job._parts:
-            save_file({str(videos / "0.mp4"): torch.zeros(2)}, job._parts[0])
+    def disturbed(job: inference_videos.EmbedJob) -> Any:
+        save_file({str(videos / "0.mp4"): torch.zeros(2)}, job._parts[0])
+        return original(job)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inference_videos.EmbedJob, "_write_part", disturbed)
+        patched.setattr(inference_videos.EmbedJob, "_finish", disturbed)
         result = run(videos, "--checkpoint", checkpoint, "--out", out)
     assert result.exit_code == 1 and not out.exists()
     assert f"f.safetensors.parts lacks 3 videos that were done, such as {videos / '1.mp4'}" in result.output
@@ -204,7 +204,7 @@ def test_parts_are_written_as_it_goes(
     checkpoint: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kill -9 leaves behind: everything but the last part."""
-    monkeypatch.setattr(inference_videos, "_PART_SECONDS", 0.0)
+    monkeypatch.setattr(part_files, "_SECONDS", 0.0)
     monkeypatch.setattr(shutil, "rmtree", lambda *_: None)
     out = tmp_path / "f.safetensors"
     assert run(videos, "--checkpoint", checkpoint, "--out", out).exit_code == 0

@@ -111,9 +111,10 @@ import torch
 import vjepa_fast as vf
 from vjepa_fast.evaluation import features
 from vjepa_fast.evaluation.views import ClipRule
+from vjepa_fast.inference import part_files
 from vjepa_fast.inference.videos import list_videos
 
-features._PART_SECONDS = 0.0
+part_files._SECONDS = 0.0
 videos = list_videos([sys.argv[2]])
 model = vf.load(sys.argv[1], predictor=False)
 store = features.FeatureStore(__import__("pathlib").Path(sys.argv[3]), model)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
 from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
 from vjepa_fast.cli.options import command
 from vjepa_fast.common.errors import UserError
+from vjepa_fast.common.progress_bar import Bar
 from vjepa_fast.config.sections.base import Section
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ import typer
 from vjepa_fast.cli.console import say
 from vjepa_fast.cli.options import command
 from vjepa_fast.common.errors import ConfigError, UserError
+from vjepa_fast.common.progress_bar import Bar
 from vjepa_fast.config.sections.base import Section
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIDE_MULTIPLE = 32
-_SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_BETWEEN_FRAMES = 0.2
 
 
 class PackOptions(Section):
@@ -110,7 +108,14 @@ def _run(options: PackOptions) -> None:
     if is_pack(options.manifest):
         raise UserError(f"{options.manifest} is a pack already; expected videos: a CSV, .npy, folder or glob")
     paths, labels = read_manifest(options.manifest)
-    progress = _Progress()
+    bar: Bar | None = None
+    counts: Counts | None = None
+
+    def report(now: Counts) -> None:
+        nonlocal bar, counts
+        counts, bar = now, bar or Bar("packed", "videos", now.total, now.done)
+        bar.show(now.done, f"{now.broken} broken  {_size(now.num_bytes)}")
+
     try:
         summary = make_pack(
             paths,
@@ -119,16 +124,16 @@ def _run(options: PackOptions) -> None:
             PackSettings(options.fps, side, options.quality, options.two_phase, shard_bytes),
             num_workers=options.workers or available_cores(),
             max_broken=options.max_broken,
-            report=progress.show,
+            report=report,
         )
     except KeyboardInterrupt:
-        progress.close()
-        done = progress.counts
-        if done is not None:
-            say("warning", f"{done.done} of {done.total} videos are done and kept; the same command goes on")
+        if bar is not None and counts is not None:
+            bar.close()
+            say("warning", f"{counts.done} of {counts.total} videos are done and kept; the same command goes on")
         raise
     finally:
-        progress.close()
+        if bar is not None:
+            bar.close()
     if summary.num_broken:
         say("warning", f"{summary.num_broken} of {len(paths)} videos could not be packed: {options.out / BROKEN_NAME}")
     typer.echo(_describe(summary, options.out))
@@ -170,56 +175,3 @@ def _describe(summary: Summary, out: Path) -> str:
             f"core-milliseconds a video; {timedelta(seconds=round(summary.seconds))}"
         )
     return "\n".join(lines)
-
-
-class _Progress:
-    """A bar for a person, a line now and then for a log file."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self.counts: Counts | None = None
-        self._console = Console(stderr=True)
-        self._began: tuple[float, int] | None = None
-        self._shown = time.monotonic()
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            # No thread of its own: workers are forked while the bar is shown.
-            self._bar = Progress(
-                TextColumn("packed {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                console=self._console,
-                auto_refresh=False,
-            )
-            self._task = self._bar.add_task("starting", total=None)
-
-    def show(self, counts: Counts) -> None:
-        """Called after every video."""
-        now = time.monotonic()
-        if self._began is None:
-            self._began = now, counts.done
-            if self._bar is not None:
-                self._bar.update(self._task, total=counts.total)
-                self._bar.start()
-        self.counts = counts
-        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_FRAMES
-        if now - self._shown < pause and counts.done < counts.total:
-            return
-        self._shown = now
-        seconds, num_new = now - self._began[0], counts.done - self._began[1]
-        text = f"{counts.broken} broken"
-        if num_new:
-            left = timedelta(seconds=round(seconds / num_new * (counts.total - counts.done)))
-            text = f"{num_new / seconds:.1f} videos/s  {text}  {_size(counts.num_bytes)}  eta {left}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=counts.done, total=counts.total, description=text, refresh=True)
-        else:
-            self._console.print(f"packed {counts.done}/{counts.total}  {text}", highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

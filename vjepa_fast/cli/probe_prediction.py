@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vjepa_fast.cli.bar import Bar
 from vjepa_fast.cli.console import say
+from vjepa_fast.common.progress_bar import Bar
 
 if TYPE_CHECKING:
     import torch

@@ -24,23 +24,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vjepa_fast import __version__
-from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
+from vjepa_fast.common.atomic import disk_errors, write_text
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.data.decode.index import DecodeError
 from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.evaluation import probes
 from vjepa_fast.evaluation.views import ClipRule, read_views
 from vjepa_fast.inference.model import InferenceModel
+from vjepa_fast.inference.part_files import AGAIN, PartFiles
 from vjepa_fast.inference.videos import Videos
 
 _FORMAT = 1
-_PART_SECONDS, _PART_BYTES = 10.0, 256 * 2**20
 _LEFTOVER_SECONDS = 3600.0
-_AGAIN = "give the command once more: what is done is kept"
 TOKENS, MEAN = "t", "m"
 
 
@@ -121,9 +119,9 @@ class FeatureStore:
         self.folder = root / self.hash[:32]
         self._files: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
-        self._waiting: dict[str, Tensor] = {}
-        self._written = time.monotonic()
-        with disk_errors(self.folder, "features to", _AGAIN):
+        # Another process may fill the same store.
+        self._new = PartFiles(lambda: self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors", self._open)
+        with disk_errors(self.folder, "features to", AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_old_leftovers(self.folder)
         write_text(
@@ -157,25 +155,6 @@ class FeatureStore:
         """An entry, by its whole name."""
         tensor: Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
-
-    def keep(self, name: str, value: Tensor) -> None:
-        """Written at the latest by `flush`."""
-        self._waiting[name] = value.contiguous().clone()
-        size = sum(one.numel() * one.element_size() for one in self._waiting.values())
-        if time.monotonic() - self._written >= _PART_SECONDS or size >= _PART_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what waits."""
-        self._written = time.monotonic()
-        if not self._waiting:
-            return
-        # Another process may fill the same store.
-        part = self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors"
-        with disk_errors(part, "features", _AGAIN), atomic_path(part) as temporary:
-            save_file(self._waiting, temporary)
-        self._waiting = {}
-        self._open(part)
 
     def fill(
         self,
@@ -243,12 +222,12 @@ class FeatureStore:
                                 f"the features of {entry.videos.paths[entry.number]} are not finite numbers; most "
                                 "likely the training of this encoder has diverged: give an earlier checkpoint"
                             )
-                        self.keep(f"{MEAN}.{keys[number]}", mean)
+                        self._new.keep(f"{MEAN}.{keys[number]}", mean)
                         if tokens[number]:
-                            self.keep(f"{TOKENS}.{keys[number]}", features)
+                            self._new.keep(f"{TOKENS}.{keys[number]}", features)
                     report(progress)
         finally:
-            self.flush()
+            self._new.flush()
         return progress
 
     def _check_room(self, features: Tensor, count: int) -> None:

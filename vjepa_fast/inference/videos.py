@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,13 +30,11 @@ from vjepa_fast.data.frame_sources import FrameSource, open_entry
 from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.data.sampling import Box, clip_step, window_frames
 from vjepa_fast.inference.model import InferenceModel
+from vjepa_fast.inference.part_files import AGAIN, PartFiles
 
-_PART_SECONDS = 10.0
-_PART_BYTES = 256 * 2**20
 _SETTINGS_FILE, _BROKEN_FILE = "settings.json", "broken.json"
 _CROP_SHARE = 224 / 256
 """Of the short side that is seen, as in the reference's evaluations (evals/hub/preprocessor.py)."""
-_AGAIN = "give the command once more: what is done is kept"
 
 
 @dataclass(frozen=True)
@@ -189,8 +186,9 @@ class EmbedJob:
         self.settings = {**settings, **asdict(sampling), "size": list(sampling.size), "videos": listed}
         self.broken: dict[str, str] = {}
         self._parts: list[Path] = []
-        self._waiting: dict[str, Tensor] = {}
-        self._written = time.monotonic()
+        self._files = PartFiles(
+            lambda: self.folder / f"{len(self._parts):06d}.safetensors", lambda path: self._parts.append(path)
+        )
         self._resume()
         self.progress = Progress(len(videos.paths), len(self._done) + len(self.broken), len(self.broken))
 
@@ -241,7 +239,7 @@ class EmbedJob:
             for number, path in enumerate(self.videos.names)
             if path not in self._done and path not in self.broken
         ]
-        with disk_errors(self.out, "", _AGAIN):
+        with disk_errors(self.out, "", AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / _SETTINGS_FILE, json.dumps(self.settings))
         if left:
@@ -249,7 +247,7 @@ class EmbedJob:
                 with Pool(self._decode, min(num_workers, len(left))) as pool:
                     self._embed(pool.run(left), model, encode, batch_size, report)
             finally:
-                self._write_part()
+                self._files.flush()
         return self._finish()
 
     def _decode(self, number: int) -> Any:
@@ -277,7 +275,7 @@ class EmbedJob:
             features = encode(model, torch.cat([clips for _, clips in batch])).cpu()
             for place, (number, _) in enumerate(batch):
                 own = features[place * self.sampling.clips : (place + 1) * self.sampling.clips]
-                self._keep(self.videos.names[number], own[0] if self.sampling.clips == 1 else own)
+                self._files.keep(self.videos.names[number], own[0] if self.sampling.clips == 1 else own)
                 self.progress.done += 1
                 report(self.progress)
             batch.clear()
@@ -295,22 +293,6 @@ class EmbedJob:
                 flush()
         flush()
 
-    def _keep(self, path: str, features: Tensor) -> None:
-        self._waiting[path] = features.clone()
-        size = sum(one.numel() * one.element_size() for one in self._waiting.values())
-        if time.monotonic() - self._written >= _PART_SECONDS or size >= _PART_BYTES:
-            self._write_part()
-
-    def _write_part(self) -> None:
-        self._written = time.monotonic()
-        if not self._waiting:
-            return
-        path = self.folder / f"{len(self._parts):06d}.safetensors"
-        with disk_errors(path, "features", _AGAIN), atomic_path(path) as temporary:
-            save_file(self._waiting, temporary)
-        self._parts.append(path)
-        self._waiting = {}
-
     def _finish(self) -> Tensor | None:
         # Read through the memory map of the parts: no more of them than is being written is in memory.
         features = {key: value for part in self._parts for key, value in read_safetensors(part)[0].items()}
@@ -321,11 +303,11 @@ class EmbedJob:
             raise UserError(
                 f"{self.folder} lacks {len(lost)} videos that were done, such as {lost[0]}: another "
                 "process writes there too, or parts were deleted. See to it that nobody does, and "
-                f"{_AGAIN}"
+                f"{AGAIN}"
             )
         first = next(iter(features.values()), None)
         if first is not None:
-            with disk_errors(self.out, "features", _AGAIN), atomic_path(self.out) as temporary:
+            with disk_errors(self.out, "features", AGAIN), atomic_path(self.out) as temporary:
                 self._write(features, temporary)
             first = first.clone()
         if self.broken:

@@ -8,7 +8,8 @@ import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+
+from vjepa_fast.common.progress_bar import ProgressBar
 
 
 class Speed:
@@ -57,9 +58,6 @@ class RunConsole(Console):
 _DROPPED = ("lr", "data wait", "explained", "speed")
 """What a narrow terminal goes without, first to last; steps, loss and the time left are always there."""
 
-_NARROWEST_BAR = 8
-"""Columns, with the spaces beside it."""
-
 
 def fitting(figures: dict[str, str], width: int) -> str:
     """The figures side by side, without those of _DROPPED that do not fit.
@@ -89,25 +87,13 @@ class ProgressReport:
     def __init__(self, total: int, start: int, console: Console, enabled: bool = True) -> None:
         self.total = total
         self.start = start
-        self.console = console
-        self.enabled = enabled
         self.began = time.perf_counter()
-        self.bar: Progress | None = None
-        if enabled and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                console=console,
-                refresh_per_second=4,
-            )
-            self.task = self.bar.add_task("starting", total=total, completed=start)
-            self.bar.start()
+        self.bar = ProgressBar("step", total, start, console, live=True) if enabled else None
 
     def advance(self, done: int) -> None:
         """Move the bar to `done` finished steps."""
         if self.bar is not None:
-            self.bar.update(self.task, completed=done)
+            self.bar.advance(done)
 
     def report(
         self, done: int, *, loss: float, lr: float, clips_per_s: float, data_wait: float, explained: float | None = None
@@ -119,7 +105,7 @@ class ProgressReport:
             data_wait: share of the time spent waiting for clips, 0 to 1.
             explained: share of the targets' variance that the predictions explain; None: not known.
         """
-        if not self.enabled:
+        if self.bar is None:
             return
         pace = (time.perf_counter() - self.began) / max(1, done - self.start)
         left = timedelta(seconds=round(pace * (self.total - done)))
@@ -132,16 +118,10 @@ class ProgressReport:
             "data wait": f"data wait {100 * data_wait:.0f} %",
             "eta": f"eta {left}",
         }
-        if self.bar is not None:
-            room = self.console.width - len(f"step {self.total}/{self.total}") - _NARROWEST_BAR
-            self.bar.update(self.task, description=fitting(figures, room), completed=done)
-        else:
-            self.console.print(
-                f"step {done}/{self.total}  {'  '.join(figures.values())}", highlight=False, soft_wrap=True
-            )
+        text = fitting(figures, self.bar.room) if self.bar.is_bar else "  ".join(figures.values())
+        self.bar.show(done, text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+            self.bar.close()

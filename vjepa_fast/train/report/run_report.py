@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from vjepa_fast.checkpoints.run_folder import newest_checkpoint
+from vjepa_fast.common import html
 from vjepa_fast.common.atomic import atomic_path, disk_errors, write_text
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config import yaml_io
 from vjepa_fast.config.differences import from_nearest_recipe
-from vjepa_fast.train.report import html, run_json
+from vjepa_fast.train.report import run_json
 from vjepa_fast.train.report.curves import MAX_MARKS, Curves, draw_learning, draw_training, read_curves
 
 REPORT, PICTURE = "report.html", "loss.png"
