@@ -164,4 +164,4 @@ def test_an_entry_point_does_not_take_over_a_name(outside: Path) -> None:
 def test_the_nearest_name_is_told(given: str, hint: str, checkpoint: Path, tmp_path: Path) -> None:
     result = measure(checkpoint, (tmp_path / "a.csv", tmp_path / "b.csv"), tmp_path / "out", given)
     assert result.exit_code == ConfigError.exit_code
-    assert hint in result.output and "attentive, linear, knn" in result.output
+    assert hint in result.output and ", ".join(probes.BUILT_IN) in result.output

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from vjepa_fast.checkpoints.open import open_checkpoint
 from vjepa_fast.cli.main import app
+from vjepa_fast.evaluation import probes
 from vjepa_fast.models.attentive import AttentiveClassifier
 
 QUICK = ("--epochs", "2", "--lr", "1e-3,1e-4", "--weight-decay", "0.1")
@@ -35,7 +36,7 @@ def test_classes(
     assert found["classes"] == [3, 7] and found["task"] == "classification"
     assert found["train"]["videos"] == 6 and found["val"]["videos"] == 2
     assert found["weights"] == "target_encoder"
-    assert set(found["probes"]) == {"baseline", "linear", "knn", "attentive"}
+    assert set(found["probes"]) == {"baseline", *probes.BUILT_IN}
     assert found["probes"]["baseline"]["scores"]["top1"] == 0.5
     attentive = found["probes"]["attentive"]
     assert [(head["lr"], head["weight_decay"]) for head in attentive["heads"]] == [(1e-3, 0.1), (1e-4, 0.1)]
@@ -177,7 +178,11 @@ def test_videos_that_cannot_be_read_are_left_out(
 @pytest.mark.parametrize(
     ("args", "message", "code"),
     [
-        (("--probe", "nearest"), "--probe is 'nearest'; expected one or several of attentive, linear, knn", 2),
+        (
+            ("--probe", "nearest"),
+            f"--probe is 'nearest'; expected one or several of {', '.join(probes.BUILT_IN)}, separated by commas",
+            2,
+        ),
         (("--lr", "1e-3,fast"), "--lr is '1e-3,fast'; expected numbers of at least 0, separated by commas", 2),
         (("--fps", "4", "--frame-step", "4"), "--fps and --frame-step are given; expected one of them", 2),
         (("--probe-heads", "7"), "--probe-heads is 7; expected a divisor of the encoder's width, 96", 2),
