@@ -33,8 +33,8 @@ from vjepa_fast.common import markdown
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.inference import verify
-from vjepa_fast.inference.model import check_fit, model_config
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.inference.loading import check_fit, model_config
+from vjepa_fast.models.sizes import size_of
 
 State = dict[str, Tensor]
 

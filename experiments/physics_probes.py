@@ -38,7 +38,8 @@ from vjepa_fast.config.schema import Config, DataConfig
 from vjepa_fast.data.decode.index import load_index
 from vjepa_fast.data.decode.pyav import decode_clip
 from vjepa_fast.data.decode.request import ClipRequest, VideoSource
-from vjepa_fast.data.generated.physics import KINDS, PhysicsSet, load_physics_labels, make_physics
+from vjepa_fast.data.generated.physics import PhysicsSet, load_physics_labels, make_physics
+from vjepa_fast.data.generated.physics_scenes import KINDS
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.pack.index import PackSettings
 from vjepa_fast.data.pack.writer import make_pack

@@ -16,7 +16,7 @@ _HOME = {
     "AdamWEMA": "optim.adamw_ema",
     "build_loader": "data.loader",
     "Trainer": "train.trainer",
-    "load": "inference.model",
+    "load": "inference.loading",
     "swap": "swapping.swap",
 }
 
@@ -37,7 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vjepa_fast.config import load_config, load_recipe
     from vjepa_fast.data.loader import build_loader
-    from vjepa_fast.inference.model import load
+    from vjepa_fast.inference.loading import load
     from vjepa_fast.masking.batch import MaskBatch
     from vjepa_fast.masking.sampler import MaskSampler
     from vjepa_fast.models.jepa import VJEPA

@@ -15,8 +15,9 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.advice import FITS, Adviser
 from vjepa_fast.cost.counter import fake_parameters, fake_tensors
 from vjepa_fast.cost.gpus import GPUS
+from vjepa_fast.cost.loads import Loads, image_groups
 from vjepa_fast.cost.memory import clip_bytes, estimate_memory, peak_memory
-from vjepa_fast.cost.operations import Loads, image_groups, step_operations
+from vjepa_fast.cost.operations import step_operations
 from vjepa_fast.cost.plan import describe, draw_masks
 from vjepa_fast.cost.prediction import predict as predict_time
 from vjepa_fast.masking.batch import MaskBatch

@@ -17,7 +17,8 @@ from vjepa_fast.cost.check import as_table, compare
 from vjepa_fast.cost.counter import Tally, count, count_step, fake_tensors
 from vjepa_fast.cost.flops import step_flops
 from vjepa_fast.cost.gpus import GPUS, gpu_named, gpu_of_device, with_measured
-from vjepa_fast.cost.operations import Load, Loads, step_operations
+from vjepa_fast.cost.loads import Load, Loads
+from vjepa_fast.cost.operations import step_operations
 from vjepa_fast.cost.parameters import count_parameters
 from vjepa_fast.cost.plan import draw_masks
 from vjepa_fast.cost.prediction import ORDER, predict

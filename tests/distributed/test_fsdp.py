@@ -17,7 +17,7 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.data.loader import Batch
 from vjepa_fast.distributed import processes
 from vjepa_fast.distributed.parallel import whole_copy
-from vjepa_fast.optim.adamw_ema import local_of
+from vjepa_fast.optim.dtensors import local_of
 from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 

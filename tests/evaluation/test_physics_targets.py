@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import write_video
-from vjepa_fast.data.generated.physics import render, simulate
+from vjepa_fast.data.generated.physics_scenes import render, simulate
 from vjepa_fast.evaluation import physics_targets
 from vjepa_fast.evaluation.labels import read_labels
 from vjepa_fast.evaluation.physics_targets import BEHIND, FRONT, behind, front

@@ -20,7 +20,7 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.linear import Linear, shadow_of
 from vjepa_fast.ops.triton_support import dispatch
-from vjepa_fast.optim import adamw_ema
+from vjepa_fast.optim import dtensors
 from vjepa_fast.optim.adamw_ema import AdamWEMA, ema_update, parameter_groups
 
 BAD = (float("nan"), float("inf"))
@@ -349,8 +349,8 @@ def test_shards_of_shards_are_seen(tmp_path: Path):
         mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "copies"))
         placements = [_StridedShard(0, split_factor=1), Shard(0), Replicate()]
         sharded = DTensor.from_local(torch.ones(4, 2), mesh, placements, run_check=False)
-        assert adamw_ema._shards_of(sharded) == (mesh, (0, 1))
-        assert adamw_ema._shards_of(torch.ones(2)) == (None, ())
+        assert dtensors.shards_of(sharded) == (mesh, (0, 1))
+        assert dtensors.shards_of(torch.ones(2)) == (None, ())
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from vjepa_fast.bench.steps import OurStep
 from vjepa_fast.common.checkouts import import_environment
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.models.sizes import size_of
 
 REFERENCE_COMMIT = "c2963a4"
 """What the comparisons were written against."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import vjepa_fast as vf
 from vjepa_fast.config.schema import Config, DataConfig, Dtype
 from vjepa_fast.masking.batch import MaskBatch
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.models.sizes import size_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.messages import explain
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.models.positions import sincos_table
-from vjepa_fast.models.vit import GIGANTIC_MLP_RATIO, NUM_LEVELS, SIZES, Size
+from vjepa_fast.models.sizes import GIGANTIC_MLP_RATIO, NUM_LEVELS, SIZES, Size
 
 State = Mapping[str, Tensor]
 

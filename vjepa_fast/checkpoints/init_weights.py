@@ -10,7 +10,7 @@ from vjepa_fast.checkpoints.meta_format import load_network
 from vjepa_fast.checkpoints.open import Checkpoint, open_checkpoint
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.models.jepa import VJEPA
-from vjepa_fast.models.vit import SIZES
+from vjepa_fast.models.sizes import SIZES
 
 
 def init_weights(path: str | Path, model: VJEPA, predictor: bool = True) -> str:

@@ -153,7 +153,7 @@ def convert(
 
 def apply_config(checkpoint: Checkpoint, config: Path | None) -> Checkpoint:
     """The checkpoint with what a YAML file says of it; warnings about the file go to stderr."""
-    from vjepa_fast.inference.model import with_config
+    from vjepa_fast.inference.loading import with_config
 
     if config is None:
         return checkpoint
@@ -203,7 +203,7 @@ def _choose_classifier(checkpoint: Checkpoint, given: int | None) -> int:
 
 
 def _config(checkpoint: Checkpoint, key: str, fields: dict[str, Any]) -> ModelConfig:
-    from vjepa_fast.inference.model import check_fit, model_config
+    from vjepa_fast.inference.loading import check_fit, model_config
 
     cfg, assumed = model_config(checkpoint, key, fields)
     check_fit(checkpoint, key, cfg)
@@ -213,7 +213,7 @@ def _config(checkpoint: Checkpoint, key: str, fields: dict[str, Any]) -> ModelCo
 
 
 def _check_probe_width(checkpoint: Checkpoint, cfg: ModelConfig) -> None:
-    from vjepa_fast.models.vit import size_of
+    from vjepa_fast.models.sizes import size_of
 
     width = size_of(cfg).embed_dim
     for state in checkpoint.classifiers:
@@ -242,7 +242,7 @@ def _warn_hf(checkpoint: Checkpoint) -> None:
 
 
 def _describe(cfg: ModelConfig) -> str:
-    from vjepa_fast.models.vit import size_of
+    from vjepa_fast.models.sizes import size_of
 
     size = size_of(cfg)
     assert cfg.crop_size is not None

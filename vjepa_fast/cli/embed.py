@@ -111,7 +111,7 @@ def _run(options: EmbedOptions) -> None:
     """Write the features of videos, one entry a video; stopped, the same command goes on."""
     # Imported here: they need seconds, which --help need not wait for.
     from vjepa_fast.checkpoints.open import open_checkpoint
-    from vjepa_fast.inference.model import build
+    from vjepa_fast.inference.loading import build
     from vjepa_fast.inference.videos import EmbedJob, default_sampling, list_videos
 
     device = usable_device(options.device)

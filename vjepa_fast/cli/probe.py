@@ -118,7 +118,7 @@ def _measure_probes(
 ) -> None:
     from vjepa_fast.evaluation import probes
     from vjepa_fast.evaluation.labels import read_labels
-    from vjepa_fast.inference.model import build
+    from vjepa_fast.inference.loading import build
 
     if options.train is None:
         raise ConfigError("--train is missing; expected labelled videos to fit probes on")

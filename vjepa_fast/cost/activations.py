@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vjepa_fast.config.schema import Checkpointing
-from vjepa_fast.cost.operations import Network
+from vjepa_fast.cost.loads import Network
 
 
 @dataclass(frozen=True)

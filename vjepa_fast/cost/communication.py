@@ -31,7 +31,7 @@ from typing import Literal
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.common.profiler_labels import backward_of
 from vjepa_fast.config.schema import Config
-from vjepa_fast.cost.operations import networks_of
+from vjepa_fast.cost.loads import networks_of
 from vjepa_fast.cost.parameters import count_parameters
 from vjepa_fast.cost.prediction import Prediction
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from vjepa_fast.common.profiler_labels import Tracker, kind_of
 from vjepa_fast.config.schema import Config
-from vjepa_fast.cost.operations import image_groups
+from vjepa_fast.cost.loads import image_groups
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models import predictor
 from vjepa_fast.models.jepa import VJEPA

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.masking.batch import MaskBatch
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.models.sizes import size_of
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:

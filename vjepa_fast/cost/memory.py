@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.activations import Stack, Tokens, stack_of
-from vjepa_fast.cost.operations import Loads, image_groups, networks_of, pixel_values
+from vjepa_fast.cost.loads import Loads, image_groups, networks_of, pixel_values
 from vjepa_fast.cost.parameters import Parameters, count_parameters
 from vjepa_fast.masking.batch import MaskBatch
 

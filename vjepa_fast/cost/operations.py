@@ -8,15 +8,13 @@ Legend: L tokens of all sequences, D width, F hidden width of the MLP, P predict
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from vjepa_fast.common.profiler_labels import backward_of
 from vjepa_fast.config.schema import Config
+from vjepa_fast.cost.loads import Load, Loads, Network, networks_of, pixel_values
 from vjepa_fast.cost.parameters import Parameters, count_parameters
-from vjepa_fast.masking.batch import MaskBatch
-from vjepa_fast.models.vit import size_of
 
 Kind = Literal["matmul", "attention", "memory"]
 
@@ -38,151 +36,6 @@ class Operation:
     """Sequence length of attention, in tokens, weighted by work."""
     float8: bool = False
     """Whether both operands of a matrix product are float8."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """Sequences that a network works on; a mean over steps need not be whole."""
-
-    tokens: float
-    squares: float
-    """Sum of the squares of the lengths."""
-
-    @classmethod
-    def of(cls, lengths: Iterable[int]) -> Load:
-        lengths = list(lengths)
-        return cls(sum(lengths), sum(length * length for length in lengths))
-
-    @classmethod
-    def mean(cls, loads: Sequence[Load]) -> Load:
-        return cls(sum(x.tokens for x in loads) / len(loads), sum(x.squares for x in loads) / len(loads))
-
-    @property
-    def length(self) -> float:
-        """Mean length of a sequence, weighted by its tokens."""
-        return self.squares / self.tokens if self.tokens else 0.0
-
-
-@dataclass(frozen=True)
-class Loads:
-    """Tokens of a step, or their means over steps."""
-
-    clips: float
-    whole: Load
-    """All tokens of all clips."""
-    context: Load
-    target: Load
-    both: Load
-    """Context and target of a sequence together, as the predictor sees them."""
-    image_tokens: float = 0.0
-    """Tokens among `whole` that are patches of images (one frame)."""
-    image_context: float = 0.0
-    """Tokens among `context` that are patches of images."""
-
-    @classmethod
-    def of(cls, steps: Sequence[Sequence[MaskBatch]], images: Sequence[bool] = ()) -> Loads:
-        """Means over steps.
-
-        Args:
-            steps: each a list of one MaskBatch a frames-per-clip group.
-            images: which groups are of images, see image_groups; those behind its end are not.
-        """
-
-        def mean(lengths: str) -> Load:
-            return Load.mean([Load.of(n for batch in step for n in getattr(batch, lengths)) for step in steps])
-
-        clips = [sum(batch.batch_size for batch in step) for step in steps]
-        whole = [Load.of(batch.num_tokens for batch in step for _ in range(batch.batch_size)) for step in steps]
-        of_images = [batch for step in steps for batch, image in zip(step, images, strict=False) if image]
-        return cls(
-            sum(clips) / len(steps),
-            Load.mean(whole),
-            mean("context_lengths"),
-            mean("target_lengths"),
-            mean("total_lengths"),
-            sum(batch.batch_size * batch.num_tokens for batch in of_images) / len(steps),
-            sum(sum(batch.context_lengths) for batch in of_images) / len(steps),
-        )
-
-    def divided(self, count: int) -> Loads:
-        """The mean of so many parts."""
-
-        def part(load: Load) -> Load:
-            return Load(load.tokens / count, load.squares / count)
-
-        return Loads(
-            self.clips / count,
-            part(self.whole),
-            part(self.context),
-            part(self.target),
-            part(self.both),
-            self.image_tokens / count,
-            self.image_context / count,
-        )
-
-
-def image_groups(cfg: Config) -> list[bool]:
-    """Which frames-per-clip groups of a step are of images, with a patch embedding of their own: those of one frame,
-    and that of img_data, which comes last."""
-    own = cfg.model.img_temporal_dim_size
-    groups = [fpc == own for fpc in dict.fromkeys(cfg.data.dataset_fpcs)]
-    return groups if cfg.img_data is None else [*groups, True]
-
-
-def pixel_values(cfg: Config) -> tuple[int, int]:
-    """Pixel values of a token of a video, and of one of an image."""
-    model = cfg.model
-    assert model.patch_size is not None and model.tubelet_size is not None and model.num_frames is not None
-    of_image = 3 * model.patch_size**2
-    return of_image * (model.tubelet_size if model.num_frames > 1 else 1), of_image
-
-
-@dataclass(frozen=True)
-class Network:
-    """A stack of transformer blocks."""
-
-    width: int
-    depth: int
-    num_heads: int
-    hidden: int
-    swiglu: bool
-    rope: bool
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
-
-    @property
-    def rotated(self) -> int:
-        """Elements of a head that RoPE turns (vjepa_fast/ops/rope3d.py)."""
-        return 3 * 2 * ((self.head_dim // 3) // 2) if self.rope else 0
-
-
-def networks_of(cfg: Config) -> tuple[Network, Network]:
-    """Encoder and predictor of a config."""
-    model, size = cfg.model, size_of(cfg.model)
-
-    def hidden(width: int, ratio: float, swiglu: bool) -> int:
-        wide = int(width * ratio)
-        return (int(2 * wide / 3) + 7) // 8 * 8 if swiglu and model.wide_silu else wide
-
-    encoder = Network(
-        size.embed_dim,
-        size.depth,
-        size.num_heads,
-        hidden(size.embed_dim, size.mlp_ratio, model.use_silu),
-        model.use_silu,
-        model.use_rope,
-    )
-    width = model.pred_embed_dim
-    return encoder, Network(
-        width,
-        model.pred_depth,
-        model.pred_num_heads or size.num_heads,
-        hidden(width, 4.0, model.use_pred_silu),
-        model.use_pred_silu,
-        model.use_rope,
-    )
 
 
 def _product(part: str, name: str, tokens: float, inputs: int, outputs: int, s: int, calls: int = 1) -> Operation:
@@ -313,25 +166,9 @@ def _micro_batch(cfg: Config, loads: Loads) -> list[Operation]:
     d, p = encoder.width, predictor.width
     context, target, both = loads.context, loads.target, loads.both
 
-    def patches(part: str, tokens: float, of_images: float, launches: int) -> list[Operation]:
-        counts = zip(pixel_values(cfg), (tokens - of_images, of_images), strict=True)
-        return [
-            Operation(
-                part,
-                "matmul",
-                "patch embedding",
-                count * pixels + 4 * d * pixels + count * d * s,
-                2.0 * count * pixels * d,
-                launches,
-                min(pixels, d),
-            )
-            for pixels, count in counts
-            if count
-        ]
-
-    out = patches("patch embedding", loads.whole.tokens, loads.image_tokens, 2)
-    out += patches("patch embedding", context.tokens, loads.image_context, 2)
-    out += patches(backward_of("patch embedding"), context.tokens, loads.image_context, 3)
+    out = _patches(cfg, "patch embedding", loads.whole.tokens, loads.image_tokens, d, s, 2)
+    out += _patches(cfg, "patch embedding", context.tokens, loads.image_context, d, s, 2)
+    out += _patches(cfg, backward_of("patch embedding"), context.tokens, loads.image_context, d, s, 3)
     of_targets = blocks_forward("target encoder", encoder, loads.whole, s)
     if model.target_precision == "float8":
         of_targets = _in_float8(encoder, loads.whole.tokens, s, of_targets)
@@ -367,19 +204,44 @@ def _micro_batch(cfg: Config, loads: Loads) -> list[Operation]:
     out.append(_memory(back, "order", s * p * (4 * both.tokens + 8 * predicted), 7))
     out.append(_memory(back, "final norm", 3 * s * p * predicted, 4))
     if model.checkpointing != "none":
-        for name, net, load in (("context encoder", encoder, context), ("predictor", predictor, both)):
-            again = blocks_forward(backward_of(name), net, load, s)
-            # Selectively, products and attention are kept; queries, keys and values are copied before they are turned.
-            if model.checkpointing == "selective":
-                again = [op for op in again if op.kind == "memory"]
-                again.append(
-                    _memory(backward_of(name), "copies", 2 * 6 * s * net.width * net.depth * load.tokens, 2 * net.depth)
-                )
-            out += [replace(op, name=f"{op.name}, again") for op in again]
+        out += _again("context encoder", encoder, context, s, model.checkpointing == "selective")
+        out += _again("predictor", predictor, both, s, model.checkpointing == "selective")
     slope = 1 if cfg.loss.loss_exp == 1 else 4
     out.append(_memory("loss", "latent loss", predicted * levels * d * (2 * s + slope), 5 * len(heads)))
     out.append(_memory(backward_of("loss"), "latent loss", predicted * levels * d * (slope + s), 2 * len(heads)))
     return out
+
+
+def _patches(
+    cfg: Config, part: str, tokens: float, of_images: float, width: int, s: int, launches: int
+) -> list[Operation]:
+    """Patch embedding, or its backward, of tokens some of which are of images."""
+    counts = zip(pixel_values(cfg), (tokens - of_images, of_images), strict=True)
+    return [
+        Operation(
+            part,
+            "matmul",
+            "patch embedding",
+            count * pixels + 4 * width * pixels + count * width * s,
+            2.0 * count * pixels * width,
+            launches,
+            min(pixels, width),
+        )
+        for pixels, count in counts
+        if count
+    ]
+
+
+def _again(name: str, net: Network, load: Load, s: int, selective: bool) -> list[Operation]:
+    """What activation checkpointing computes once more in the backward of a network."""
+    again = blocks_forward(backward_of(name), net, load, s)
+    # Selectively, products and attention are kept; queries, keys and values are copied before they are turned.
+    if selective:
+        again = [op for op in again if op.kind == "memory"]
+        again.append(
+            _memory(backward_of(name), "copies", 2 * 6 * s * net.width * net.depth * load.tokens, 2 * net.depth)
+        )
+    return [replace(op, name=f"{op.name}, again") for op in again]
 
 
 def optimizer_operations(parameters: Parameters, s: int) -> list[Operation]:

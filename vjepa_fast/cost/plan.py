@@ -10,8 +10,8 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.advice import FITS, Adviser
 from vjepa_fast.cost.flops import step_flops
 from vjepa_fast.cost.gpus import Gpu
+from vjepa_fast.cost.loads import Loads, image_groups, networks_of
 from vjepa_fast.cost.memory import peak_memory
-from vjepa_fast.cost.operations import Loads, image_groups, networks_of
 from vjepa_fast.cost.parameters import count_parameters
 from vjepa_fast.cost.prediction import Prediction
 from vjepa_fast.masking.batch import MaskBatch

@@ -15,7 +15,8 @@ from vjepa_fast.common.profiler_labels import PARTS, backward_of
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost.counter import MakeStep, count_step
 from vjepa_fast.cost.gpus import Gpu
-from vjepa_fast.cost.operations import Loads, Operation, image_groups, step_operations
+from vjepa_fast.cost.loads import Loads, image_groups
+from vjepa_fast.cost.operations import Operation, step_operations
 from vjepa_fast.masking.batch import MaskBatch
 
 ORDER = tuple(name for part in PARTS for name in (part, backward_of(part)))

@@ -28,7 +28,8 @@ from vjepa_fast.data.decode.request import ClipRequest, Source
 from vjepa_fast.data.pool import Failed, Pool
 from vjepa_fast.data.sampling import clip_step, window_frames
 from vjepa_fast.evaluation.views import ClipRule
-from vjepa_fast.inference.model import InferenceModel, build
+from vjepa_fast.inference.loading import build
+from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.inference.videos import Videos, middle_box
 
 _MAX_BYTES = 2 * 2**30

@@ -22,9 +22,10 @@ from vjepa_fast.checkpoints.open import open_checkpoint
 from vjepa_fast.common.checkouts import import_environment
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.inference.model import InferenceModel, build
+from vjepa_fast.inference.loading import build
+from vjepa_fast.inference.model import InferenceModel
 from vjepa_fast.models.attentive import AttentiveClassifier
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.models.sizes import size_of
 from vjepa_fast.ops.patch_embed import normalise
 
 Differences = dict[str, float]

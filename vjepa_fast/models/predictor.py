@@ -25,12 +25,24 @@ from vjepa_fast.models.layers import INIT_STD, init_weights, make_blocks, run_bl
 from vjepa_fast.models.noised_targets import Noise, noised_targets
 from vjepa_fast.models.pixels import num_pixels
 from vjepa_fast.models.positions import learned_table, sincos_table
-from vjepa_fast.models.vit import apply_norm, check_positions, compute_dtype, make_rope, modality_embedding, size_of
+from vjepa_fast.models.sizes import check_positions, size_of
+from vjepa_fast.models.vit import apply_norm, compute_dtype, make_rope, modality_embedding
 from vjepa_fast.ops.activation import gelu
 from vjepa_fast.ops.layer_norm import LayerNorm
 from vjepa_fast.ops.linear import Linear
 from vjepa_fast.ops.packing import concatenate, permute_rows, sequence_of_rows
 from vjepa_fast.ops.rope3d import join_ids
+
+
+def _output_width(cfg: ModelConfig, embed_dim: int) -> int:
+    """Of a predicted token: features of all depths side by side, in a teacher's width if it has one, or pixels."""
+    assert cfg.num_frames is not None and cfg.patch_size is not None and cfg.tubelet_size is not None
+    if cfg.objective == "pixels":
+        return num_pixels(cfg.tubelet_size if cfg.num_frames > 1 else 1, cfg.patch_size)
+    num_levels = cfg.n_output_distillation or 1
+    if cfg.teacher_embed_dim is None:
+        return num_levels * embed_dim
+    return cfg.teacher_embed_dim // num_levels * num_levels
 
 
 class Predictor(nn.Module):
@@ -67,14 +79,7 @@ class Predictor(nn.Module):
             cfg.crop_size[0] // cfg.patch_size,
             cfg.crop_size[1] // cfg.patch_size,
         )
-        num_levels = cfg.n_output_distillation or 1
-        out_dim = (
-            num_levels * encoder.embed_dim
-            if cfg.teacher_embed_dim is None
-            else (cfg.teacher_embed_dim // num_levels * num_levels)
-        )
-        if cfg.objective == "pixels":
-            out_dim = num_pixels(cfg.tubelet_size if is_video else 1, cfg.patch_size)
+        num_levels, out_dim = cfg.n_output_distillation or 1, _output_width(cfg, encoder.embed_dim)
         self.predictor_embed: nn.Module = Linear(encoder.embed_dim, width)
         if num_levels > 1:
             self.predictor_embed = nn.Sequential(

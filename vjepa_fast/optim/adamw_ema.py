@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import DTensor
 
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.vit import COMPUTE_DTYPES
-from vjepa_fast.ops.adamw_ema import GROUP_VALUES, Operands, adamw_ema_, adamw_ema_ref, kernels_fit
+from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_fit
 from vjepa_fast.ops.ema import ema_
 from vjepa_fast.ops.grad_norm import sum_of_squares
 from vjepa_fast.ops.linear import Linear, vouch
 from vjepa_fast.ops.triton_support.dispatch import is_capturing, use_triton
-from vjepa_fast.optim.dtensors import cut_like
+from vjepa_fast.optim.dtensors import Shards, cut_like, local_of, place_of, shards_of
+from vjepa_fast.optim.group_values import DeviceValues, host_values
+from vjepa_fast.optim.step_plan import StepPlan
 
 
 def parameter_groups(encoder: nn.Module, predictor: nn.Module) -> list[dict[str, Any]]:
@@ -57,58 +56,6 @@ def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     pairs = zip(target.parameters(), source.parameters(), strict=True)
     moved, followed = zip(*((local_of(k), local_of(q)) for k, q in pairs), strict=True)
     ema_(moved, followed, momentum)
-
-
-def local_of(x: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is. No gradient flows through."""
-    # Not to_local: it makes a view for each of hundreds of parameters at every step.
-    return x._local_tensor if isinstance(x, DTensor) else x
-
-
-def keep_part(x: Tensor, part: slice) -> None:
-    """Declare that this process keeps these elements of a tensor up to date, and others those that are left."""
-    x._vf_part = part  # type: ignore[attr-defined]
-
-
-def kept_of(x: Tensor) -> Tensor:
-    """What this process keeps up to date of a parameter: its shard of a DTensor, its part, [n], where `keep_part` says
-    so, else all."""
-    part: slice | None = getattr(x, "_vf_part", None)
-    return local_of(x).detach() if part is None else x.detach().view(-1)[part]
-
-
-def place_of(x: Tensor) -> int:
-    """Differs where a tensor lies elsewhere than before."""
-    local = local_of(x)
-    return id(local) if isinstance(local, FakeTensor) else local.data_ptr()
-
-
-_Shards = tuple[DeviceMesh | None, tuple[int, ...]]
-"""The mesh of a DTensor and those of its dimensions over which it is sharded; (None, ()) for other tensors."""
-
-
-def _shards_of(x: Tensor) -> _Shards:
-    if not isinstance(x, DTensor):
-        return None, ()
-    assert not any(placement.is_partial() for placement in x.placements)
-    # Not is_shard: the shards of a tensor that is split twice along one dimension are of another class.
-    return x.device_mesh, tuple(dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
-
-
-@dataclass
-class _Plan:
-    """What steps have in common, so that it is not collected anew from hundreds of parameters each time."""
-
-    signature: list[Any]
-    """Where parameters and targets lie, which have gradients, which moments they have: with another, another plan."""
-    parameters: list[Tensor]
-    shards: list[_Shards]
-    operands: Operands
-    """All but the gradients, which lie elsewhere at each step."""
-    parts: tuple[list[int], list[int]]
-    """Which of them are the encoder's, and which the predictor's."""
-    fits: bool
-    """Whether the kernels can take them."""
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -168,11 +115,8 @@ class AdamWEMA(torch.optim.AdamW):
         self.veto: Tensor | None = None
         """Bool scalar on the device: leave the weights as they are, as if gradients were not finite."""
         self._targets = dict(zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True))
-        self._plan: _Plan | None = None
-        self._group_values: Tensor | None = None
-        self._written: list[list[float]] = []
-        self._clip_value: Tensor | None = None
-        self._clip_written: float | None = None
+        self._plan: StepPlan | None = None
+        self._on_device = DeviceValues()
         self._shadows: dict[Tensor, Tensor] = {}
         self._dtype = COMPUTE_DTYPES[model.cfg.dtype]
         layers = [m for m in model.modules() if isinstance(m, Linear)] if self._dtype != torch.float32 else []
@@ -202,14 +146,14 @@ class AdamWEMA(torch.optim.AdamW):
             self.write_group_values()
         self._unscale(operands)
         # The kernels' values are on the device, where a replayed graph finds those of its own step.
-        limit = self._clip_value if by_kernels else self.clip_norm
+        limit = self._on_device.clip_norm if by_kernels else self.clip_norm
         parts = [
             self._sum_of_squares([operands.grads[i] for i in part], [plan.shards[i] for i in part])
             for part in plan.parts
         ]
         if self.clip_norm is not None:
             assert limit is not None
-            self._clip(plan, parts, limit)
+            plan.clip(parts, limit)
         total = parts[0] + parts[1]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
@@ -218,12 +162,12 @@ class AdamWEMA(torch.optim.AdamW):
         if self.veto is not None:
             total = torch.where(self.veto, torch.nan, total)
         if by_kernels:
-            assert self._group_values is not None
-            adamw_ema_(operands, self._group_values, total.float())
+            assert self._on_device.groups is not None
+            adamw_ema_(operands, self._on_device.groups, total.float())
         elif is_capturing(operands.params[0].device):
             raise RuntimeError("a step of AdamWEMA is captured by its kernels only, which take float32 on CUDA tensors")
         else:
-            adamw_ema_ref(operands, self._host_values(), total)
+            adamw_ema_ref(operands, host_values(self.param_groups), total)
         self.skipped = (~torch.isfinite(total)).float()
         # Only what this step has written: a parameter without a gradient may have changed since its shadow was.
         for masters, shadows in ((operands.params, operands.shadows), (operands.targets, operands.target_shadows)):
@@ -289,42 +233,9 @@ class AdamWEMA(torch.optim.AdamW):
         """Copy lr, betas, eps, weight decay and momentum of the groups, and the norm to clip to, to the device, without
         waiting for it."""
         device = local_of(self.param_groups[0]["params"][0]).device
-        if self.clip_norm is not None:
-            if self._clip_value is None or self._clip_value.device != device:
-                self._clip_value, self._clip_written = torch.empty((), device=device), None
-            if self._clip_written != self.clip_norm:
-                self._clip_value.fill_(self.clip_norm)
-                self._clip_written = self.clip_norm
-        shape = len(self.param_groups), len(GROUP_VALUES)
-        if self._group_values is None or self._group_values.shape != shape or self._group_values.device != device:
-            self._group_values, self._written = torch.zeros(shape, dtype=torch.float64, device=device), []
-        # A learning rate that lives on the device stays there.
-        on_device = {
-            number: group["lr"]
-            for number, group in enumerate(self.param_groups)
-            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
-        }
-        rows = self._host_values(on_device)
-        if rows != self._written:
-            host = torch.tensor(rows, dtype=torch.float64)
-            self._group_values.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
-            self._written = rows
-        for number, lr in on_device.items():
-            self._group_values[number, 0].copy_(lr)
+        self._on_device.write(self.param_groups, self.clip_norm, device)
 
-    def _host_values(self, on_device: Container[int] = ()) -> list[list[float]]:
-        return [
-            [
-                0.0 if number in on_device else float(group["lr"]),
-                *map(float, group["betas"]),
-                group["eps"],
-                float(group["weight_decay"]),
-                float(group["ema_momentum"]),
-            ]
-            for number, group in enumerate(self.param_groups)
-        ]
-
-    def _plan_of_step(self) -> _Plan:
+    def _plan_of_step(self) -> StepPlan:
         """The lists of the next step: as before, with the new gradients, unless something else has changed."""
         if self._plan is None or self._plan.signature != self._signature():
             self._plan = self._make_plan()
@@ -346,7 +257,7 @@ class AdamWEMA(torch.optim.AdamW):
             )
         return signature
 
-    def _make_plan(self) -> _Plan:
+    def _make_plan(self) -> StepPlan:
         operands, parameters = Operands(), []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -369,8 +280,8 @@ class AdamWEMA(torch.optim.AdamW):
         encoder, predictor = (
             [i for i, p in enumerate(parameters) if (p in self._targets) == wanted] for wanted in (True, False)
         )
-        return _Plan(
-            [], parameters, [_shards_of(p) for p in parameters], operands, (encoder, predictor), kernels_fit(operands)
+        return StepPlan(
+            [], parameters, [shards_of(p) for p in parameters], operands, (encoder, predictor), kernels_fit(operands)
         )
 
     def _unscale(self, operands: Operands) -> None:
@@ -380,9 +291,9 @@ class AdamWEMA(torch.optim.AdamW):
         if grad_scale is not None and grads:
             torch._foreach_mul_(grads, grad_scale.reciprocal())
 
-    def _sum_of_squares(self, gradients: Sequence[Tensor | None], shards: Sequence[_Shards]) -> Tensor:
+    def _sum_of_squares(self, gradients: Sequence[Tensor | None], shards: Sequence[Shards]) -> Tensor:
         """Over all these gradients and all their shards, a scalar on the device."""
-        parts: dict[_Shards, list[Tensor]] = {}
+        parts: dict[Shards, list[Tensor]] = {}
         for grad, key in zip(gradients, shards, strict=True):
             if grad is not None:
                 parts.setdefault(key, []).append(grad)
@@ -394,17 +305,6 @@ class AdamWEMA(torch.optim.AdamW):
                 dist.all_reduce(part, group=mesh.get_group(dim))
             total = total + part
         return total
-
-    @staticmethod
-    def _clip(plan: _Plan, parts: Sequence[Tensor], limit: Tensor | float) -> None:
-        """Scale the gradients of encoder and predictor down to that norm, given the sums of their squares."""
-        if not isinstance(limit, Tensor) and not math.isfinite(limit):
-            return
-        for members, part in zip(plan.parts, parts, strict=True):
-            own = [grad for i in members if (grad := plan.operands.grads[i]) is not None]
-            if own:
-                # As torch.nn.utils.clip_grad_norm_.
-                torch._foreach_mul_(own, (limit / (part.sqrt() + 1e-6)).clamp(max=1.0))
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

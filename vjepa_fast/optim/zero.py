@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vjepa_fast.models.jepa import VJEPA
-from vjepa_fast.optim.adamw_ema import AdamWEMA, keep_part
+from vjepa_fast.optim.adamw_ema import AdamWEMA
+from vjepa_fast.optim.dtensors import keep_part
 from vjepa_fast.optim.flat_buffers import make_buckets
 from vjepa_fast.optim.zero_comm import Gradients, Weights, all_gather
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from vjepa_fast.swapping import huggingface as swap_hf
 from vjepa_fast.swapping import meta as swap_meta
-from vjepa_fast.swapping import meta_v21
+from vjepa_fast.swapping import meta_predictor, meta_v21
 from vjepa_fast.swapping.shared_parameters import Fast, class_of
 
 Part = tuple[nn.Module, str, type[Fast]]
@@ -21,9 +21,9 @@ _NETWORKS: list[tuple[str, tuple[str, ...], str, type[Fast]]] = [
     ("VisionTransformer", (*_ENCODER, *_V1, "norm"), "encoder", swap_meta.FastEncoder),
     ("VisionTransformer", (*_ENCODER, *_V2, "norm"), "encoder", swap_meta.FastEncoder),
     ("VisionTransformer", (*_ENCODER, *_V2, "norms_block", "hierarchical_layers"), "encoder", meta_v21.FastEncoderV21),
-    ("VisionTransformerPredictor", (*_PREDICTOR, *_V1), "predictor", swap_meta.FastPredictorV1),
+    ("VisionTransformerPredictor", (*_PREDICTOR, *_V1), "predictor", meta_predictor.FastPredictorV1),
     ("VisionTransformerPredictor", (*_PREDICTOR, *_V2, "hierarchical_layers"), "predictor", meta_v21.FastPredictorV21),
-    ("VisionTransformerPredictor", (*_PREDICTOR, *_V2), "predictor", swap_meta.FastPredictor),
+    ("VisionTransformerPredictor", (*_PREDICTOR, *_V2), "predictor", meta_predictor.FastPredictor),
     ("VJEPA2Encoder", _HF, "encoder", swap_hf.FastHFEncoder),
     ("VJEPA2Predictor", (*_HF, "proj"), "predictor", swap_hf.FastHFPredictor),
 ]
@@ -33,8 +33,8 @@ _WRAPPERS: list[tuple[str, type[Fast], type[Fast]]] = [
     ("MultiMaskWrapper", swap_meta.FastEncoder, swap_meta.FastMultiMask),
     ("MultiSeqWrapper", swap_meta.FastEncoder, swap_meta.FastMultiSeq),
     ("MultiSeqWrapper", meta_v21.FastEncoderV21, meta_v21.FastMultiSeqV21),
-    ("PredictorMultiMaskWrapper", swap_meta.FastPredictorV1, swap_meta.FastPredictorMultiMask),
-    ("PredictorMultiSeqWrapper", swap_meta.FastPredictor, swap_meta.FastPredictorMultiSeq),
+    ("PredictorMultiMaskWrapper", meta_predictor.FastPredictorV1, meta_predictor.FastPredictorMultiMask),
+    ("PredictorMultiSeqWrapper", meta_predictor.FastPredictor, meta_predictor.FastPredictorMultiSeq),
     ("PredictorMultiSeqWrapper", meta_v21.FastPredictorV21, meta_v21.FastPredictorMultiSeqV21),
 ]
 """Name of a class, what its backbone becomes, and the class to put before it."""

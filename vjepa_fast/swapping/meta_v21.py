@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vjepa_fast.models.vit import level_blocks
-from vjepa_fast.swapping.meta import FastEncoder, FastPredictorBase, FastWrapper, by_group, by_pair, refuse
+from vjepa_fast.models.sizes import level_blocks
+from vjepa_fast.swapping.meta import FastEncoder, FastWrapper, refuse
+from vjepa_fast.swapping.meta_predictor import FastPredictorBase, by_group, by_pair
 from vjepa_fast.swapping.shared_parameters import is_watched
 
 

@@ -16,7 +16,8 @@ from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import DataConfig
 from vjepa_fast.data.decode.index import build_index
 from vjepa_fast.data.decode.pyav import decode_frames
-from vjepa_fast.data.generated.physics import KINDS, VIOLATIONS, load_physics_labels, make_physics, render, simulate
+from vjepa_fast.data.generated.physics import load_physics_labels, make_physics
+from vjepa_fast.data.generated.physics_scenes import KINDS, VIOLATIONS, render, simulate
 from vjepa_fast.data.generated.physics_world import World
 from vjepa_fast.data.generated.registry import GENERATED
 from vjepa_fast.data.manifest import load_datasets

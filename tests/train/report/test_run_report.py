@@ -19,7 +19,7 @@ from tests.train.test_trainer import poison
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config import dump
 from vjepa_fast.train.monitor.metrics import COLUMNS, MetricsLog
-from vjepa_fast.train.report import run_json, run_report
+from vjepa_fast.train.report import run_json, sections
 from vjepa_fast.train.report.curves import Curves
 from vjepa_fast.train.report.run_report import write_report
 from vjepa_fast.train.trainer import Trainer
@@ -85,7 +85,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return b"picture"
 
     for name in ("draw_learning", "draw_training"):
-        monkeypatch.setattr(run_report, name, draw)
+        monkeypatch.setattr(sections, name, draw)
     return found
 
 
@@ -265,7 +265,7 @@ def test_a_report_that_cannot_be_written_fails_nothing(
     def fail(*_: Any) -> bytes:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(run_report, "draw_learning", fail)
+    monkeypatch.setattr(sections, "draw_learning", fail)
     assert make("train.max_steps=2").fit().exit_code == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
     assert line == "WARNING: no report of the run: no font"

@@ -7,7 +7,7 @@ from typing import Any
 
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
-from vjepa_fast.models.vit import size_of
+from vjepa_fast.models.sizes import size_of
 
 
 def to_hf_config(

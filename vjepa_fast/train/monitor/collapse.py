@@ -162,6 +162,10 @@ class CollapseWatch:
                     f"{f['target_rank']:.1f}, it was {self._best_rank:.0f})"
                 ),
             )
+        return self._easy_answer(step, f)
+
+    def _easy_answer(self, step: int, f: Mapping[str, float]) -> Finding | None:
+        """What the predictor does, where the features are well."""
         if f["explained"] > VISIBLE_EXPLAINED:
             return Finding(
                 "visible answer",

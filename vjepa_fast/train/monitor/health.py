@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.models.jepa import VJEPA, JEPAOutput
 from vjepa_fast.ops.latent_loss import target_features
-from vjepa_fast.optim.adamw_ema import kept_of
+from vjepa_fast.optim.dtensors import kept_of
 
 MAX_ROWS = 512
 """Evenly spaced tokens that effective ranks are taken over."""

@@ -30,7 +30,8 @@ from vjepa_fast.models.jepa import JEPAOutput
 from vjepa_fast.models.layers import Block
 from vjepa_fast.ops.attention.choice import Case, refusal_of
 from vjepa_fast.ops.triton_support.dispatch import use_triton
-from vjepa_fast.optim.adamw_ema import AdamWEMA, place_of
+from vjepa_fast.optim.adamw_ema import AdamWEMA
+from vjepa_fast.optim.dtensors import place_of
 from vjepa_fast.train.speed.buckets import choose_buckets
 from vjepa_fast.train.step import StepResult, TrainStep
 

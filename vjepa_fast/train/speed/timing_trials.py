@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from vjepa_fast.optim.adamw_ema import local_of
+from vjepa_fast.optim.dtensors import local_of
 from vjepa_fast.train.step import TrainStep
 
 MARGIN = 1.03
