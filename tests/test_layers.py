@@ -1,4 +1,4 @@
-"""No part of the package imports one that lies above it, and no modules import each other in a circle."""
+"""No part of the package imports one that lies above it, and no modules import each other in a circle as they load."""
 
 from __future__ import annotations
 

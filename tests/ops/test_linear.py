@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vjepa_fast.ops.linear import Linear, forget, shadow_of, vouch
+from vjepa_fast.ops.linear import Linear, drop_shadow, mark_shadow_fresh, shadow_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,7 +48,7 @@ CHANGES = {
 @torch.no_grad()
 def test_a_vouched_shadow_dies_with_its_master(change):
     p = nn.Parameter(torch.randn(4, 4))
-    vouch(p, p.to(torch.bfloat16))
+    mark_shadow_fresh(p, p.to(torch.bfloat16))
     assert shadow_of(p, torch.bfloat16) is shadow_of(p, torch.bfloat16)
     assert shadow_of(p, torch.float16).dtype == torch.float16
     change(p)
@@ -62,7 +62,7 @@ def test_writes_through_data_are_seen_where_nobody_vouched():
     layer(x)
     layer.weight.data.mul_(3)
     assert torch.equal(layer(x), layer.weight.T.to(torch.bfloat16))
-    vouch(layer.weight, layer.weight.to(torch.bfloat16))
+    mark_shadow_fresh(layer.weight, layer.weight.to(torch.bfloat16))
     layer.weight.data.mul_(3)
-    forget(layer.weight)
+    drop_shadow(layer.weight)
     assert torch.equal(layer(x), layer.weight.T.to(torch.bfloat16))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,15 @@ from vjepa_fast.ops.layer_norm import add_layer_norm, layer_norm
 from vjepa_fast.ops.linear import Affine, linear_by
 from vjepa_fast.ops.triton_support.dispatch import triton, use_triton
 
-if TYPE_CHECKING:
-    from vjepa_fast.models.layers import Block
+
+class Block(Protocol):
+    """What is used of vjepa_fast.models.layers.Block, which stands on this module."""
+
+    norm1: Any
+    norm2: Any
+    attn: Any
+    mlp: Any
+
 
 Norm = tuple[Tensor, Tensor, float]
 """Weight, bias and eps."""

@@ -4,10 +4,10 @@ The parameters are the masters: fp32, ordinary nn.Parameters, the autograd leave
 copy of the master in the compute dtype, and the weight gradient goes to the master. So any optimizer, DDP and gradient
 clipping see nothing unusual, and no autocast is needed.
 
-A shadow is made when a layer runs. An optimizer that has just written master and shadow together may vouch for the
-shadow instead; it then counts until any torch optimizer steps, and only while the master's version counter and its
+A shadow is made when a layer runs. An optimizer that has just written master and shadow together may mark the shadow
+fresh instead; it then counts until any torch optimizer steps, and only while the master's version counter and its
 storage are those it was made from. (The version counter alone is not enough: torch's fused optimizers and writes
-through `.data` leave it as it was.) Call `forget` after writing to a vouched parameter through `.data`.
+through `.data` leave it as it was.) Call `drop_shadow` after writing to such a parameter through `.data`.
 
 Legend: L tokens, I input features, O output features.
 """
@@ -37,40 +37,40 @@ def _state(master: Tensor) -> tuple[int, int, int]:
     return _num_optimizer_steps, master._version, master.data_ptr()
 
 
-def vouch(master: Tensor, shadow: Tensor) -> None:
+def mark_shadow_fresh(master: Tensor, shadow: Tensor) -> None:
     """Declare `shadow` equal to `master` rounded to its dtype, until the master changes."""
     master._vf_shadow = (_state(master), shadow)  # type: ignore[attr-defined]
 
 
-def forget(master: nn.Parameter) -> None:
-    """Drop a vouched shadow."""
+def drop_shadow(master: nn.Parameter) -> None:
+    """Forget the shadow that was marked fresh."""
     if hasattr(master, "_vf_shadow"):
         del master._vf_shadow
 
 
-BEHIND = (
+STALE = (
     "fp32 weights are out of date on this process, which updates a share of them only; call the optimizer's "
     "refresh() first, on all processes"
 )
 
 
-def set_behind(master: Tensor) -> None:
-    """Declare a master out of date, until it is written to: of its vouched shadow alone the values are right."""
+def mark_stale(master: Tensor) -> None:
+    """Declare a master out of date, until it is written to; only its fresh shadow holds the right values."""
     master._vf_behind = master._version  # type: ignore[attr-defined]
 
 
-def clear_behind(master: Tensor) -> None:
-    """Take `set_behind` back."""
+def mark_current(master: Tensor) -> None:
+    """Take `mark_stale` back."""
     master._vf_behind = None  # type: ignore[attr-defined]
 
 
-def is_behind(master: Tensor) -> bool:
+def is_stale(master: Tensor) -> bool:
     """Whether a master is declared out of date."""
     return getattr(master, "_vf_behind", None) == master._version
 
 
 def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """The master in the compute dtype: the vouched shadow if it is valid, else a fresh copy.
+    """The master in the compute dtype: the shadow marked fresh if it is valid, else a fresh copy.
 
     Raises:
         RuntimeError: there is no valid shadow, and the master is out of date.
@@ -78,8 +78,8 @@ def shadow_of(master: Tensor, dtype: torch.dtype) -> Tensor:
     state, shadow = getattr(master, "_vf_shadow", (None, None))
     if shadow is not None and shadow.dtype == dtype and state == _state(master):
         return shadow
-    if is_behind(master):
-        raise RuntimeError(BEHIND)
+    if is_stale(master):
+        raise RuntimeError(STALE)
     return master.detach().to(dtype)
 
 

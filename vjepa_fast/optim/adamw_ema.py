@@ -16,7 +16,7 @@ from vjepa_fast.models.vit import COMPUTE_DTYPES
 from vjepa_fast.ops.adamw_ema import Operands, adamw_ema_, adamw_ema_ref, kernels_fit
 from vjepa_fast.ops.ema import ema_
 from vjepa_fast.ops.grad_norm import sum_of_squares
-from vjepa_fast.ops.linear import Linear, vouch
+from vjepa_fast.ops.linear import Linear, mark_shadow_fresh
 from vjepa_fast.ops.triton_support.dispatch import is_capturing, use_triton
 from vjepa_fast.optim.dtensors import Shards, cut_like, local_of, place_of, shards_of
 from vjepa_fast.optim.group_values import DeviceValues, host_values
@@ -173,7 +173,7 @@ class AdamWEMA(torch.optim.AdamW):
         for masters, shadows in ((operands.params, operands.shadows), (operands.targets, operands.target_shadows)):
             for master, shadow in zip(masters, shadows, strict=True):
                 if shadow is not None:
-                    vouch(master, shadow)  # type: ignore[arg-type]
+                    mark_shadow_fresh(master, shadow)  # type: ignore[arg-type]
         # Kept for the next step, they would be in memory beside its own.
         operands.grads = []
         return loss
@@ -210,7 +210,7 @@ class AdamWEMA(torch.optim.AdamW):
         """
         for master, shadow in self._shadows.items():
             shadow.copy_(master)
-            vouch(master, shadow)
+            mark_shadow_fresh(master, shadow)
 
     def init_state(self) -> None:
         """Make the moments of all parameters that can have a gradient.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.models.layers import Block
-from vjepa_fast.ops.linear import BEHIND, clear_behind, is_behind, set_behind, vouch
+from vjepa_fast.ops.linear import STALE, is_stale, mark_current, mark_shadow_fresh, mark_stale
 from vjepa_fast.optim.flat_buffers import Bucket, Flat
 
 # torch 2.13 has given them new names, and warns of the old ones. gloo of 2.13 has both, for fp32, fp64, bf16
@@ -232,8 +232,8 @@ class Weights:
             if flat.half is not None:
                 self._behind = True
                 for master, copy in zip(flat.tensors, flat.views(flat.half), strict=True):
-                    vouch(master, copy)
-                    set_behind(master)
+                    mark_shadow_fresh(master, copy)
+                    mark_stale(master)
             gather.start()
 
     def wait(self) -> None:
@@ -249,7 +249,7 @@ class Weights:
         for gather in self._gathers:
             gather.refresh()
             for master in gather.flat.tensors:
-                clear_behind(master)
+                mark_current(master)
         self._behind = False
 
     def check_readable(self, reader: nn.Module) -> None:
@@ -259,5 +259,5 @@ class Weights:
             RuntimeError: some are out of date.
         """
         self.wait()
-        if any(map(is_behind, reader.parameters())):
-            raise RuntimeError(BEHIND)
+        if any(map(is_stale, reader.parameters())):
+            raise RuntimeError(STALE)
