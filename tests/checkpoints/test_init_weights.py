@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from tests.distributed.test_processes import column
+from tests.helpers.comparing import column
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.checkpoints.meta_format import PREFIX
 from vjepa_fast.cli.main import app

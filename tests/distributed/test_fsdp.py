@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_processes import column
+from tests.helpers.comparing import column, far
 from tests.helpers.tiny import tiny_config
-from tests.optim.test_zero import far
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.loader import Batch

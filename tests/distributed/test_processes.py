@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.comparing import column
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config.schema import Config
@@ -71,11 +71,6 @@ def folders(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
         some = {name: configs[name] for name in NAMES[size]}
         assert processes.launch(partial(train_all, configs=some, folder=found[size]), size) == 0
     return found
-
-
-def column(path: Path) -> list[float]:
-    with path.open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 NAMES = {

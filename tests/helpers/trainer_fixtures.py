@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.conftest import write_video
 from tests.helpers.tiny import tiny_config
@@ -31,3 +32,13 @@ def make(video_csv: Path, tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(tiny_config(csv_path, tmp_path / "cache", *changes), folder=tmp_path / "run", resume=resume)
 
     return build
+
+
+def poison(trainer: Trainer, steps: range) -> None:
+    """Makes the gradients of some steps not finite."""
+    parameter = trainer.model.predictor.predictor_proj.weight
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if trainer.step in steps else gradient
+
+    parameter.register_hook(spoil)

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.common.test_rng import VECTORS
 from tests.csrc.building import load_emulator
+from tests.helpers.philox import VECTORS
 from tests.masking.mask_cases import EXAMPLES, PLAIN, Case, cases, emulate, needs_extension
 from vjepa_fast.common import extension
 from vjepa_fast.config.schema import MaskConfig, MaskSpec

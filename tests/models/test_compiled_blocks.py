@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.callback import callback_handler
 
-from tests.models.test_packed import MASKS, gradients
+from tests.helpers.packed import MASKS, gradients
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.batch import MaskBatch

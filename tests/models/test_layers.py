@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.flops import CountFlops
-from tests.models.test_packed import config
+from tests.helpers.packed import config
 from vjepa_fast.models.layers import Block, make_blocks, run_blocks
 from vjepa_fast.models.vit import VisionTransformer
 from vjepa_fast.ops.packing import Packing

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.packed import config, make_batch
 from tests.ops.conftest import FAR, far_rows
-from tests.ops.test_model_step import config, make_batch
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.models.jepa import VJEPA

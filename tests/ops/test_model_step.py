@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vjepa_fast as vf
-from tests.models.test_packed import config, make_batch
+from tests.helpers.packed import config, make_batch
 from vjepa_fast.config.schema import Dtype
 from vjepa_fast.models.layers import make_blocks, run_blocks
 from vjepa_fast.ops import layer_norm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vjepa_fast as vf
-from tests.models.test_packed import config, make_batch
+from tests.helpers.packed import config, make_batch
 from tests.ops.conftest import FAR, far_rows
 from tests.ops.tolerance import assert_as_good
 from vjepa_fast.config.schema import Config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_processes import column
+from tests.helpers.comparing import column, far
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.loader import Batch
@@ -78,12 +78,6 @@ def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # One process goes on from shares too.
     go_on(cfgs["zero"], folder / "zero" / "latest.pt", folder / "zero_then_one")
     return folder
-
-
-def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a tensor over its norm."""
-    assert a.keys() == b.keys()
-    return max(float((a[key] - b[key]).norm() / b[key].norm().clamp_min(1e-12)) for key in a)
 
 
 @pytest.mark.parametrize("dtype", ["", "_bfloat16"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import tiny_config
-from tests.train.test_trainer import poison
+from tests.helpers.trainer_fixtures import poison
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.cost import advice

@@ -12,22 +12,13 @@ import pytest
 import torch
 
 from tests.helpers.tiny import tiny_config
+from tests.helpers.trainer_fixtures import poison
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.train import pretraining
 from vjepa_fast.train.monitor import recovery
 from vjepa_fast.train.trainer import Trainer
 
 Make = Callable[..., Trainer]
-
-
-def poison(trainer: Trainer, steps: range) -> None:
-    """Makes the gradients of some steps not finite."""
-    parameter = trainer.model.predictor.predictor_proj.weight
-
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * float("inf") if trainer.step in steps else gradient
-
-    parameter.register_hook(spoil)
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import vjepa_fast as vf
-from tests.train.test_trainer import poison
+from tests.helpers.trainer_fixtures import poison
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config import dump
 from vjepa_fast.train.monitor.metrics import COLUMNS, MetricsLog

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from tests.train.speed.test_graphs import CASES, assert_same, batch, config, expected, train_step
+from tests.helpers.graphed import CASES, assert_same, batch, config, expected, train_step
 from vjepa_fast.train.speed import graphs
 from vjepa_fast.train.speed.buckets import choose_buckets
 from vjepa_fast.train.speed.graphs import GraphedStep, refusal

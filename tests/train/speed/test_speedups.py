@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.graphed import batch, config, train_step
 from tests.helpers.tiny import tiny_config
-from tests.train.speed.test_graphs import batch, config, train_step
 from vjepa_fast.models import compiled_blocks
 from vjepa_fast.train.speed import speedups
 from vjepa_fast.train.speed.timing_trials import race, restoring_state
