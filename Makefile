@@ -1,6 +1,7 @@
-# make demo    pretrain the demo recipe            make lint    ruff and mypy
-# make test    run the tests                       make clean   remove .venv
-# make bench   time operations, step and loader
+# make demo    pretrain the demo recipe            make lint       ruff and mypy
+# make test    run the tests                       make test-fast  without those that are marked slow
+# make bench   time operations, step and loader    make coverage   the tests, and the lines that none of them runs
+# make clean   remove .venv
 #
 # Each is complete on a machine with Python >= 3.10 and make; PYTHON=/path/to/python chooses another interpreter.
 # Everything is installed into .venv, in the versions of constraints.txt; an active environment is left alone.
@@ -14,15 +15,23 @@ DALI := $(VENV)/.dali
 # Neither an active environment nor a PYTHONPATH may leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test test-fast coverage lint bench install clean
 
 demo: $(STAMP)
 	$(BIN)/vjepa-fast train
 
 # Where there is a compiler, an extension that is not there is a failure, not a reason to skip. Two processes, as tests use
 # one thread each; the tests of a file stay together, with what they share.
+PYTEST = VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
 test: $(STAMP) $(DALI)
-	VJEPA_FAST_REQUIRE_EXT=$$(command -v $(CXX) >/dev/null && echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(PYTEST) --durations=20
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+coverage: $(STAMP) $(DALI)
+	$(PYTEST) --cov=vjepa_fast --cov-report=term-missing:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
