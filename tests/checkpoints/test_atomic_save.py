@@ -43,7 +43,7 @@ def test_full_disk(wrap: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise full
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(UserError, match="the disk is full; .* The checkpoint written before it is intact"):
+    with pytest.raises(UserError, match="disk.*full.*intact"):
         write_atomically(saved, {})
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["latest.pt"]
@@ -139,13 +139,13 @@ def test_optimizer_state_of_another_shape(saved: Path) -> None:
     }
     torch.save(contents, saved)
     model = small_model()
-    with pytest.raises(UserError, match=r"exp_avg of parameter \d+ is saved with shape \[3\]; the parameter has"):
+    with pytest.raises(UserError, match=r"exp_avg of parameter \d+.*\[3\]"):
         meta_format.load_checkpoint(saved, model, AdamWEMA(model))
 
 
 def test_missing_keys_are_named(saved: Path) -> None:
     torch.save({"model": {}}, saved)
-    with pytest.raises(UserError, match="has no encoder, predictor, target_encoder, epoch; it has model"):
+    with pytest.raises(UserError, match="no encoder, predictor, target_encoder, epoch.*model"):
         meta_format.load_checkpoint(saved, small_model())
 
 

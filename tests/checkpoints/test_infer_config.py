@@ -81,14 +81,14 @@ def test_an_override_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -
     assert "patch_embed.proj.weight is [96, 3, 2, 16, 16], expected [192, 3, 2, 16, 16]" in text
     assert "missing blocks.3.norm1.weight" in text and "more of other shapes; missing" in text
     assert "A config that fits it has model.model_name=vit_tiny model.embed_dim=96 model.depth=3" in text
-    with pytest.raises(ConfigError, match="num_head is not a field"):
+    with pytest.raises(ConfigError, match=r"\bnum_head\b"):
         vf.load(tmp_path / "c.pt", num_head=3)
-    with pytest.raises(ConfigError, match="rope_style is 'round'"):
+    with pytest.raises(ConfigError, match="rope_style.*'round'"):
         vf.load(tmp_path / "c.pt", rope_style="round")
 
 
 def test_an_image_model_of_something_else_is_refused() -> None:
-    with pytest.raises(UserError, match="not of a V-JEPA encoder: it has no patch_embed.proj.weight"):
+    with pytest.raises(UserError, match=r"encoder.*no patch_embed\.proj\.weight"):
         infer_config.guess({"conv1.weight": torch.zeros(1)})
 
 
@@ -137,7 +137,7 @@ def test_v21_checkpoint_with_a_config_of_v2(tmp_path: Path) -> None:
 
 
 def test_v21_has_no_counterpart_in_transformers() -> None:
-    with pytest.raises(UserError, match="it has the parts of V-JEPA 2.1"):
+    with pytest.raises(UserError, match=r"parts of V-JEPA 2\.1"):
         to_hf_config(v21_model().cfg)
 
 
@@ -156,7 +156,7 @@ def test_noised_targets_are_told_by_absent_mask_tokens(tmp_path: Path) -> None:
     torch.save(models.contents(models.model(use_mask_tokens=False)), tmp_path / "c.pt")
     model = vf.load(tmp_path / "c.pt", **models.NOT_IN_SHAPES)
     assert not model.cfg.use_mask_tokens
-    with pytest.raises(UserError, match="noised targets in place of mask tokens"):
+    with pytest.raises(UserError, match="noised targets"):
         model.predict(models.clips(), torch.tensor([1]))
 
 
@@ -169,7 +169,7 @@ def test_the_yaml_of_the_training_says_the_rest(tmp_path: Path) -> None:
     assert model.data["fps"] == 8 and model.assumed == []
     # One of V-JEPA 2.1 with the YAML of V-JEPA 2.
     torch.save(models.contents(v21_model()), tmp_path / "v21.pt")
-    with pytest.raises(UserError, match=r"does not fit the model: .*it is of V-JEPA 2\.1"):
+    with pytest.raises(UserError, match=r"not fit.*V-JEPA 2\.1"):
         vf.load(tmp_path / "v21.pt", config=tmp_path / "c.yaml", depth=4, pred_depth=4)
     with pytest.raises(ConfigError, match="gone.yaml does not exist"):
         vf.load(tmp_path / "c.pt", config=tmp_path / "gone.yaml")

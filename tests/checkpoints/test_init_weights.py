@@ -154,7 +154,7 @@ def test_a_hugging_face_folder(
 
 def test_a_new_predictor(states: dict[str, dict[str, Tensor]], make: Make, tmp_path: Path) -> None:
     change = save(tmp_path / "alone.pt", encoder=states["encoder"])
-    with pytest.raises(UserError, match=r"alone.pt holds no predictor; set train.init_predictor=false"):
+    with pytest.raises(UserError, match=r"alone\.pt.*no predictor.*train\.init_predictor=false"):
         make(*BASE, change)
     fresh = make(*BASE).model.predictor.state_dict()
     # One that does not fit is left in the file.
@@ -196,7 +196,7 @@ def test_a_distilled_predictor(video_csv: Path, make: Make, tmp_path: Path) -> N
     states = networks(tiny_config(video_csv, tmp_path, *changes, "model.teacher_embed_dim=48"))
     torch.save(states, tmp_path / "distilled.pt")
     change = f"train.init_weights={tmp_path / 'distilled.pt'}"
-    with pytest.raises(UserError, match="the predictor in .* does not fit.*larger teacher.*train.init_predictor=false"):
+    with pytest.raises(UserError, match=r"predictor.*not fit.*teacher.*train\.init_predictor=false"):
         make(*changes, change)
     model = make(*changes, change, "train.init_predictor=false").model
     assert same(model.encoder, states["encoder"]) and same(model.target_encoder, states["target_encoder"])
@@ -205,18 +205,18 @@ def test_a_distilled_predictor(video_csv: Path, make: Make, tmp_path: Path) -> N
 def test_heads_that_no_shape_tells(released: Path, make: Make, tmp_path: Path) -> None:
     make(*BASE, f"train.init_weights={released}").fit()
     (tmp_path / "run").rename(tmp_path / "first")
-    with pytest.raises(UserError, match="has 2 heads, the configured model 1; set model.num_heads=2"):
+    with pytest.raises(UserError, match=r"\b2 heads.*\b1\b.*model\.num_heads=2"):
         make(*BASE, f"train.init_weights={tmp_path / 'first'}", "model.num_heads=1")
 
 
 def test_one_start_only(video_csv: Path, tmp_path: Path) -> None:
     for other in ("optimization.anneal_ckpt=a.pt", "train.read_checkpoint=a.pt"):
-        with pytest.raises(ValueError, match=f"train.init_weights and {other[:-5]} are both set"):
+        with pytest.raises(ValueError, match=rf"train\.init_weights.*{other[:-5]}.*both"):
             tiny_config(video_csv, tmp_path, "train.init_weights=b.pt", other)
 
 
 def test_a_recipe_that_needs_weights() -> None:
-    with pytest.raises(ConfigError, match="init_weights is not set.*https://dl.fbaipublicfiles.com/vjepa2/vitl.pt"):
+    with pytest.raises(ConfigError, match=r"init_weights.*https://dl\.fbaipublicfiles\.com/vjepa2/vitl\.pt"):
         load_recipe("adapt", ["data.datasets=[videos]"]).check_trainable()
     load_recipe("adapt", ["data.datasets=[videos]", "train.init_weights=vitl.pt"]).check_trainable()
 

@@ -36,7 +36,7 @@ def test_training_checkpoint_with_any_prefix(prefix: str, made: vf.VJEPA, tmp_pa
     assert found.predictor is not None and same(found.predictor, made.predictor.state_dict())
     # The teacher, unless something else is asked for.
     assert found.choose() == "target_encoder" and found.choose("encoder") == "encoder"
-    with pytest.raises(ConfigError, match="has no ema_encoder; it has target_encoder, encoder"):
+    with pytest.raises(ConfigError, match=r"no ema_encoder.*target_encoder, encoder"):
         found.choose("ema_encoder")
 
 
@@ -74,7 +74,7 @@ def test_action_conditioned_predictor_is_recognised(made: vf.VJEPA, tmp_path: Pa
     found = open_checkpoint(tmp_path / "ac.pt")
     assert found.predictor is None and found.action_predictor is not None
     assert "action_encoder.weight" in found.action_predictor
-    with pytest.warns(UserWarning, match="action-conditioned predictor, which cannot be run yet"):
+    with pytest.warns(UserWarning, match="action-conditioned predictor"):
         model = vf.load(tmp_path / "ac.pt", **models.NOT_IN_SHAPES)
     with pytest.raises(UserError, match="has no predictor"):
         model.predict(models.clips(), torch.tensor([1]))
@@ -87,7 +87,7 @@ def test_probes(key: str, tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path / "probe.pt")
     assert len(found.classifiers) == (2 if key == "classifiers" else 1)
     assert same(found.classifiers[0], models.probe().state_dict())
-    with pytest.raises(UserError, match="holds attentive probes but no encoder"):
+    with pytest.raises(UserError, match="probes.*no encoder"):
         vf.load(tmp_path / "probe.pt")
 
 
@@ -104,7 +104,7 @@ def test_a_run_folder_of_v1(made: vf.VJEPA, tmp_path: Path) -> None:
     torch.save(models.contents(made), tmp_path / "jepa-latest.pth.tar")
     assert open_checkpoint(tmp_path).path == tmp_path / "jepa-latest.pth.tar"
     torch.save(models.contents(made), tmp_path / "other-latest.pth.tar")
-    with pytest.raises(UserError, match=r"several runs: jepa-latest\.pth\.tar, other-latest\.pth\.tar; name one"):
+    with pytest.raises(UserError, match=r"jepa-latest\.pth\.tar, other-latest\.pth\.tar"):
         open_checkpoint(tmp_path)
 
 
@@ -112,14 +112,14 @@ def test_a_config_of_a_later_version(made: vf.VJEPA, tmp_path: Path) -> None:
     config = models.config().model_dump(mode="json")
     config["model"]["new_part"] = 3
     torch.save(models.contents(made) | {"vjepa_fast": {"config": config}}, tmp_path / "latest.pt")
-    with pytest.raises(UserError, match="has new_part, of which this version of vjepa-fast does not know"):
+    with pytest.raises(UserError, match="new_part.*version"):
         vf.load(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there(made: vf.VJEPA, tmp_path: Path) -> None:
     torch.save(models.contents(made), tmp_path / "a.pt")
-    with pytest.raises(ConfigError, match="device is 'cuda', but torch finds no usable GPU"):
+    with pytest.raises(ConfigError, match="device.*cuda.*GPU"):
         vf.load(tmp_path / "a.pt", device="cuda")
 
 
@@ -147,7 +147,7 @@ def test_a_truncated_file_is_refused(name: str, share: float, made: vf.VJEPA, tm
     else:
         save_file(made.encoder.state_dict(), path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match="cannot be read: it is truncated, damaged or no"):
+    with pytest.raises(UserError, match="truncated.*damaged"):
         vf.load(path)
 
 
@@ -160,10 +160,10 @@ def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
         torch.save(contents, tmp_path / name)
         with pytest.raises(UserError, match=said):
             vf.load(tmp_path / name)
-    with pytest.raises(UserError, match="no checkpoint: expected latest.pt"):
+    with pytest.raises(UserError, match=r"no checkpoint.*\blatest\.pt\b"):
         vf.load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         vf.load(tmp_path / "gone.pt")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(UserError, match="is of a model of type 'vit'; expected 'vjepa2'"):
+    with pytest.raises(UserError, match="'vit'.*'vjepa2'"):
         vf.load(tmp_path)

@@ -98,7 +98,7 @@ def test_full_disk_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "save", save)
     writer.write(contents(6), 6)
-    with pytest.raises(UserError, match="disk is full.*written before it is intact"):
+    with pytest.raises(UserError, match="disk.*full.*intact"):
         writer.write(contents(9), 9)
     writer.wait()
     assert torch.load(tmp_path / "latest.pt")["step"] == 3
@@ -206,7 +206,7 @@ def test_asked_for_while_the_others_are_waited_for(make: Make, monkeypatch: pyte
 def test_no_whole_checkpoint_is_left(run: Path, make: Make) -> None:
     for name in names(run):
         (run / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match="latest.pt cannot be continued: .*holds no other that is whole"):
+    with pytest.raises(UserError, match=r"latest\.pt.*\bno other\b"):
         make(resume=True)
 
 
@@ -215,7 +215,7 @@ def test_a_flipped_bit_in_another_checkpoint(run: Path, make: Make) -> None:
     data[len(data) // 2] ^= 4
     path = run.parent / "other.pt"
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="other.pt cannot be read: the checksum of its part .* is wrong"):
+    with pytest.raises(UserError, match=r"other\.pt.*checksum"):
         check_whole(path)
     (run / "latest.pt").unlink()
     with pytest.raises(UserError, match="other.pt cannot be read"):

@@ -120,7 +120,7 @@ def fail(rank: int) -> int:
 
 def test_defect_in_one(capfd: pytest.CaptureFixture[str]) -> None:
     """Its traceback is shown; that of the other, which only lost its peer, is not."""
-    with pytest.raises(UserError, match="training process 1 of 2 failed as shown above"):
+    with pytest.raises(UserError, match="process 1 of 2 failed"):
         processes.launch(fail, 2)
     error = capfd.readouterr().err
     assert error.count("Traceback") == 1
@@ -130,7 +130,7 @@ def test_defect_in_one(capfd: pytest.CaptureFixture[str]) -> None:
 def test_no_gpu() -> None:
     if processes.torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match="train.device is cuda"):
+    with pytest.raises(ConfigError, match=r"train\.device.*cuda"):
         processes.choose_device("cuda")
 
 
@@ -145,7 +145,7 @@ def test_one_visible_gpu(
     if task is not None:
         monkeypatch.setenv("SLURM_LOCALID", task)
     if chosen is None:
-        with pytest.raises(ConfigError, match="process 1 of this machine has no GPU of its own: torch sees 1"):
+        with pytest.raises(ConfigError, match=r"process 1\b.*GPU.*\b1\b"):
             processes.choose_device("auto", local_rank)
     else:
         assert processes.choose_device("auto", local_rank) == processes.torch.device("cuda", chosen)

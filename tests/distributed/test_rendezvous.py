@@ -31,7 +31,7 @@ def place(rank: int, port: int, host: str = "127.0.0.1") -> Place:
 
 
 def test_port_in_use(port: int) -> None:
-    with pytest.raises(UserError, match=f"port {port} of .* is in use by another program; set MASTER_PORT"):
+    with pytest.raises(UserError, match=f"port {port}.*in use.*MASTER_PORT"):
         connect(place(0, port), 1.0)
 
 
@@ -42,13 +42,13 @@ def free_port() -> int:
 
 
 def test_process_that_does_not_come() -> None:
-    with pytest.raises(UserError, match="not all 2 processes came to 127.0.0.1:.* within 1 s"):
+    with pytest.raises(UserError, match=r"\b2 processes.*127\.0\.0\.1:.*\b1 s\b"):
         connect(place(0, free_port()), 1.0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_host_that_does_not_answer(host: str) -> None:
-    with pytest.raises(UserError, match=f"process 1 of 2 got no answer from {host}:.* within 1 s"):
+    with pytest.raises(UserError, match=rf"process 1 of 2.*{host}:.*\b1 s\b"):
         connect(place(1, free_port(), host), 1.0)
 
 
@@ -62,9 +62,9 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="global_batch_size=4 is not a multiple of 3 .*another number of processes"):
+    with pytest.raises(ConfigError, match=r"global_batch_size=4.*\b3\b.*processes"):
         launch_run.run(cfg)
-    with pytest.raises(ConfigError, match="--nproc is 2, but torchrun has started this process as one of 3"):
+    with pytest.raises(ConfigError, match=r"--nproc.*\b2\b.*torchrun.*\b3\b"):
         launch_run.run(cfg, nproc=2)
 
 

@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_skips_a_clipped_step_too(path):
     optimizer.step()
     assert optimizer.skipped == 1
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), before.encoder.parameters(), strict=True))
-    with pytest.raises(ValueError, match="clip_norm is 0"):
+    with pytest.raises(ValueError, match=r"clip_norm.*\b0\b"):
         AdamWEMA(model, clip_norm=0)
 
 
@@ -338,7 +338,7 @@ def test_groups_may_be_added(path):
 
 
 def test_it_is_not_copied():
-    with pytest.raises(TypeError, match="load this one's state_dict"):
+    with pytest.raises(TypeError, match="load.*state_dict"):
         copy.deepcopy(AdamWEMA(make_model()))
 
 
@@ -364,9 +364,9 @@ def test_options_it_does_not_have_are_refused():
     optimizer.init_state()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"][:1]
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is saved with shape \[1, "):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0.*\[1, "):
         optimizer.load_state_dict(saved)
-    with pytest.raises(ValueError, match="ema_momentum is 1.5"):
+    with pytest.raises(ValueError, match=r"ema_momentum.*1\.5"):
         AdamWEMA(make_model(), ema_momentum=1.5)
 
 

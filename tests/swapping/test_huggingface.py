@@ -138,7 +138,7 @@ def test_hidden_states_come_from_their_layers(calls: list[int]) -> None:
     model = make()
     fast = vf.swap(model)[0]
     x = torch.randn(1, 8, 3, SIDE, SIDE)
-    with pytest.warns(UserWarning, match="FastVJEPA2Encoder runs its own modules"):
+    with pytest.warns(UserWarning, match="FastVJEPA2Encoder.*modules"):
         found = fast(x, output_hidden_states=True, skip_predictor=True).hidden_states
     expected = model(x, output_hidden_states=True, skip_predictor=True).hidden_states
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -161,7 +161,7 @@ def test_arguments_that_want_something_go_to_their_forward(calls: list[int], mon
     fast, x = vf.swap(model)[0].encoder, torch.randn(1, 8, 3, SIDE, SIDE)
     fast(x, head_mask=[None, None], output_attentions=False, return_dict=True)
     assert calls == [2] and not seen
-    with pytest.warns(UserWarning, match="it is called with head_mask"):
+    with pytest.warns(UserWarning, match="head_mask"):
         fast(x, head_mask=[None, torch.ones(1)])
     assert calls == [2] and len(seen) == 1
 
@@ -193,7 +193,7 @@ def test_copies(calls: list[int]) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"has attention_probs_dropout_prob=0\.5, hidden_act=gelu_new, which"):
+    with pytest.raises(UserError, match=r"attention_probs_dropout_prob=0\.5, hidden_act=gelu_new"):
         vf.swap(make(attention_probs_dropout_prob=0.5, hidden_act="gelu_new"))
 
     class Adapted(nn.Linear):
@@ -201,6 +201,6 @@ def test_what_is_refused() -> None:
 
     model = make()
     model.encoder.layer[1].attention.key = Adapted(48, 48)
-    with pytest.raises(UserError, match="a Adapted for query, key or value"):
+    with pytest.raises(UserError, match=r"\bAdapted\b.*query, key or value"):
         vf.swap(model, inplace=True)
     assert type(model.predictor).__name__ == "VJEPA2Predictor"

@@ -54,7 +54,7 @@ def test_groups(source: Any) -> None:
     # What is not in the batch is not in the output.
     [(udata, _, _)] = collator([data[1], data[2]])
     assert udata[0][0].shape[2] == 8
-    with pytest.raises(ValueError, match="a clip has 6 frames; dataset_fpcs has 8, 4"):
+    with pytest.raises(ValueError, match=r"\b6 frames.*dataset_fpcs.*8, 4"):
         collator([([torch.zeros(1)], 0, [np.arange(6)])])
 
 

@@ -229,7 +229,7 @@ def test_outputs_of_v21_outside_of_training(calls: list[int]) -> None:
     assert_same(dict(enumerate(found)), dict(enumerate(expected)))
     assert calls == [6 * 4 + PRED_DEPTH]
     encoder.backbone.blocks[0].attn.n_registers = 2
-    with pytest.raises(UserError, match="has n_registers=2, which"):
+    with pytest.raises(UserError, match="n_registers=2"):
         vf.swap(encoder)
 
 
@@ -421,7 +421,7 @@ def test_hooks_run_their_own_modules(calls: list[int]) -> None:
     calls[0] = 0
     seen: list[Any] = []
     handle = modules[0].backbone.blocks[1].register_forward_hook(lambda *args: seen.append(args[2].shape))
-    with pytest.warns(UserWarning, match=r"FastVisionTransformer runs its own modules.*a hook.*on blocks\.1"):
+    with pytest.warns(UserWarning, match=r"FastVisionTransformer.*hook.*blocks\.1"):
         assert_same(run(modules), expected)
     assert len(seen) == 2 and calls == [DEPTH + PRED_DEPTH]
     handle.remove()
@@ -460,7 +460,7 @@ def test_layers_that_are_exchanged_afterwards(calls: list[int]) -> None:
     assert_same({"z": fast(clips)}, {"z": encoder(clips)})
     assert calls[0] == 2 * DEPTH
     fast.blocks[0].attn.proj = encoder.blocks[0].attn.proj = Scaled(48, 48)
-    with pytest.warns(UserWarning, match=r"other parameters than the reference's, see blocks\.0\.attn\.proj"):
+    with pytest.warns(UserWarning, match=r"parameters.*blocks\.0\.attn\.proj"):
         assert_same({"z": fast(clips)}, {"z": encoder(clips)})
     assert calls[0] == 2 * DEPTH
 
@@ -514,7 +514,7 @@ def test_what_is_refused(make: Callable[[], Any], message: str) -> None:
 def test_nothing_is_changed_when_one_is_refused() -> None:
     encoder, predictor, _ = v2()
     predictor.backbone.return_all_tokens = True
-    with pytest.raises(UserError, match="has return_all_tokens, which"):
+    with pytest.raises(UserError, match="return_all_tokens"):
         vf.swap(encoder, predictor, inplace=True)
     assert type(encoder) is V2.MultiSeqWrapper and type(encoder.backbone) is V2.VisionTransformer
 
@@ -531,5 +531,5 @@ def test_swapping_twice_is_swapping_once() -> None:
 
 def test_ids_outside_the_clip() -> None:
     fast = vf.swap(v2()[0])[0]
-    with pytest.raises(ValueError, match=r"a mask holds ids 0 to 99; expected 0 to 35"):
+    with pytest.raises(ValueError, match=r"mask.*\b99\b.*\b35\b"):
         fast([make_clips(1)], [[torch.tensor([[0, 99]])]])

@@ -67,7 +67,7 @@ def test_going_back_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("vjepa_fast.train.monitor.recovery.MAX_SKIPPED", 5)
     trainer = make("train.rollback_after=2", "train.max_rollbacks=2", "train.log_every=1")
     poison(trainer, range(4, 1000))
-    with pytest.raises(UserError, match="not finite in 5 steps in a row, up to step 13, after going back 2 times"):
+    with pytest.raises(UserError, match=r"finite.*\b5 steps.*\bstep 13\b.*\b2 times"):
         trainer.fit()
 
 

@@ -129,7 +129,7 @@ def test_outliers_are_skipped_and_stop_a_run(  # type: ignore[no-untyped-def]
     changes = "optimization.loss_reg_std_mult=3", "train.max_steps=12"
     trainer = Trainer(config(*changes))
     before = {name: value.clone() for name, value in trainer.model.encoder.state_dict().items()}
-    with pytest.raises(UserError, match=r"12 steps up to step 12 were skipped because of their loss, more than 3 "):
+    with pytest.raises(UserError, match=r"\b12\b.*\bstep 12\b.*loss.*\b3\b"):
         trainer.fit()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.encoder.state_dict().items())
 

@@ -209,6 +209,6 @@ def test_public_optimizer_by_itself():
 def test_a_model_with_another_loss_is_refused() -> None:
     cfg = config()
     squared = cfg.model_copy(update={"loss": cfg.loss.model_copy(update={"loss_exp": 2.0, "reg_coeff": 0.5})})
-    with pytest.raises(ValueError, match=r"loss_exp is 1.0 and not 2.0, reg_coeff is 0.0 and not 0.5"):
+    with pytest.raises(ValueError, match=r"loss_exp.*1\.0.*2\.0.*reg_coeff.*0\.0.*0\.5"):
         TrainStep(VJEPA.from_config(cfg), squared)
     assert TrainStep(VJEPA.from_config(squared), squared).model.loss_options["reg_coeff"] == 0.5

@@ -64,7 +64,7 @@ def test_gradients_that_stay_non_finite_stop_the_run(
     monkeypatch.setattr(recovery, "MAX_SKIPPED", 6)
     trainer = make()
     poison(trainer, range(5, 100))
-    with pytest.raises(UserError, match="not finite in 7 steps in a row, up to step 12"):
+    with pytest.raises(UserError, match=r"finite.*\b7 steps.*\bstep 12\b"):
         trainer.fit()
     checkpoint = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in checkpoint["encoder"].values())
@@ -105,7 +105,7 @@ def test_broken_videos_are_replaced_and_listed(make: Make, video_csv: Path, tmp_
 def test_too_many_broken_videos(make: Make, video_csv: Path, tmp_path: Path) -> None:
     listed = tmp_path / "list.csv"
     listed.write_text(video_csv.read_text() + f"{tmp_path}/gone.mp4 0\n")
-    with pytest.raises(UserError, match=r"(?s)more than data.max_broken=0.1 .*gone.mp4: the file does not exist"):
+    with pytest.raises(UserError, match=r"(?s)data\.max_broken=0\.1.*gone\.mp4: .*exist"):
         make(csv_path=listed).fit()
     assert "gone.mp4" in (tmp_path / "run" / "broken_r0.tsv").read_text()
 
@@ -205,5 +205,5 @@ def test_outputs_of_steps_do_not_pile_up_until_they_are_logged(make: Make, monke
 
 def test_probes_need_the_clips_of_the_demo(make: Make, tmp_path: Path) -> None:
     assert make("train.probe=auto").cfg.train.probe is False
-    with pytest.raises(ConfigError, match="train.probe needs the labels"):
+    with pytest.raises(ConfigError, match=r"train\.probe.*labels"):
         make("train.probe=true", f"train.out={tmp_path / 'other'}")

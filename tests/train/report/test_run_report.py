@@ -225,7 +225,7 @@ def test_a_line_that_a_kill_cut_short(run: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has neither config.yaml nor metrics.jsonl in it; expected a run folder"):
+    with pytest.raises(UserError, match=r"config\.yaml.*metrics\.jsonl"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         write_report(tmp_path / "nowhere")
