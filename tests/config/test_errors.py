@@ -80,7 +80,7 @@ def test_wsd_must_fit() -> None:
 
 
 def test_recipe_name() -> None:
-    with pytest.raises(ConfigError, match="no recipe is called 'vitl-256'; did you mean vitl16-256.*demo, .*tutorial"):
+    with pytest.raises(ConfigError, match="recipe.*'vitl-256'.*vitl16-256.*demo, .*tutorial"):
         load_recipe("vitl-256")
 
 

@@ -151,7 +151,7 @@ def test_later_choice_replaces_the_alternative() -> None:
 def test_both_alternatives_in_one_file(tmp_path: Path) -> None:
     file = tmp_path / "both.yaml"
     file.write_text("data: {fps: 4, frame_step: 2}\n")
-    with pytest.raises(ConfigError, match="fps and frame_step are both set"):
+    with pytest.raises(ConfigError, match=r"\bfps\b.*frame_step.*both"):
         load_config(file)
 
 
@@ -162,7 +162,7 @@ def test_base(tmp_path: Path) -> None:
     assert (cfg.model.model_name, cfg.optimization.lr, cfg.optimization.warmup) == ("vit_large", 1e-4, 40)
     assert (cfg.data.batch_size, cfg.data.global_batch_size, cfg.data.datasets) == (None, 8, ["v.csv"])
     file.write_text("base: vitl\n")
-    with pytest.raises(ConfigError, match="no recipe is called 'vitl'; did you mean vitl16-256"):
+    with pytest.raises(ConfigError, match="recipe.*'vitl'.*vitl16-256"):
         load_config(file)
 
 
@@ -179,5 +179,5 @@ def test_configs_share_nothing() -> None:
 
 def test_learned_positions_are_not_rotated() -> None:
     for change in ("model.use_rope=true", "model.model_name=vit_small_rope"):
-        with pytest.raises(ConfigError, match="positions is learned, but RoPE is on"):
+        with pytest.raises(ConfigError, match="positions.*learned.*RoPE"):
             load_recipe("tutorial", [change])

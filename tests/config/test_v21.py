@@ -54,13 +54,13 @@ def test_refused(overrides: list[str], said: str) -> None:
 
 def test_images_to_train_on_are_missing() -> None:
     cfg = load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]"])
-    with pytest.raises(ConfigError, match=r"img_data\.datasets is empty; .* img_data=null img_mask=null"):
+    with pytest.raises(ConfigError, match=r"img_data\.datasets.*img_data=null img_mask=null"):
         cfg.check_trainable()
     load_recipe("vitl16-256-v2.1", ["data.datasets=[a.csv]", "img_data=null", "img_mask=null"]).check_trainable()
 
 
 def test_distilled_models_are_not_trained() -> None:
-    with pytest.raises(ConfigError, match="model.teacher_embed_dim is 1664: this model predicts the features of anoth"):
+    with pytest.raises(ConfigError, match=r"model\.teacher_embed_dim.*\b1664\b"):
         load_recipe("demo", ["model.n_output_distillation=1", "model.teacher_embed_dim=1664"]).check_trainable()
 
 

@@ -186,9 +186,9 @@ def test_broken_video_is_replaced_clip_by_clip(
 
 
 def test_what_does_not_divide_is_refused(config: Callable[..., DataConfig]) -> None:
-    with pytest.raises(ValidationError, match="clips_per_video 3 does not divide batch_size 8; set it to a divisor"):
+    with pytest.raises(ValidationError, match=r"clips_per_video 3\b.*\bbatch_size 8\b"):
         config(clips_per_video=3)
-    with pytest.raises(ValidationError, match="does not divide global_batch_size 6"):
+    with pytest.raises(ValidationError, match=r"clips_per_video.*global_batch_size 6\b"):
         config(batch_size=None, global_batch_size=6)
 
 

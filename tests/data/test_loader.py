@@ -211,7 +211,7 @@ def test_a_tenth_of_broken_videos_gets_through_and_a_third_does_not(
         collect(build_loader(config(datasets=[str(name)], batch_size=3, seed=seed), num_steps=67))
     name.write_text("".join(good + 90 * bad))
     loader = build_loader(config(datasets=[str(name)], seed=seed), num_steps=60)
-    with pytest.raises(UserError, match="more than data.max_broken=0.1"):
+    with pytest.raises(UserError, match=r"data\.max_broken=0\.1"):
         collect(loader)
     assert loader.num_tried < 100
 

@@ -150,7 +150,7 @@ def test_wrong_input_is_named(model: Any) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model.encode(clips)
-    with pytest.warns(CheckpointWarning, match="no negative value; pass raw pixels as uint8"):
+    with pytest.warns(CheckpointWarning, match="negative.*uint8"):
         InferenceModel(model.encoder, None).encode(torch.rand(1, 2, 32, 32, 3))
     clips = models.clips()
     for positions, said in (
@@ -172,7 +172,7 @@ def test_sincos_predictor_cannot_look_past_its_table(tmp_path: Path) -> None:
     model = vf.load(tmp_path / "c.pt", **models.NOT_IN_SHAPES)
     assert torch.equal(model.encode(models.clips()), made.target_encoder(models.clips()))
     assert model.predict_future(models.clips(1, 4, 64, 64, 3), 4).shape == (1, 32, models.WIDTH)
-    with pytest.raises(ValueError, match="8 frames and 2 predicted ones are more than the 8 that this predictor"):
+    with pytest.raises(ValueError, match=r"\b8 frames.*\b2 predicted.*\b8\b.*predictor"):
         model.predict_future(models.clips(), 2)
 
 

@@ -223,7 +223,7 @@ def test_bad_samples(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_gpu_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="device is cuda, but torch .* finds no GPU"):
+    with pytest.raises(ValueError, match="device.*cuda.*torch.*GPU"):
         MaskSampler(MaskConfig(masks=MASKS), (4, 6, 6), 0)(0, [1], "cuda")
 
 

@@ -254,7 +254,7 @@ def test_shared_masks_of_the_references_stream():
 
 
 def test_groups_that_cut_shared_masks_are_refused():
-    with pytest.raises(ConfigError, match="group_size=3 does not divide the 6 clips of a step into groups of 2, which"):
+    with pytest.raises(ConfigError, match=r"group_size=3\b.*\b6 clips.*groups of 2\b"):
         step_masks(config(group_size=3, clips_per_mask=2), global_batch=6)
 
 

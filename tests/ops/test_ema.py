@@ -73,7 +73,7 @@ def test_bad_arguments(kernels):
     x = torch.ones(3, device=kernels)
     with pytest.raises(ValueError, match="2 targets, 1 sources"):
         ema_([x, x], [x], 0.5)
-    with pytest.raises(ValueError, match=r"shape \[3\] is paired with \[\[2\]\]"):
+    with pytest.raises(ValueError, match=r"\[3\].*\[\[2\]\]"):
         ema_([x], [x[:2]], 0.5)
     ema_([], [], 0.5)
 

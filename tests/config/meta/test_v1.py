@@ -174,7 +174,7 @@ def test_every_shipped_file() -> None:
     assert len(files) >= 3
     for file in files:
         raw = yaml.safe_load(file.read_text())
-        with pytest.warns(ConfigWarning, match=r"nothing reads these: nodes, tasks_per_node, meta\.eval_freq$"):
+        with pytest.warns(ConfigWarning, match=r": nodes, tasks_per_node, meta\.eval_freq$"):
             cfg = load_config(file, ["data.datasets=[a.csv]"])
         assert (cfg.model.model_name, cfg.data.crop_size[0]) == (raw["model"]["model_name"], raw["data"]["crop_size"])
         assert cfg.optimization.lr == raw["optimization"]["lr"]

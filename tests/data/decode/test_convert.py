@@ -149,7 +149,7 @@ def test_sides_that_the_operator_does_not_take(tmp_path: Path) -> None:
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format="yuv444p")
     found = ToPixels(index(height=8, width=40_000), box, (6, 5_000), False)(frame)
     assert np.abs(found[0].numpy().astype(int) - cut).max() <= 4
-    with pytest.raises(DecodeError, match="a crop of 39000 x 8 pixels is too large; 32768 a side are the most"):
+    with pytest.raises(DecodeError, match=r"39000 x 8\b.*\b32768\b"):
         decode_clip(ClipRequest(source, np.zeros(1, dtype=np.int64), Box(0, 0, 8, 39_000), (8, 8), False))
 
 

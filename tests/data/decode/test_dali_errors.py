@@ -69,7 +69,7 @@ def test_trouble_of_the_device_stops_and_names_it(reason: str, monkeypatch: pyte
 
 
 def test_when_all_fail_the_run_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="DALI decodes none of the 3 clips .*invalid argument"):
+    with pytest.raises(UserError, match=r"DALI.*none.*\b3 clips.*invalid argument"):
         collect(monkeypatch, dict.fromkeys(range(3), DAMAGED))
 
 

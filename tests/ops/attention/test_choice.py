@@ -144,7 +144,7 @@ def test_wrong_results_and_failures_are_dropped(
     assert "fa4 is not used" in texts[1] and "its gradient is wrong" in texts[1]
     assert "varlen is not used" in texts[2] and "ZeroDivisionError" in texts[2]
     for _ in range(2):
-        with pytest.raises(UserError, match=r"model.attention=fa2 cannot be used .* output is wrong.*; use auto, fa4"):
+        with pytest.raises(UserError, match=r"model\.attention=fa2.*output.*wrong.*auto, fa4"):
             pick(dtype, requested="fa2")
 
 
@@ -155,7 +155,7 @@ def test_environment_before_config(timed: dict[str, float], monkeypatch: pytest.
     monkeypatch.setenv(choice.VARIABLE, "auto")
     assert pick(requested="xformers") == "fa2"
     monkeypatch.setenv(choice.VARIABLE, "fast")
-    with pytest.raises(UserError, match="VJEPA_FAST_ATTENTION=fast is not an attention back end; expected auto, fa4"):
+    with pytest.raises(UserError, match="VJEPA_FAST_ATTENTION=fast.*auto, fa4"):
         pick(requested="xformers")
 
 
