@@ -3,14 +3,17 @@
 # make bench   time operations, step and loader    make coverage   the tests, and the lines that none of them runs
 # make clean   remove .venv
 #
-# Each is complete on a machine with Python >= 3.10 and make; PYTHON=/path/to/python chooses another interpreter.
+# Each is complete on a machine with Python >= 3.10 and make; PYTHON=/path/to/python chooses another interpreter
+# and TORCH='torch==2.11.*' another torch; run make clean before it.
 # Everything is installed into .venv, in the versions of constraints.txt; an active environment is left alone.
 
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DALI := $(VENV)/.dali
+CONSTRAINTS := $(VENV)/constraints.txt
 
 # Neither an active environment nor a PYTHONPATH may leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
@@ -47,13 +50,14 @@ clean:
 	rm -rf $(VENV)
 
 # torch comes first and alone: an index that offers a CPU build then decides the build, before anything asks for CUDA,
-# and the extension (csrc/) is built for it.
+# and the extension (csrc/) is built for it. Another torch than the pinned one brings its own triton.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; install Python >= 3.10 or run make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$("$(PYTHON)" --version) is too old; Python >= 3.10 is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv "$(VENV)" || { echo "error: cannot make $(VENV); on Debian and Ubuntu install python3-venv first" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@grep -v $(if $(filter torch==2.13.0,$(TORCH)),'^#','^torch==\|^triton==') constraints.txt >$(CONSTRAINTS)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) '$(TORCH)'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $(STAMP)
 
 # The tests of DALI's CPU decoders need no GPU. The demo does without DALI and what it brings, 620 MB on disk.

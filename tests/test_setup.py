@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension i
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build into a folder of the test's own, without a compiler and without nvcc."""
     (tmp_path / "bin").mkdir()
-    for name in ("csrc", "vjepa_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("csrc", "vjepa_fast", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         (tmp_path / name).symlink_to(ROOT / name)
     hidden = {"CXX": str(tmp_path / "no-compiler"), "PATH": str(tmp_path / "bin"), "CUDA_HOME": str(tmp_path)}
     return subprocess.run(

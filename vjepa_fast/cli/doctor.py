@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Level = Literal["ok", "note", "problem"]
 
 _CODECS = ("h264", "hevc", "vp9", "av1", "mjpeg")
-_OPTIONAL = ("triton", "transformers", "tensorboard", "wandb")
+_OPTIONAL = ("triton", "transformers", "tensorboard")
 
 
 @dataclass(frozen=True)
