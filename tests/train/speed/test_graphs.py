@@ -252,7 +252,7 @@ def test_a_checkpoint_goes_on(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp
         assert group["lr"] == graphed.train_step.schedules.lr(3)
     losses = run(graphed, range(4, 8), cfg)
     for resumed in (train_step(cfg), RecordedStep(train_step(cfg), expected(cfg), pytest.fail)):
-        step = resumed if isinstance(resumed, TrainStep) else resumed.task.train_step
+        step = resumed if isinstance(resumed, TrainStep) else resumed.train_step
         meta_format.load_checkpoint(tmp_path / "latest.pt", step.model, step.optimizer)
         assert run(resumed, range(4, 8), cfg) == pytest.approx(losses, rel=1e-5)
 
