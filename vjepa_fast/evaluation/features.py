@@ -120,7 +120,9 @@ class FeatureStore:
         self._files: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
         # Another process may fill the same store.
-        self._new = PartFiles(lambda: self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors", self._open)
+        self._part_files = PartFiles(
+            lambda: self.folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors", self._open
+        )
         with disk_errors(self.folder, "features to", AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_old_leftovers(self.folder)
@@ -216,19 +218,22 @@ class FeatureStore:
                         if tokens[number] and not checked:
                             checked = True
                             self._check_room(features, sum(tokens[other] for other in left))
-                        mean = features.float().mean(1)
-                        if not mean.isfinite().all():
-                            raise UserError(
-                                f"the features of {entry.videos.paths[entry.number]} are not finite numbers; most "
-                                "likely the training of this encoder has diverged: give an earlier checkpoint"
-                            )
-                        self._new.keep(f"{MEAN}.{keys[number]}", mean)
-                        if tokens[number]:
-                            self._new.keep(f"{TOKENS}.{keys[number]}", features)
+                        self._keep(entry, features, tokens[number])
                     report(progress)
         finally:
-            self._new.flush()
+            self._part_files.flush()
         return progress
+
+    def _keep(self, entry: Entry, features: Tensor, whole: bool) -> None:
+        mean = features.float().mean(1)
+        if not mean.isfinite().all():
+            raise UserError(
+                f"the features of {entry.videos.paths[entry.number]} are not finite numbers; most "
+                "likely the training of this encoder has diverged: give an earlier checkpoint"
+            )
+        self._part_files.keep(f"{MEAN}.{entry.key}", mean)
+        if whole:
+            self._part_files.keep(f"{TOKENS}.{entry.key}", features)
 
     def _check_room(self, features: Tensor, count: int) -> None:
         needed, free = features.numel() * features.element_size() * count, shutil.disk_usage(self.folder).free
