@@ -30,7 +30,7 @@ from vjepa_fast.ops.attention import choice
 from vjepa_fast.ops.attention.backends import Adapter, adapter
 from vjepa_fast.ops.attention.choice import Case
 from vjepa_fast.ops.packing import Packing
-from vjepa_fast.ops.triton_support.dispatch import is_capturing
+from vjepa_fast.ops.triton_support.dispatch import constant_result, is_capturing
 from vjepa_fast.ops.zero_tail import zero_tail_
 
 
@@ -283,7 +283,7 @@ def _attend(qkv: Tensor, packing: Packing, num_heads: int, name: str, determinis
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _traced_choice(
     device: str,
     dtype: torch.dtype,

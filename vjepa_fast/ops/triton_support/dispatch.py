@@ -41,7 +41,13 @@ def interpreted() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+def constant_result(function: Callable[..., Any]) -> Any:
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_result
 def _choose(device_type: str) -> bool:
     choice = os.environ.get("VJEPA_FAST_OPS", "")
     if choice not in ("", "ref", "triton"):
