@@ -39,7 +39,7 @@ WHAT = {
 
 def calls() -> dict[str, Callable[[int], object]]:
     """For each of WHAT, a function that draws the masks of a step."""
-    from tests.parity import meta_reference
+    from tests.parity import reference_v2
     from tests.parity.mask_cases import MaskCase
 
     batch_size, masks = LARGE.batch_size, LARGE.config.mask
@@ -48,7 +48,7 @@ def calls() -> dict[str, Callable[[int], object]]:
     assert ops is not None
     key = ([value for spec in sampler.specs for value in spec.to_ints()], LARGE.grid, LARGE.config.train.seed, 0)
     frames = LARGE.num_frames
-    collator = meta_reference.collator(
+    collator = reference_v2.collator(
         MaskCase("ViT-L", [spec.model_dump() for spec in masks.masks], [frames], crop_size=LARGE.crop_size)
     )
 
@@ -70,7 +70,7 @@ def calls() -> dict[str, Callable[[int], object]]:
         "operators": operators,
         "sampler": lambda step: sampler(step, np.arange(step * batch_size, (step + 1) * batch_size)),
         "numpy": numpy,
-        "reference": lambda step: meta_reference.collate(collator, {frames: batch_size}),
+        "reference": lambda step: reference_v2.collate(collator, {frames: batch_size}),
     }
 
 

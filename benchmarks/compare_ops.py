@@ -48,10 +48,10 @@ class Operations:
     """Each public method gives one operation: ours, then the reference's."""
 
     def __init__(self, workload: Workload) -> None:
-        from tests.parity import meta_reference
+        from tests.parity import reference_v2
 
-        self.theirs = meta_reference.modules()
-        self.normalise = meta_reference.normalise
+        self.theirs = reference_v2.modules()
+        self.normalise = reference_v2.normalise
         self.workload = workload
         self.device = torch.device("cpu")
         self.masks = workload.masks(self.device)

@@ -1,52 +1,31 @@
-"""Write golden/*.json from runs of the reference: VJEPA2_REFERENCE=<checkout> python -m tests.parity.make_golden"""
+"""Write golden/*.json from runs of the references of which there are checkouts.
+
+VJEPA2_REFERENCE=<checkout> python -m tests.parity.make_golden
+
+Likewise VJEPA1_REFERENCE and VJEPA21_REFERENCE. Masks and frames are V-JEPA 2's.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from vjepa_fast.bench.reference import REFERENCE_COMMIT
-
-from . import golden_format, meta_reference
-from .cases import CASES, Case, recipe_weights, zero_gradient
+from . import golden_format, reference_v2
+from .cases import Case, recipe_weights, zero_gradient
 from .frame_cases import frame_cases, frames_hash
 from .mask_cases import MASK_CASES, MaskCase
-
-SOURCES = (
-    "app/vjepa/utils.py",
-    "src/datasets/video_dataset.py",
-    "src/masks/multiseq_multiblock3d.py",
-    "src/models/predictor.py",
-    "src/models/utils/modules.py",
-    "src/models/vision_transformer.py",
-    "src/utils/schedulers.py",
-)
+from .reference import Run
+from .release import RELEASES, V2, Release
 
 
-def provenance() -> dict[str, Any]:
-    """Where the numbers come from."""
-    root = Path(os.environ["VJEPA2_REFERENCE"])
-    return {
-        "reference": "facebookresearch/vjepa2",
-        "commit": REFERENCE_COMMIT,
-        "sha256": {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in SOURCES},
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def training(case: Case) -> dict[str, Any]:
+def training(release: Release, case: Case) -> dict[str, Any]:
     """Three steps in float64 from the weights that cases.recipe_weights makes."""
-    shapes = {name: tuple(value.shape) for name, value in meta_reference.build(case).weights().items()}
-    return summaries(case, meta_reference.run(case, recipe_weights(shapes, case.seed), torch.float64))
+    shapes = {name: tuple(value.shape) for name, value in release.build(case, torch.float32).weights().items()}
+    return summaries(case, release.run_reference(case, recipe_weights(shapes, case.seed), torch.float64))
 
 
-def summaries(case: Case, run: meta_reference.Run) -> dict[str, Any]:
+def summaries(case: Case, run: Run) -> dict[str, Any]:
     """What a golden file holds of a run."""
     for step in run.steps:
         if case.loss_exp == 1 and step.margin < 1e-5:
@@ -71,10 +50,10 @@ def summaries(case: Case, run: meta_reference.Run) -> dict[str, Any]:
 
 def masks(case: MaskCase) -> list[str]:
     """Hashes of the first batches under torch.manual_seed(case.seed)."""
-    collate_masks = meta_reference.collator(case)
+    collate_masks = reference_v2.collator(case)
     torch.manual_seed(case.seed)
     return [
-        golden_format.mask_hash(meta_reference.collate(collate_masks, case.batch_sizes(i)))
+        golden_format.mask_hash(reference_v2.collate(collate_masks, case.batch_sizes(i)))
         for i in range(golden_format.NUM_MASK_BATCHES)
     ]
 
@@ -83,22 +62,29 @@ def frames() -> dict[str, list[int]]:
     """Start of the window (-1: there is none, -2: the loader gives up) and hash of the frame numbers of every case."""
     starts, hashes = [], []
     for seed, case in enumerate(frame_cases()):
-        result = meta_reference.frame_numbers(case, seed)
+        result = reference_v2.frame_numbers(case, seed)
         starts.append(-2 if result.numbers is None else -1 if result.start is None else result.start)
         hashes.append(0 if result.numbers is None else frames_hash(result.numbers))
     return {"starts": starts, "crc32_of_numbers": hashes}
 
 
 def main() -> None:
-    if "VJEPA2_REFERENCE" not in os.environ:
-        raise SystemExit("set VJEPA2_REFERENCE to a checkout of facebookresearch/vjepa2")
+    found = [release for release in RELEASES if release.checkout.is_there]
+    if not found:
+        wanted = ", or ".join(f"{release.checkout.variable} to {release.checkout}" for release in RELEASES)
+        raise SystemExit(f"set {wanted}")
     torch.set_num_threads(1)
-    source = provenance()
-    for case in CASES.values():
-        print(golden_format.write(f"train_{case.name}", {"provenance": source, **training(case)}))
-    hashes = {name: masks(case) for name, case in MASK_CASES.items()}
-    print(golden_format.write("masks", {"provenance": source, "sha256_of_batches": hashes}))
-    print(golden_format.write("frames", {"provenance": source, **frames()}))
+    for release in found:
+        source = release.provenance()
+        for name in release.golden:
+            print(
+                golden_format.write(f"train_{name}", {"provenance": source, **training(release, release.cases[name])})
+            )
+    if V2 in found:
+        source = V2.provenance()
+        hashes = {name: masks(case) for name, case in MASK_CASES.items()}
+        print(golden_format.write("masks", {"provenance": source, "sha256_of_batches": hashes}))
+        print(golden_format.write("frames", {"provenance": source, **frames()}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import meta_reference
+from . import reference_v2
 from .cases import OPTIMIZATION, Case, make_batch
 
 CASE = Case("main", frames=(8, 4))
@@ -39,7 +39,7 @@ class Loader:
             batch = make_batch(CASE, step)
             groups = zip(batch.clips, batch.masks_enc, batch.masks_pred, strict=True)
             yield [
-                ([[meta_reference.normalise(clip, torch.float32)], None, [torch.zeros(clip.shape[:2])]], enc, pred)
+                ([[reference_v2.normalise(clip, torch.float32)], None, [torch.zeros(clip.shape[:2])]], enc, pred)
                 for clip, enc, pred in groups
             ]
 
@@ -91,20 +91,20 @@ def main(folder: Path) -> None:
     loader = Loader(first_epoch * OPTIMIZATION["ipe"])
     data_manager.init_data = lambda **_: (loader, sampler)  # type: ignore[attr-defined]
     transforms.make_transforms = lambda **_: None  # type: ignore[attr-defined]
-    with meta_reference.environment():
+    with reference_v2.environment():
         sys.modules["src.datasets.data_manager"] = data_manager
         sys.modules["app.vjepa.transforms"] = transforms
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     # The script looks sizes up by name in this module.
-    meta_reference.modules().vit.vit_parity = functools.partial(
-        meta_reference.modules().vit.VisionTransformer,
+    reference_v2.modules().vit.vit_parity = functools.partial(
+        reference_v2.modules().vit.VisionTransformer,
         embed_dim=CASE.embed_dim,
         depth=CASE.depth,
         num_heads=CASE.num_heads,
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
     )
-    meta_reference.training_script().main(arguments(folder))
+    reference_v2.training_script().main(arguments(folder))
     torch.distributed.destroy_process_group()
 
 

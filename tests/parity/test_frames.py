@@ -14,7 +14,7 @@ import pytest
 
 from vjepa_fast.data import sampling
 
-from . import golden_format, meta_reference
+from . import golden_format, reference_v2
 from .frame_cases import FrameCase, FrameResult, frame_cases, frames_hash
 
 
@@ -59,18 +59,18 @@ def test_numbers_are_those_that_the_reference_gave() -> None:
     assert sum(kinds.values()) == 1000 and min(kinds.values()) > 50
 
 
-@meta_reference.needs_reference
+@reference_v2.needs_reference
 def test_numbers_are_those_of_the_reference() -> None:
     for seed, case in enumerate(frame_cases()):
-        theirs = meta_reference.frame_numbers(case, seed)
+        theirs = reference_v2.frame_numbers(case, seed)
         same = theirs.numbers is not None and np.array_equal(our_numbers(case, theirs.start), theirs.numbers)
         compare(case, theirs, same)
 
 
-@meta_reference.needs_reference
+@reference_v2.needs_reference
 @pytest.mark.parametrize("num_frames", [33, 40])
 def test_reference_never_draws_the_last_window(num_frames: int) -> None:
     case = FrameCase(num_frames, 30.0, 8, "frame_step", 4)
-    theirs = {meta_reference.frame_numbers(case, seed).start for seed in range(200)}
+    theirs = {reference_v2.frame_numbers(case, seed).start for seed in range(200)}
     ours = {int(sampling.clip_frames(sample, 0, num_frames, 8, 4, 0)[0]) for sample in range(200)}
     assert theirs == set(range(num_frames - 32)) and ours == theirs | {num_frames - 32}

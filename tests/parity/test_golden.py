@@ -1,4 +1,4 @@
-"""Ours against the numbers that the reference's own code gave (golden/*.json), without the reference."""
+"""Ours against the numbers that the references' own code gave (golden/*.json), without a checkout of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from vjepa_fast.config.schema import MaskConfig
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
 
 from . import golden_format, ours
-from .cases import CASES, Case, recipe_weights, zero_gradient
+from .cases import Case, recipe_weights, zero_gradient
 from .mask_cases import MASK_CASES, MaskCase
+from .release import Release, of_every_case
 
-EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
-
-def run(case: Case, dtype: torch.dtype) -> ours.OurRun:
+def run(release: Release, case: Case, dtype: torch.dtype) -> ours.OurRun:
     shapes = {name: tuple(value.shape) for name, value in ours.weights_of(ours.build(case)[0]).items()}
-    return ours.run(case, recipe_weights(shapes, case.seed), dtype)
+    return release.run_ours(case, recipe_weights(shapes, case.seed), dtype)
 
 
 def assert_summary(name: str, found: torch.Tensor, expected: list[float], tolerance: float) -> None:
@@ -42,12 +41,9 @@ def assert_gradients(
             assert_summary(name, zero_gradient(name, case, gradient), numbers, tolerance)
 
 
-@EVERY_CASE
-def test_training_fp64(case: Case) -> None:
-    compare_fp64(case, run(case, torch.float64))
-
-
-def compare_fp64(case: Case, mine: ours.OurRun) -> None:
+@of_every_case(golden=True)
+def test_training_fp64(release: Release, case: Case) -> None:
+    mine = run(release, case, torch.float64)
     golden = golden_format.read(f"train_{case.name}")
     for step, expected in zip(mine.steps, golden["steps"], strict=True):
         for key in ("loss", "lr", "weight_decay", "momentum"):
@@ -58,12 +54,9 @@ def compare_fp64(case: Case, mine: ours.OurRun) -> None:
         assert_summary(name, mine.weights[name], numbers, 1e-9)
 
 
-@EVERY_CASE
-def test_training_fp32(case: Case) -> None:
-    compare_fp32(case, run(case, torch.float32))
-
-
-def compare_fp32(case: Case, mine: ours.OurRun) -> None:
+@of_every_case(golden=True)
+def test_training_fp32(release: Release, case: Case) -> None:
+    mine = run(release, case, torch.float32)
     golden = golden_format.read(f"train_{case.name}")
     for step, expected in zip(mine.steps, golden["steps"], strict=True):
         assert step.loss == pytest.approx(expected["loss"], rel=1e-5)

@@ -12,10 +12,11 @@ from torch import nn
 from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.train.step import TrainStep
 
-from . import meta_reference, ours
+from . import ours, reference_v2
 from .cases import CASES, OPTIMIZATION, Case, make_batch, recipe_weights, relative_difference, zero_gradient
+from .reference import ignore_sdp_warning
 
-pytestmark = [meta_reference.needs_reference, meta_reference.ignore_sdp_warning]
+pytestmark = [reference_v2.needs_reference, ignore_sdp_warning]
 
 # An epoch of these runs has two steps; a mask token that no batch uses has no optimizer state.
 BEFORE = OPTIMIZATION["ipe"]
@@ -30,7 +31,7 @@ class DataParallelNames(nn.Module):
         self.module = module
 
 
-def their_checkpoint(triple: meta_reference.Triple, training: meta_reference.Training, epoch: int) -> dict[str, Any]:
+def their_checkpoint(triple: reference_v2.Triple, training: reference_v2.Training, epoch: int) -> dict[str, Any]:
     """What the reference's training script saves in an fp32 run."""
     networks = {part: DataParallelNames(module).state_dict() for part, module in triple.parts()}
     return {
@@ -45,9 +46,9 @@ def their_checkpoint(triple: meta_reference.Triple, training: meta_reference.Tra
     }
 
 
-def their_training(case: Case) -> tuple[meta_reference.Triple, meta_reference.Training]:
-    triple = meta_reference.build(case, torch.float64)
-    return triple, meta_reference.Training(triple, case)
+def their_training(case: Case) -> tuple[reference_v2.Triple, reference_v2.Training]:
+    triple = reference_v2.build(case, torch.float64)
+    return triple, reference_v2.Training(triple, case)
 
 
 def our_training(case: Case) -> tuple[Any, TrainStep]:
@@ -56,7 +57,7 @@ def our_training(case: Case) -> tuple[Any, TrainStep]:
 
 
 def start(case: Case) -> dict[str, torch.Tensor]:
-    shapes = {name: tuple(value.shape) for name, value in meta_reference.build(case).weights().items()}
+    shapes = {name: tuple(value.shape) for name, value in reference_v2.build(case).weights().items()}
     return recipe_weights(shapes, case.seed)
 
 
@@ -68,14 +69,14 @@ def our_names(model: Any) -> dict[torch.Tensor, str]:
     return {value: f"{part}.{key}" for part in ours.PARTS for key, value in getattr(model, part).named_parameters()}
 
 
-def their_names(triple: meta_reference.Triple) -> dict[torch.Tensor, str]:
+def their_names(triple: reference_v2.Triple) -> dict[torch.Tensor, str]:
     return {
         value: f"{part}.{key}" for part, module in triple.parts() for key, value in module.backbone.named_parameters()
     }  # type: ignore[union-attr]
 
 
 def assert_same_state(
-    case: Case, model: Any, train_step: TrainStep, triple: meta_reference.Triple, training: meta_reference.Training
+    case: Case, model: Any, train_step: TrainStep, triple: reference_v2.Triple, training: reference_v2.Training
 ) -> None:
     """Weights and moments are equal to the bit."""
     mine, theirs = ours.weights_of(model), triple.weights()
@@ -94,7 +95,7 @@ def assert_same_state(
 
 
 def assert_same_continuation(
-    case: Case, model: Any, train_step: TrainStep, training: meta_reference.Training, triple: meta_reference.Triple
+    case: Case, model: Any, train_step: TrainStep, training: reference_v2.Training, triple: reference_v2.Triple
 ) -> None:
     """The next steps: losses, gradients, schedules, and the weights after them."""
     for step in range(BEFORE, BEFORE + 2):
@@ -152,7 +153,7 @@ def test_ours_resumes_there(name: str, is_anneal: bool, tmp_path: Path) -> None:
     )
 
     triple, training = their_training(case)
-    *_, epoch = meta_reference.modules().utils.load_checkpoint(
+    *_, epoch = reference_v2.modules().utils.load_checkpoint(
         r_path=str(tmp_path / "latest.pt"),
         encoder=DataParallelNames(triple.encoder),
         predictor=DataParallelNames(triple.predictor),
@@ -205,10 +206,10 @@ def test_scaler_state_of_a_bf16_run_loads_there(tmp_path: Path) -> None:
     meta_format.save_checkpoint(
         tmp_path / "latest.pt", model, train_step.optimizer, epoch=0, loss=0.0, batch_size=3, world_size=1, lr=1e-3
     )
-    triple = meta_reference.build(CASES["rope"])
-    training = meta_reference.Training(triple, CASES["rope"])
+    triple = reference_v2.build(CASES["rope"])
+    training = reference_v2.Training(triple, CASES["rope"])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    meta_reference.modules().utils.load_checkpoint(
+    reference_v2.modules().utils.load_checkpoint(
         r_path=str(tmp_path / "latest.pt"),
         encoder=DataParallelNames(triple.encoder),
         predictor=DataParallelNames(triple.predictor),

@@ -10,7 +10,7 @@ import torch
 
 from vjepa_fast.swapping.mask_collator import MaskCollator
 
-from . import meta_reference, meta_v1_reference
+from . import reference_v1, reference_v2
 from .mask_cases import MASK_CASES, SHORT, VARIED, MaskCase
 
 
@@ -30,7 +30,7 @@ def sample(frames: int) -> Any:
     return [torch.zeros(1)], 0, [np.arange(frames)]
 
 
-@meta_reference.needs_reference
+@reference_v2.needs_reference
 @pytest.mark.parametrize("name", ["varied", "max_keep", "pred_full_complement", "inv_block", "mixed_frames"])
 def test_v2(name: str) -> None:
     case: MaskCase = MASK_CASES[name]
@@ -42,10 +42,7 @@ def test_v2(name: str) -> None:
         "tubelet_size": case.tubelet_size,
     }
     outputs = []
-    for collator in (
-        meta_reference.modules().masks.MaskCollator(**options),
-        MaskCollator(**options, source="reference"),
-    ):
+    for collator in (reference_v2.modules().masks.MaskCollator(**options), MaskCollator(**options, source="reference")):
         torch.manual_seed(3)
         collator.step()
         outputs.append(
@@ -57,12 +54,12 @@ def test_v2(name: str) -> None:
     assert_equal(outputs[1], outputs[0])
 
 
-@meta_v1_reference.needs_v1_reference
+@reference_v1.needs_reference
 @pytest.mark.parametrize("kind", ["multiblock", "tube"])
 def test_v1(kind: str) -> None:
     masks: list[dict[str, Any]] = [SHORT, VARIED] if kind == "multiblock" else [{"ratio": 0.9}, {"ratio": 0.45}]
     options = {"cfgs_mask": masks, "crop_size": (96, 96), "num_frames": 8, "patch_size": 16, "tubelet_size": 2}
-    theirs = getattr(meta_v1_reference.modules(), kind).MaskCollator(**options)
+    theirs = getattr(reference_v1.modules(), kind).MaskCollator(**options)
     outputs = []
     for collator in (theirs, MaskCollator(**options, source="reference")):
         torch.manual_seed(3)
@@ -72,7 +69,7 @@ def test_v1(kind: str) -> None:
     assert_equal(outputs[1], outputs[0])
 
 
-@meta_reference.needs_reference
+@reference_v2.needs_reference
 def test_shapes_from_our_sampler() -> None:
     """Masks are others, but batches look the same."""
     case = MASK_CASES["mixed_frames"]
@@ -90,4 +87,4 @@ def test_shapes_from_our_sampler() -> None:
             return value.ndim, value.dtype, len(value)
         return type(value), [shape(one) for one in value]
 
-    assert shape(MaskCollator(**options)(batch)) == shape(meta_reference.modules().masks.MaskCollator(**options)(batch))
+    assert shape(MaskCollator(**options)(batch)) == shape(reference_v2.modules().masks.MaskCollator(**options)(batch))

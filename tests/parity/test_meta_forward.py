@@ -11,10 +11,11 @@ import vjepa_fast as vf
 from vjepa_fast.config.schema import Config
 from vjepa_fast.models.vit import VisionTransformer
 
-from . import meta_reference
+from . import reference_v2
 from .cases import CASES, Case, recipe_weights, relative_difference, uniform
+from .reference import ignore_sdp_warning
 
-pytestmark = [meta_reference.needs_reference, meta_reference.ignore_sdp_warning]
+pytestmark = [reference_v2.needs_reference, ignore_sdp_warning]
 
 CropSize = int | tuple[int, int]
 
@@ -32,7 +33,7 @@ SIZES: dict[str, tuple[CropSize, int, tuple[int, ...]]] = {
 
 def encoders(case: Case, crop_size: CropSize, num_frames: int, out_layers: list[int] | None = None) -> tuple[Any, Any]:
     """The reference's encoder and ours with the same random weights, in fp64."""
-    theirs = meta_reference.build_encoder(case, img_size=crop_size, num_frames=num_frames, out_layers=out_layers)
+    theirs = reference_v2.build_encoder(case, img_size=crop_size, num_frames=num_frames, out_layers=out_layers)
     theirs = theirs.double()
     options = case.config()
     options["data"] |= {"crop_size": crop_size, "dataset_fpcs": [num_frames]}
@@ -77,7 +78,7 @@ def test_out_layers() -> None:
 def test_predictor_with_index_lists(name: str) -> None:
     """The dense call, with every mask token; the index counts modulo their number."""
     case = CASES[name]
-    theirs = meta_reference.build(case, torch.float64).predictor.backbone
+    theirs = reference_v2.build(case, torch.float64).predictor.backbone
     ours = vf.VJEPA.from_config(Config.model_validate(case.config())).double().predictor
     state = theirs.state_dict()
     state |= recipe_weights({key: tuple(value.shape) for key, value in state.items()}, 7)

@@ -15,11 +15,11 @@ import torch
 from vjepa_fast.checkpoints import meta_format
 from vjepa_fast.train.step import TrainStep
 
-from . import meta_reference, ours
+from . import ours, reference_v2
 from .cases import OPTIMIZATION, make_batch, relative_difference
 from .meta_main import CASE
 
-pytestmark = meta_reference.needs_reference
+pytestmark = reference_v2.needs_reference
 
 IPE, EPOCHS = OPTIMIZATION["ipe"], OPTIMIZATION["epochs"]
 

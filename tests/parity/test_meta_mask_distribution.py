@@ -19,10 +19,10 @@ from vjepa_fast.config.schema import MaskConfig, MaskSpec
 from vjepa_fast.masking.mask_rules import BlockSpec, block_size
 from vjepa_fast.masking.sampler import MaskSampler
 
-from . import meta_reference
+from . import reference_v2
 from .mask_cases import MASK_CASES, VARIED
 
-pytestmark = [meta_reference.needs_reference, pytest.mark.slow]
+pytestmark = [reference_v2.needs_reference, pytest.mark.slow]
 
 NUM_BATCHES = 2000
 NUM_SIZES = 20_000
@@ -55,13 +55,13 @@ def assert_same_distribution(ours: Iterable[Hashable], theirs: Iterable[Hashable
 
 def test_kept_tokens() -> None:
     """Means over the batches of what each mask keeps, within three standard errors of their difference."""
-    collator = meta_reference.collator(CASE)
+    collator = reference_v2.collator(CASE)
     torch.manual_seed(CASE.seed)
     batch_size = CASE.largest_batch
     theirs, ours = np.zeros((2, NUM_BATCHES, 2, 2))
     sampler = MaskSampler(MaskConfig.model_validate(CASE.masks), GRID, seed=CASE.seed)
     for step in range(NUM_BATCHES):
-        pairs = zip(*meta_reference.collate(collator, {16: batch_size})[16], strict=True)
+        pairs = zip(*reference_v2.collate(collator, {16: batch_size})[16], strict=True)
         theirs[step] = [[context.shape[1], target.shape[1]] for context, target in pairs]
         masks = sampler(step, np.arange(batch_size) + batch_size * step)
         ours[step] = np.array([masks.context_lengths, masks.target_lengths])[:, ::batch_size].T
@@ -77,7 +77,7 @@ def test_kept_tokens() -> None:
 
 @pytest.mark.parametrize("masks", [*CASE.masks, VARIED], ids=["short", "long", "varied"])
 def test_block_sizes(masks: dict[str, object]) -> None:
-    theirs = meta_reference.collator(replace(CASE, masks=[masks])).mask_generators[16][0]
+    theirs = reference_v2.collator(replace(CASE, masks=[masks])).mask_generators[16][0]
     spec = MaskSpec.model_validate(masks)
     sizes = []
     for seed in range(NUM_SIZES):
@@ -90,7 +90,7 @@ def test_block_sizes(masks: dict[str, object]) -> None:
 def test_block_origins_given_the_size() -> None:
     """A lone block of 4 x 6 x 6 tokens: its first token, from the masks themselves."""
     masks = {"spatial_scale": (0.15, 0.15), "temporal_scale": (0.5, 0.5), "aspect_ratio": (1.0, 1.0), "num_blocks": 1}
-    theirs = meta_reference.collator(replace(CASE, masks=[masks])).mask_generators[16][0]
+    theirs = reference_v2.collator(replace(CASE, masks=[masks])).mask_generators[16][0]
     torch.manual_seed(CASE.seed)
     reference = [
         np.unravel_index(int(theirs._sample_block_mask((4, 6, 6)).flatten().argmin()), GRID) for _ in range(NUM_ORIGINS)

@@ -8,10 +8,10 @@ import torch
 from vjepa_fast.config.schema import MaskConfig
 from vjepa_fast.masking.reference import ReferenceMaskGenerators
 
-from . import meta_reference
+from . import reference_v2
 from .mask_cases import MASK_CASES, MaskCase, Masks
 
-pytestmark = meta_reference.needs_reference
+pytestmark = reference_v2.needs_reference
 
 
 def generators(case: MaskCase) -> ReferenceMaskGenerators:
@@ -36,9 +36,9 @@ def assert_equal(found: Masks, expected: Masks) -> None:
 
 @pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES.keys())
 def test_one_hundred_batches(case: MaskCase) -> None:
-    theirs, mine = meta_reference.collator(case), generators(case)
+    theirs, mine = reference_v2.collator(case), generators(case)
     torch.manual_seed(case.seed)
-    expected = [meta_reference.collate(theirs, case.batch_sizes(i)) for i in range(100)]
+    expected = [reference_v2.collate(theirs, case.batch_sizes(i)) for i in range(100)]
     torch.manual_seed(case.seed)
     found = [mine(batch_sizes=case.batch_sizes(i)) for i in range(100)]
     for a, b in zip(found, expected, strict=True):
@@ -47,12 +47,12 @@ def test_one_hundred_batches(case: MaskCase) -> None:
 
 def test_step_moves_the_block_sizes_as_on_resume() -> None:
     case = MASK_CASES["mixed_frames"]
-    theirs, mine = meta_reference.collator(case), generators(case)
+    theirs, mine = reference_v2.collator(case), generators(case)
     for _ in range(7):
         theirs.step()
         mine.step()
     for i in range(3):
         torch.manual_seed(i)
-        expected = meta_reference.collate(theirs, case.batch_sizes(i))
+        expected = reference_v2.collate(theirs, case.batch_sizes(i))
         torch.manual_seed(i)
         assert_equal(mine(batch_sizes=case.batch_sizes(i)), expected)

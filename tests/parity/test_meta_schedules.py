@@ -10,9 +10,9 @@ import torch
 from vjepa_fast.config.schema import OptimizationConfig
 from vjepa_fast.optim.schedules import Schedules
 
-from . import meta_reference
+from . import reference_v2
 
-pytestmark = meta_reference.needs_reference
+pytestmark = reference_v2.needs_reference
 
 RUNS: dict[str, dict[str, Any]] = {
     "falling": {"lr": 1e-3, "final_lr": 1e-5, "weight_decay": 0.4, "final_weight_decay": 0.04, "warmup": 3},
@@ -33,7 +33,7 @@ def config(schedule: str, options: dict[str, Any]) -> OptimizationConfig:
 def learning_rates(cfg: OptimizationConfig) -> tuple[Any, torch.optim.Optimizer]:
     """The reference's learning rate schedule and the optimizer that it writes to."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    schedulers = meta_reference.modules().schedulers
+    schedulers = reference_v2.modules().schedulers
     total = int(cfg.ipe_scale * EPOCHS * IPE)
     if cfg.schedule == "linear":
         return schedulers.LinearDecaySchedule(optimizer, ref_lr=cfg.lr, final_lr=cfg.final_lr, T_max=total), optimizer
@@ -54,7 +54,7 @@ def learning_rates(cfg: OptimizationConfig) -> tuple[Any, torch.optim.Optimizer]
 def test_every_step(schedule: str, name: str) -> None:
     cfg = config(schedule, RUNS[name])
     lr_schedule, optimizer = learning_rates(cfg)
-    wd_schedule = meta_reference.modules().schedulers.CosineWDSchedule(
+    wd_schedule = reference_v2.modules().schedulers.CosineWDSchedule(
         optimizer, ref_wd=cfg.weight_decay, final_wd=cfg.final_weight_decay, T_max=int(cfg.ipe_scale * EPOCHS * IPE)
     )
     ours = Schedules(cfg)

@@ -15,10 +15,11 @@ import torch
 import vjepa_fast as vf
 from vjepa_fast.bench.reference import normalise
 
-from . import meta_reference, meta_v1_reference, v21_reference
+from . import reference_v1, reference_v2, reference_v21
 from .cases import Case, make_batch, relative_difference
+from .cases_v21 import DenseCase
 from .meta_swap_main import EPOCHS, IPE, VERSIONS
-from .v21_cases import DenseCase
+from .reference import ignore_sdp_warning
 
 
 def run(name: str, *jobs: str) -> list[tuple[list[float], int]]:
@@ -82,8 +83,8 @@ SHAPES = {
 }
 
 
-@meta_reference.needs_reference
-@meta_reference.ignore_sdp_warning
+@reference_v2.needs_reference
+@ignore_sdp_warning
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "sincos"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_v2_at_other_sizes(name: str, rope: bool) -> None:
@@ -92,7 +93,7 @@ def test_v2_at_other_sizes(name: str, rope: bool) -> None:
     if not rope and name in ("trained on wide frames", "sides that leave a rest"):
         pytest.skip("the reference fails")
     case = Case("sizes", use_rope=rope)
-    encoder = _randomised(meta_reference.build_encoder(case, **options))
+    encoder = _randomised(reference_v2.build_encoder(case, **options))
     clips = torch.randn(2, 3, frames, height, width)
     clips = clips[:, :, 0] if options.get("num_frames") == 1 else clips
     with torch.no_grad():
@@ -102,13 +103,13 @@ def test_v2_at_other_sizes(name: str, rope: bool) -> None:
         assert relative_difference(fast(clips, ids), encoder(clips, ids)) <= 1e-5
 
 
-@meta_reference.needs_reference
-@meta_reference.ignore_sdp_warning
+@reference_v2.needs_reference
+@ignore_sdp_warning
 def test_v2_predictor_of_wide_frames() -> None:
     """It counts positions in squares of the trained height."""
     case = Case("sizes")
     predictor = _randomised(
-        meta_reference.modules().predictor.VisionTransformerPredictor(
+        reference_v2.modules().predictor.VisionTransformerPredictor(
             img_size=(32, 48),
             patch_size=8,
             num_frames=8,
@@ -131,12 +132,12 @@ def test_v2_predictor_of_wide_frames() -> None:
         assert relative_difference(vf.swap(None, predictor)[1](x, context, target), expected) <= 1e-5
 
 
-@meta_v1_reference.needs_v1_reference
+@reference_v1.needs_reference
 @pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")
 @pytest.mark.parametrize("shape", [(8, 32, 32), (4, 32, 32), (8, 40, 24)], ids=str)
 def test_v1_at_other_sizes(shape: tuple[int, int, int]) -> None:
     encoder = _randomised(
-        meta_v1_reference.modules().vit.VisionTransformer(
+        reference_v1.modules().vit.VisionTransformer(
             img_size=32, patch_size=8, num_frames=8, tubelet_size=2, embed_dim=48, depth=2, num_heads=3
         )
     )
@@ -151,7 +152,7 @@ def test_v21_modules(frames: int) -> None:
     """Features of all levels and of the last, both heads, and gradients; images have an embedding of their own."""
     case = DenseCase("swap_v21", frames=(frames,))
     torch.manual_seed(0)
-    triple = v21_reference.build(case)
+    triple = reference_v21.build(case)
     for parameter in (*triple.encoder.parameters(), *triple.predictor.parameters()):
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     batch = make_batch(case, 0)

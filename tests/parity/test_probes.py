@@ -18,8 +18,8 @@ from vjepa_fast.evaluation.views import ClipRule, segment_frames
 from . import golden_format, probe_ours, probe_reference
 from .cases import relative_difference
 from .frame_cases import frame_cases
-from .meta_reference import needs_reference, segment_frame_numbers
 from .probe_cases import PROBE_CASES, ProbeCase, known
+from .reference_v2 import needs_reference, segment_frame_numbers
 from .test_golden import assert_summary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")

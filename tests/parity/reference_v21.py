@@ -1,6 +1,6 @@
 """V-JEPA 2.1's own modules (facebookresearch/vjepa2 at 204698b, app/vjepa_2_1), run at our sizes.
 
-The checkout is named by the environment variable VJEPA21_REFERENCE. What its training script does between them
+What its training script does between them
 (app/vjepa_2_1/train.py, train_step) is written out here, as it cannot be imported by itself.
 """
 
@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import os
-import sys
 import types
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vjepa_fast.bench.reference import import_environment, normalise
+from vjepa_fast.bench.reference import normalise
 
-from .cases import OPTIMIZATION, Batch, make_batch
-from .meta_reference import Run, Step, Triple
-from .v21_cases import IMAGE_SHARE, LAMBDA, RAMP, DenseCase
+from . import reference
+from .cases import OPTIMIZATION, Batch
+from .cases_v21 import IMAGE_SHARE, LAMBDA, RAMP, DenseCase
+from .reference import Checkout, Triple
 
-needs_reference = pytest.mark.skipif(
-    not os.environ.get("VJEPA21_REFERENCE"),
-    reason="VJEPA21_REFERENCE does not name a checkout of facebookresearch/vjepa2 with app/vjepa_2_1",
-)
+CHECKOUT = Checkout("VJEPA21_REFERENCE", "facebookresearch/vjepa2", "204698b", part="app/vjepa_2_1")
+needs_reference = CHECKOUT.needed
 
 _MODULES = {
     "vit": "app.vjepa_2_1.models.vision_transformer",
@@ -43,17 +36,10 @@ _MODULES = {
 }
 
 
-def root() -> Path:
-    """The checkout."""
-    return Path(os.environ["VJEPA21_REFERENCE"]).resolve()
-
-
 @functools.cache
 def modules() -> types.SimpleNamespace:
     """The reference's modules; one imports torchvision and makes no use of it."""
-    stand_in = {"torchvision": types.ModuleType("torchvision")}
-    with import_environment(root()), mock.patch.dict(sys.modules, stand_in):
-        return types.SimpleNamespace(**{key: importlib.import_module(name) for key, name in _MODULES.items()})
+    return CHECKOUT.load(_MODULES, {"torchvision": types.ModuleType("torchvision")})
 
 
 def build(case: DenseCase, dtype: torch.dtype = torch.float32) -> Triple:
@@ -96,32 +82,13 @@ def build(case: DenseCase, dtype: torch.dtype = torch.float32) -> Triple:
     return triple
 
 
-class Training:
-    """The reference's step over its own modules, optimizer and schedules."""
+class Training(reference.Training):
+    """The reference's step."""
 
     def __init__(self, triple: Triple, case: DenseCase) -> None:
-        self.triple, self.case = triple, case
-        options = OPTIMIZATION
-        self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            is_anneal=False,
-            encoder=triple.encoder,
-            predictor=triple.predictor,
-            iterations_per_epoch=options["ipe"],
-            start_lr=options["start_lr"],
-            ref_lr=options["lr"],
-            warmup=options["warmup"],
-            num_epochs=options["epochs"],
-            wd=options["weight_decay"],
-            final_wd=options["final_weight_decay"],
-            final_lr=options["final_lr"],
-            mixed_precision=False,
-            ipe_scale=options["ipe_scale"],
-        )
-        first, last = options["ema"]
-        count = options["ipe"] * options["epochs"] * options["ipe_scale"]
-        self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
+        super().__init__(triple, case, functools.partial(modules().utils.init_opt, is_anneal=False))
+        self.momenta = (min(momentum, OPTIMIZATION["ema"][1]) for momentum in self.momenta)
         self.ramp = modules().blocks.Lambda_LinearWarmupHold(LAMBDA, *RAMP)
-        self.count = 0
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The loss of one batch and its margin; a group is what one process of theirs has."""
@@ -138,6 +105,7 @@ class Training:
 
     def _group_loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         triple, case, margins = self.triple, self.case, []
+        assert isinstance(case, DenseCase)
         clips = [normalise(clip, next(triple.encoder.parameters()).dtype) for clip in batch.clips]
         width = case.embed_dim
         with torch.no_grad():
@@ -167,32 +135,3 @@ class Training:
         loss = mean(predicted[0], batch.masks_pred[0], None)
         loss = loss + mean(of_context[0], batch.masks_enc[0], distances) * self.ramp.value(self.count)
         return loss, min(margins)
-
-    def step(self, batch: Batch) -> Step:
-        lr, weight_decay = self.lr_schedule.step(), self.wd_schedule.step()
-        loss, margin = self.loss(batch)
-        loss.backward()
-        gradients = {
-            f"{part}.{key}": None if value.grad is None else value.grad.clone()
-            for part, module in list(self.triple.parts())[:2]
-            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr]
-        }
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        momentum = min(next(self.momenta), OPTIMIZATION["ema"][1])
-        with torch.no_grad():
-            old: list[torch.Tensor] = list(self.triple.target_encoder.parameters())
-            new: list[torch.Tensor] = list(self.triple.encoder.parameters())
-            torch._foreach_mul_(old, momentum)
-            torch._foreach_add_(old, new, alpha=1 - momentum)
-        self.count += 1
-        return Step(loss.item(), gradients, lr, weight_decay, momentum, margin)
-
-
-def run(case: DenseCase, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Run:
-    """`case.num_steps` steps of the reference from `weights`."""
-    triple = build(case, dtype)
-    triple.load(weights)
-    training = Training(triple, case)
-    steps = [training.step(make_batch(case, step)) for step in range(case.num_steps)]
-    return Run(steps, triple.weights())

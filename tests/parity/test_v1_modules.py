@@ -21,15 +21,16 @@ from vjepa_fast.masking.reference import ReferenceMaskGenerators
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.train.step import TrainStep
 
-from . import meta_v1_reference, ours
+from . import ours, reference_v1
 from .cases import recipe_weights, relative_difference, zero_gradient
+from .cases_v1 import V1_CASES, V1_OPTIMIZATION, V1Case, repeated, v1_batch
 from .frame_cases import FrameCase, frame_cases
-from .ours_v1 import noise_of
+from .ours import noise_of
+from .reference import ignore_sdp_warning
 from .test_meta_checkpoint import DataParallelNames
-from .test_meta_training import without_outliers
-from .v1_cases import V1_CASES, V1_OPTIMIZATION, V1Case, repeated, v1_batch
+from .test_v2_modules import without_outliers
 
-pytestmark = [meta_v1_reference.needs_v1_reference, pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")]
+pytestmark = [reference_v1.needs_reference, ignore_sdp_warning]
 
 
 def test_multiblock_masks_under_the_same_seed() -> None:
@@ -49,7 +50,7 @@ def test_multiblock_masks_under_the_same_seed() -> None:
             "max_temporal_keep": 0.5,
         },
     ]
-    theirs = meta_v1_reference.collate(masks, "multiblock", 48, 8)
+    theirs = reference_v1.collate(masks, "multiblock", 48, 8)
     mine = ReferenceMaskGenerators(
         MaskConfig.model_validate(masks), fpcs=[8], crop_size=(48, 48), patch_size=8, tubelet_size=2
     )
@@ -68,7 +69,7 @@ def test_tubes_are_drawn_by_the_same_rule(side: int, ratio: float) -> None:
     spec = MaskSpec(strategy="tube", ratio=ratio, round_context_down=True)
     (enc,), (pred,) = MaskSampler(MaskConfig(masks=[spec]), (4, side, side), 1)(0, range(400)).to_meta()
     np.random.seed(0)
-    (their_enc,), (their_pred,) = meta_v1_reference.collate([{"ratio": ratio}], "tube", 8 * side, 8)(400)
+    (their_enc,), (their_pred,) = reference_v1.collate([{"ratio": ratio}], "tube", 8 * side, 8)(400)
     assert (enc.shape, pred.shape) == (their_enc.shape, their_pred.shape)
     counts = []
     for context, target in ((enc, pred), (their_enc, their_pred)):
@@ -84,7 +85,7 @@ def test_tubes_are_drawn_by_the_same_rule(side: int, ratio: float) -> None:
 def our_frame_numbers(case: FrameCase, num_clips: int, starts: list[int]) -> list[np.ndarray]:
     rule = {"duration": case.value} if case.rule == "duration" else {"frame_step": case.value}
     cfg = DataConfig(batch_size=num_clips, clips_per_video=num_clips, split_videos=True, round_fps=False, **rule)
-    reader = ClipReader([SimpleNamespace(paths=["a"], fpc=case.fpc, pack=None)], [0], cfg, 0, 1, None)  # type: ignore
+    reader = ClipReader([SimpleNamespace(paths=["a"], fpc=case.fpc, num_phases=lambda video: 0)], [0], cfg, 0, 1, None)  # type: ignore
     source: Any = SimpleNamespace(is_image=False, num_frames=case.num_frames, avg_fps=case.avg_fps, height=64, width=64)
     found = []
     for clip in range(num_clips):
@@ -104,7 +105,7 @@ def test_frame_numbers(num_clips: int) -> None:
         if step == 0 or case.num_frames < num_clips:
             # The reference takes no frames, or fails.
             continue
-        starts, expected = meta_v1_reference.frame_numbers(case, num_clips, seed)
+        starts, expected = reference_v1.frame_numbers(case, num_clips, seed)
         assert len(starts) in (0, num_clips)
         kinds[bool(starts)] += 1
         for ours_of_clip, theirs in zip(our_frame_numbers(case, num_clips, starts), expected, strict=True):
@@ -116,7 +117,7 @@ def test_initialisation() -> None:
     """No output projection is divided, as the training script draws all linear layers once more."""
     case = V1Case("init", embed_dim=192, pred_embed_dim=192, depth=3, num_heads=6, pred_num_heads=6)
     torch.manual_seed(1)
-    triple = meta_v1_reference.build_by_script(case)
+    triple = reference_v1.build_by_script(case)
     torch.manual_seed(2)
     mine = ours.weights_of(vf.VJEPA.from_config(Config.model_validate(case.config())))
     theirs = triple.weights()
@@ -134,12 +135,12 @@ def test_initialisation() -> None:
 def test_their_checkpoint_goes_on_here(name: str, tmp_path: Path) -> None:
     """Weights and moments to the bit, and the next step as there."""
     case = V1_CASES[name]
-    triple = meta_v1_reference.build(case, torch.float64)
+    triple = reference_v1.build(case, torch.float64)
     shapes = {key: tuple(value.shape) for key, value in triple.weights().items()}
     triple.load(recipe_weights(shapes, 7))
-    training = meta_v1_reference.Training(triple, case)
+    training = reference_v1.Training(triple, case)
     for step in range(2):
-        training.step(v1_batch(case, step), step)
+        training.step(v1_batch(case, step))
     torch.save(
         {
             **{part: DataParallelNames(module).state_dict() for part, module in triple.parts()},
@@ -162,7 +163,7 @@ def test_their_checkpoint_goes_on_here(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(mine[key], value) for key, value in triple.weights().items())
     model.predictor.draw_noise = lambda masks: noise_of(case, 2, masks)  # type: ignore[method-assign]
     batch = v1_batch(case, 2)
-    expected, found = training.step(batch, 2), ours.train(model, train_step, repeated(case, batch), 2)
+    expected, found = training.step(batch), ours.train(model, train_step, repeated(case, batch), 2)
     assert found.loss == pytest.approx(expected.loss, rel=1e-10)
     for key, gradient in expected.gradients.items():
         assert gradient is not None and (other := found.gradients[key]) is not None

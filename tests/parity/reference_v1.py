@@ -1,8 +1,4 @@
-"""V-JEPA 1's own modules (facebookresearch/jepa), run at our sizes.
-
-The checkout is named by the environment variable VJEPA1_REFERENCE; it is imported at run time and nothing of it is
-copied.
-"""
+"""V-JEPA 1's own modules (facebookresearch/jepa), run at our sizes."""
 
 from __future__ import annotations
 
@@ -10,31 +6,30 @@ import contextlib
 import copy
 import functools
 import importlib
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vjepa_fast.bench.reference import import_environment, normalise
+from vjepa_fast.bench.reference import normalise
 
+from . import reference
 from .cases import Batch
+from .cases_v1 import V1_OPTIMIZATION, V1Case, v1_noise
 from .frame_cases import FrameCase
-from .meta_reference import FakeVideo, Run, Step, Triple
-from .v1_cases import V1_OPTIMIZATION, V1Case, v1_batch, v1_noise
+from .reference import Checkout, Triple
+from .reference_v2 import FakeVideo
 
 Masks = tuple[list[torch.Tensor], list[torch.Tensor]]
 
-needs_v1_reference = pytest.mark.skipif(
-    not os.environ.get("VJEPA1_REFERENCE"), reason="VJEPA1_REFERENCE does not name a checkout of facebookresearch/jepa"
-)
+
+CHECKOUT = Checkout("VJEPA1_REFERENCE", "facebookresearch/jepa")
+needs_reference = CHECKOUT.needed
 
 _MODULES = {
     "vit": "src.models.vision_transformer",
@@ -48,15 +43,10 @@ _MODULES = {
 }
 
 
-def root() -> Path:
-    return Path(os.environ["VJEPA1_REFERENCE"]).resolve()
-
-
 @functools.cache
 def modules() -> types.SimpleNamespace:
     """The reference's modules by short names."""
-    with import_environment(root()):
-        return types.SimpleNamespace(**{key: importlib.import_module(name) for key, name in _MODULES.items()})
+    return CHECKOUT.load(_MODULES, {})
 
 
 def build(case: V1Case, dtype: torch.dtype = torch.float32) -> Triple:
@@ -131,31 +121,15 @@ def _drawn(case: V1Case, step: int, counts: list[int]) -> Iterator[None]:
         yield
 
 
-class Training:
-    """The reference's step (app/vjepa/train.py:408-500) over its own modules, optimizer and schedules."""
+class Training(reference.Training):
+    """The reference's step (app/vjepa/train.py:408-500)."""
 
     def __init__(self, triple: Triple, case: V1Case) -> None:
-        self.triple, self.case, options = triple, case, V1_OPTIMIZATION
-        self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            encoder=triple.encoder,
-            predictor=triple.predictor,
-            iterations_per_epoch=options["ipe"],
-            start_lr=options["start_lr"],
-            ref_lr=options["lr"],
-            warmup=options["warmup"],
-            num_epochs=options["epochs"],
-            wd=options["weight_decay"],
-            final_wd=options["final_weight_decay"],
-            final_lr=options["final_lr"],
-            mixed_precision=False,
-            ipe_scale=options["ipe_scale"],
-        )
-        first, last = options["ema"]
-        count = options["ipe"] * options["epochs"] * options["ipe_scale"]
-        self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
+        super().__init__(triple, case, modules().utils.init_opt, V1_OPTIMIZATION)
 
-    def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, float]:
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         triple, case = self.triple, self.case
+        assert isinstance(case, V1Case)
         clips = normalise(batch.clips[0], next(triple.encoder.parameters()).dtype)
         enc, pred = (
             [modules().tensors.repeat_interleave_batch(ids, case.batch_size, repeat=case.num_clips) for ids in masks[0]]
@@ -164,43 +138,23 @@ class Training:
         with torch.no_grad():
             target = triple.target_encoder(clips)
             targets = modules().mask_utils.apply_masks(F.layer_norm(target, target.shape[-1:]), pred, concat=False)
-        with _drawn(case, step, [ids.shape[1] for ids in pred]):
+        with _drawn(case, self.count, [ids.shape[1] for ids in pred]):
             predictions = triple.predictor(triple.encoder(clips, enc), targets, enc, pred)
         distances = [(z - h).abs() for z, h in zip(predictions, targets, strict=True)]
         loss = torch.stack([(d**case.loss_exp).mean() / case.loss_exp for d in distances]).mean()
         spread = torch.stack([(z.var(dim=1) + 0.0001).sqrt() for z in predictions]).mean(0)
         return loss + case.reg_coeff * F.relu(1 - spread).mean(), min(d.min().item() for d in distances)
 
-    def step(self, batch: Batch, step: int) -> Step:
-        triple, case = self.triple, self.case
-        lr, weight_decay = self.lr_schedule.step(), self.wd_schedule.step()
-        loss, margin = self._loss(batch, step)
-        loss.backward()
-        gradients = {
-            f"{part}.{key}": None if value.grad is None else value.grad.clone()
-            for part, module in list(triple.parts())[:2]
-            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr]
-            if value.requires_grad
-        }
-        if case.clip_grad is not None and step // V1_OPTIMIZATION["ipe"] > V1_OPTIMIZATION["warmup"]:
-            for network in (triple.encoder, triple.predictor):
-                torch.nn.utils.clip_grad_norm_(network.parameters(), case.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        momentum = next(self.momenta)
+    def clip(self) -> None:
+        assert isinstance(self.case, V1Case)
+        if self.case.clip_grad is not None and self.count // V1_OPTIMIZATION["ipe"] > V1_OPTIMIZATION["warmup"]:
+            for network in (self.triple.encoder, self.triple.predictor):
+                torch.nn.utils.clip_grad_norm_(network.parameters(), self.case.clip_grad)
+
+    def move_target(self, momentum: float) -> None:
         with torch.no_grad():
-            for new, old in zip(triple.encoder.parameters(), triple.target_encoder.parameters(), strict=True):
+            for new, old in zip(self.triple.encoder.parameters(), self.triple.target_encoder.parameters(), strict=True):
                 old.mul_(momentum).add_((1 - momentum) * new)
-        return Step(loss.item(), gradients, lr, weight_decay, momentum, margin)
-
-
-def run(case: V1Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Run:
-    """`case.num_steps` steps of the reference from `weights`."""
-    triple = build(case, dtype)
-    triple.load(weights)
-    training = Training(triple, case)
-    steps = [training.step(v1_batch(case, step), step) for step in range(case.num_steps)]
-    return Run(steps, triple.weights())
 
 
 def collate(masks: list[dict[str, object]], kind: str, crop_size: int, num_frames: int) -> Callable[[int], Masks]:
@@ -216,7 +170,7 @@ def _video_dataset() -> types.ModuleType:
     """The module src/datasets/video_dataset.py, without the packages that decode and read tables for it."""
     stand_ins = {name: types.ModuleType(name) for name in ("decord", "pandas")}
     stand_ins["decord"].VideoReader = stand_ins["decord"].cpu = None  # type: ignore[attr-defined]
-    with import_environment(root()), mock.patch.dict(sys.modules, stand_ins):
+    with CHECKOUT.environment(), mock.patch.dict(sys.modules, stand_ins):
         return importlib.import_module("src.datasets.video_dataset")
 
 

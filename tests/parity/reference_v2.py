@@ -1,7 +1,6 @@
 """The reference's own modules (facebookresearch/vjepa2), run at our sizes.
 
-The checkout is named by the environment variable VJEPA2_REFERENCE; it is imported at run time and nothing of it is
-copied. `timm` is needed by one import of theirs alone, for a function that these runs never call.
+`timm` is needed by one import of theirs alone, for a function that these runs never call.
 """
 
 from __future__ import annotations
@@ -10,79 +9,38 @@ import contextlib
 import copy
 import functools
 import importlib
-import os
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vjepa_fast.bench.reference import import_environment, load_modules, normalise
+from vjepa_fast.bench.reference import REFERENCE_COMMIT, load_modules, normalise
 
-from .cases import OPTIMIZATION, Batch, Case, make_batch
+from . import reference
+from .cases import Batch, Case
 from .frame_cases import FrameCase, FrameResult
 from .mask_cases import MaskCase, Masks
+from .reference import Checkout, Triple
 
-needs_reference = pytest.mark.skipif(
-    not os.environ.get("VJEPA2_REFERENCE"),
-    reason="VJEPA2_REFERENCE does not name a checkout of facebookresearch/vjepa2",
-)
-
-# The reference enters torch.backends.cuda.sdp_kernel at every attention.
-ignore_sdp_warning = pytest.mark.filterwarnings("ignore:.*sdp_kernel:FutureWarning")
+CHECKOUT = Checkout("VJEPA2_REFERENCE", "facebookresearch/vjepa2", REFERENCE_COMMIT)
+needs_reference = CHECKOUT.needed
 
 
 def modules() -> types.SimpleNamespace:
     """The reference's modules, see load_modules."""
-    return load_modules(Path(os.environ["VJEPA2_REFERENCE"]).resolve())
-
-
-def environment() -> contextlib.AbstractContextManager[None]:
-    """In which its modules can be imported."""
-    return import_environment(Path(os.environ["VJEPA2_REFERENCE"]).resolve())
+    return load_modules(CHECKOUT.root)
 
 
 def training_script() -> types.ModuleType:
     """The module app/vjepa/train.py; importing it seeds the global generators."""
-    with environment():
+    with CHECKOUT.environment():
         return importlib.import_module("app.vjepa.train")
-
-
-@dataclass
-class Triple:
-    """Encoder, predictor and target encoder behind the reference's wrappers for several sequences."""
-
-    encoder: nn.Module
-    predictor: nn.Module
-    target_encoder: nn.Module
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "encoder", self.encoder
-        yield "predictor", self.predictor
-        yield "target_encoder", self.target_encoder
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the state: `encoder.<key>`, `predictor.<key>`, `target_encoder.<key>`."""
-        return {
-            f"{part}.{key}": value.clone()
-            for part, module in self.parts()
-            for key, value in module.backbone.state_dict().items()  # type: ignore[union-attr]
-        }
-
-    def load(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load a state as returned by `weights`; position tables may be missing."""
-        for part, module in self.parts():
-            own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
-            missing, unexpected = module.backbone.load_state_dict(own, strict=False)  # type: ignore[union-attr]
-            assert not unexpected and all(key.endswith("pos_embed") for key in missing), (missing, unexpected)
 
 
 def build_encoder(case: Case, **overrides: Any) -> nn.Module:
@@ -136,59 +94,11 @@ def _shared(case: Case) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Step:
-    """What one step did: gradients are None for parameters that it did not reach.
-
-    `margin` is the smallest |prediction - target|: the L1 loss has a kink there, and a run that rounds differently
-    takes another gradient when it is not far above the rounding error.
-    """
-
-    loss: float
-    gradients: dict[str, torch.Tensor | None]
-    lr: float
-    weight_decay: float
-    momentum: float
-    margin: float
-
-
-@dataclass
-class Run:
-    steps: list[Step] = field(default_factory=list)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Training:
-    """The reference's step (app/vjepa/train.py, train_step) over its own modules, optimizer and schedules."""
+class Training(reference.Training):
+    """The reference's step (app/vjepa/train.py, train_step)."""
 
     def __init__(self, triple: Triple, case: Case) -> None:
-        self.triple, self.case = triple, case
-        options = OPTIMIZATION
-        self.optimizer, _, self.lr_schedule, self.wd_schedule = modules().utils.init_opt(
-            is_anneal=False,
-            encoder=triple.encoder,
-            predictor=triple.predictor,
-            iterations_per_epoch=options["ipe"],
-            start_lr=options["start_lr"],
-            ref_lr=options["lr"],
-            warmup=options["warmup"],
-            num_epochs=options["epochs"],
-            wd=options["weight_decay"],
-            final_wd=options["final_weight_decay"],
-            final_lr=options["final_lr"],
-            mixed_precision=False,
-            ipe_scale=options["ipe_scale"],
-        )
-        first, last = options["ema"]
-        count = options["ipe"] * options["epochs"] * options["ipe_scale"]
-        self.momenta = (first + i * (last - first) / count for i in range(int(count) + 1))
-
-    def skip(self, num_steps: int) -> None:
-        """Move the schedules as a resumed run does."""
-        for _ in range(num_steps):
-            self.lr_schedule.step()
-            self.wd_schedule.step()
-            next(self.momenta)
+        super().__init__(triple, case, functools.partial(modules().utils.init_opt, is_anneal=False))
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The loss of one batch and its margin."""
@@ -205,35 +115,6 @@ class Training:
                 margin = min(margin, distance.min().item())
                 terms.append((distance**exponent).mean() / exponent)
         return torch.stack(terms).mean(), margin
-
-    def step(self, batch: Batch) -> Step:
-        lr, weight_decay = self.lr_schedule.step(), self.wd_schedule.step()
-        loss, margin = self.loss(batch)
-        loss.backward()
-        gradients = {
-            f"{part}.{key}": None if value.grad is None else value.grad.clone()
-            for part, module in list(self.triple.parts())[:2]
-            for key, value in module.backbone.named_parameters()  # type: ignore[union-attr]
-            if value.requires_grad
-        }
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        momentum = next(self.momenta)
-        with torch.no_grad():
-            old: list[torch.Tensor] = list(self.triple.target_encoder.parameters())
-            new: list[torch.Tensor] = list(self.triple.encoder.parameters())
-            torch._foreach_mul_(old, momentum)
-            torch._foreach_add_(old, new, alpha=1 - momentum)
-        return Step(loss.item(), gradients, lr, weight_decay, momentum, margin)
-
-
-def run(case: Case, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Run:
-    """`case.num_steps` steps of the reference from `weights`."""
-    triple = build(case, dtype)
-    triple.load(weights)
-    training = Training(triple, case)
-    steps = [training.step(make_batch(case, step)) for step in range(case.num_steps)]
-    return Run(steps, triple.weights())
 
 
 @contextlib.contextmanager
@@ -286,7 +167,7 @@ def _video_dataset() -> types.ModuleType:
     """The module src/datasets/video_dataset.py, without the packages that decode and read tables for it."""
     stand_ins = {name: types.ModuleType(name) for name in ("decord", "pandas", "torchvision", "psutil")}
     stand_ins["decord"].VideoReader = stand_ins["decord"].cpu = None  # type: ignore[attr-defined]
-    with environment(), mock.patch.dict(sys.modules, stand_ins):
+    with CHECKOUT.environment(), mock.patch.dict(sys.modules, stand_ins):
         return importlib.import_module("src.datasets.video_dataset")
 
 
