@@ -34,5 +34,15 @@ def test_links(page: Path) -> None:
             assert anchor in anchors(target), f"{link}: no such heading"
 
 
+def test_the_map_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|h))`", text))
+    assert len(names) > 20
+    missing = [name for name in sorted(names) if not any((top / name).is_file() for top in (ROOT, ROOT / "vjepa_fast"))]
+    assert not missing
+    rooms = set(re.findall(r"^      (\w+)/", text, re.MULTILINE))
+    assert rooms == {path.parent.name for path in (ROOT / "vjepa_fast").glob("*/__init__.py")}
+
+
 def test_the_front_page_fits_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
