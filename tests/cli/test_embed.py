@@ -183,14 +183,14 @@ def test_interrupted_and_continued(
     monkeypatch.setattr(InferenceModel, "encode", stops)
     result = run(videos, "--checkpoint", checkpoint, "--out", out)
     assert result.exit_code == 130 and not out.exists()
-    assert "2 of 4 videos are done and kept; the same command goes on" in result.output
+    assert "2 of 4 videos are done and kept; run the same command to continue" in result.output
     # Something else is not mixed in.
     result = run(videos, "--checkpoint", checkpoint, "--out", out, "--fps", 3)
     assert result.exit_code == 2 and "had fps=8.0, now 3.0" in result.output
     result = run(videos / "0.mp4", "--checkpoint", checkpoint, "--out", out)
     assert result.exit_code == 2 and "had other videos" in result.output
     result = run(videos, "--checkpoint", checkpoint, "--out", out)
-    assert result.exit_code == 0 and "going on: 2 of 4 videos were done before" in result.output
+    assert result.exit_code == 0 and "resuming: 2 of 4 videos were done before" in result.output
     assert len(calls) == 5
     continued, straight = read(out), read(whole)
     assert list(continued) == list(straight)

@@ -109,7 +109,7 @@ def test_help_says_what_it_is() -> None:
     result = invoke("--help")
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0 and "--two-phase" in text and "train --recipe vitl16-256 data.datasets=" in text
-    assert "the same command goes on" in text
+    assert "run the same command to continue" in text
 
 
 def test_interrupted_and_gone_on_with(images: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_interrupted_and_gone_on_with(images: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
-    found = re.search(r"warning: (\d+) of 4000 videos are done and kept; the same command goes on", errors)
+    found = re.search(r"warning: (\d+) of 4000 videos are done and kept; run the same command to continue", errors)
     assert found and "error: interrupted" in errors and "Traceback" not in errors
     assert len(list(parts.glob("*.json"))) >= int(found[1]) >= 5
     # Nobody is left.

@@ -33,7 +33,7 @@ def test_a_log_has_a_line_every_ten_seconds_and_the_last(clock: Clock, capsys: p
         bar.show(done, "0 broken")
     bar.close()
     assert capsys.readouterr().err.splitlines() == [
-        "going on: 20 of 100 videos were done before",
+        "resuming: 20 of 100 videos were done before",
         "embedded 60/100  4.00 videos/s  0 broken  eta 0:00:10",
         "embedded 100/100  4.00 videos/s  0 broken  eta 0:00:00",
     ]

@@ -116,7 +116,7 @@ def test_reader_that_goes_away(config: Path, tmp_path: Path) -> None:
     error = process.stderr.read()
     process.stderr.close()
     assert process.wait(60) == 1
-    assert error.startswith("error: nobody reads the output any more (a closed pipe): stopped at step ")
+    assert error.startswith("error: the output was closed (a broken pipe): stopped at step ")
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "latest.pt").exists()
 

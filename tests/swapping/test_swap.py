@@ -498,7 +498,10 @@ def _with(module: nn.Module, path: str, value: Any) -> nn.Module:
             lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)),
             r"swap: VisionTransformer has .* see blocks\.0\.gate",
         ),
-        (lambda: _with(V2.VisionTransformer(), "forward", lambda x, masks: x), "replaced the forward"),
+        (
+            lambda: _with(V2.VisionTransformer(), "forward", lambda x, masks: x),
+            "forward of the encoder.s VisionTransformer has been replaced",
+        ),
         (lambda: _with(V21.VisionTransformer(), "use_rope", False), "has use_rope=false"),
         (lambda: _with(V21.VisionTransformer(), "img_temporal_dim_size", 2), "img_temporal_dim_size is 2; expected 1"),
     ],

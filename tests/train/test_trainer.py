@@ -124,7 +124,7 @@ def test_harmful_changes_are_named(make: Make, capsys: pytest.CaptureFixture[str
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
     assert lines == [
         "changed since the checkpoint was written: mask.masks.1.num_blocks 1 -> 3, mask.group_size 4 -> 2, train.seed "
-        "239 -> 5, clips a step 4 -> 2; the run goes on, but not as it would have without the change"
+        "239 -> 5, clips a step 4 -> 2; the run continues, but differently than without the change"
     ]
     make("train.max_steps=3", "data.num_workers=1", resume=True)
     assert "changed" not in capsys.readouterr().out

@@ -92,7 +92,7 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A checkpoint of attentive probes to put beside the encoder; for hf, the result is a "
+            help="A checkpoint of attentive probes to store with the encoder; for hf, the result is a "
             "VJEPA2ForVideoClassification.",
             show_default=False,
         ),

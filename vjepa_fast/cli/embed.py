@@ -31,7 +31,7 @@ Examples:
 
   vjepa-fast embed 'videos/**/*.mp4' --checkpoint vitl-hf --out features.safetensors --dtype bfloat16 --batch-size 16
 
-Stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+After Ctrl-C, kill -9 or a full disk, run the same command to continue where it stopped.
 
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
@@ -108,7 +108,7 @@ class EmbedOptions(Section):
 
 
 def _run(options: EmbedOptions) -> None:
-    """Write the features of videos, one entry a video; stopped, the same command goes on."""
+    """Write the features of videos, one entry a video; the same command resumes a stopped job."""
     # Imported here: they need seconds, which --help need not wait for.
     from vjepa_fast.checkpoints.open import open_checkpoint
     from vjepa_fast.inference.loading import build
@@ -157,7 +157,8 @@ def _embed(options: EmbedOptions, model: InferenceModel, job: EmbedJob, device: 
     except KeyboardInterrupt:
         bar.close()
         say(
-            "warning", f"{job.progress.done} of {job.progress.total} videos are done and kept; the same command goes on"
+            "warning",
+            f"{job.progress.done} of {job.progress.total} videos are done and kept; run the same command to continue",
         )
         raise
     finally:

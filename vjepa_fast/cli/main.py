@@ -17,7 +17,7 @@ VERBS = {
     "CPU time.",
     "convert": "Convert V-JEPA weights between Meta's layout, Hugging Face's and ours, and prove that they are the "
     "same.",
-    "embed": "Write the features of videos, one entry a video; stopped, the same command goes on.",
+    "embed": "Write the features of videos, one entry a video; the same command resumes a stopped job.",
     "probe": "Fit probes on the features of a frozen encoder, and measure what they read out of new videos.",
     "doctor": "Say what is installed, which kernels are used, and why others are not. Exit code 1 if something is "
     "broken.",

@@ -27,7 +27,7 @@ Examples:
 
   vjepa-fast train --recipe vitl16-256 data.datasets=packs/videos
 
-Stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+After Ctrl-C, kill -9 or a full disk, run the same command to continue where it stopped.
 
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
@@ -129,7 +129,9 @@ def _run(options: PackOptions) -> None:
     except KeyboardInterrupt:
         if bar is not None and counts is not None:
             bar.close()
-            say("warning", f"{counts.done} of {counts.total} videos are done and kept; the same command goes on")
+            say(
+                "warning", f"{counts.done} of {counts.total} videos are done and kept; run the same command to continue"
+            )
         raise
     finally:
         if bar is not None:

@@ -38,7 +38,7 @@ Examples:
   vjepa-fast probe --checkpoint runs/run --val videos.csv --task horizon
 
 A line of the manifests is "path label": a class number, or numbers to predict, as in "a.mp4 0.25,-1.5". Features are
-computed once and kept; stopped by Ctrl-C, kill -9 or a full disk, the same command goes on where it was.
+computed once and kept; after Ctrl-C, kill -9 or a full disk, run the same command to continue where it stopped.
 
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """

@@ -57,7 +57,7 @@ class ProbeRun:
                 self._model, self._device, list(self._probes.values()), batch, num_workers, report
             )
         except KeyboardInterrupt:
-            say("warning", "the features computed so far are kept; the same command goes on")
+            say("warning", "the features computed so far are kept; run the same command to continue")
             raise
         finally:
             if bar is not None:

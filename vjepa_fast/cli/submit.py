@@ -68,7 +68,9 @@ def parse(text: str) -> dict[str, str | int]:
     if cluster not in CLUSTERS:
         raise ConfigError(f"--submit has cluster={cluster}; expected {' or '.join(CLUSTERS)}")
     if cluster == "local" and int(found.get("nodes", 1)) > 1:
-        raise ConfigError("--submit has nodes beside cluster=local, which is this machine alone; leave nodes out")
+        raise ConfigError(
+            "--submit has nodes together with cluster=local, which is this machine alone; leave nodes out"
+        )
     if cluster == "slurm" and "timeout_min" not in found:
         raise ConfigError(
             "--submit has no timeout_min, the time limit of the job in minutes; a run that needs "

@@ -68,7 +68,7 @@ def train(
         typer.Option(
             "--submit",
             metavar="K=V,...",
-            help="Run as a SLURM job that goes on by itself after its time limit: partition=gpu,nodes=2,"
+            help="Run as a SLURM job that resumes by itself after its time limit: partition=gpu,nodes=2,"
             "gpus_per_node=8,timeout_min=1440. Or in the background of this machine: cluster=local.",
         ),
     ] = None,

@@ -86,7 +86,7 @@ class Bar:
         self._began = time.monotonic(), done
         self._shown = time.monotonic()
         if done:
-            console.print(f"going on: {done} of {total} {noun} were done before", highlight=False)
+            console.print(f"resuming: {done} of {total} {noun} were done before", highlight=False)
         self._line = ProgressBar(verb, total, done, console)
 
     def show(self, done: int, text: str) -> None:

@@ -131,7 +131,7 @@ class Config(Section):
             return
         if self.model.img_temporal_dim_size is None:
             raise ValueError(
-                "img_data needs a model that takes images beside videos; set model.img_temporal_dim_size to 1"
+                "img_data needs a model that takes images as well as videos; set model.img_temporal_dim_size to 1"
             )
         share = self.img_data.batch_size * self.img_data.rank_ratio
         if share != int(share) or share < 1:

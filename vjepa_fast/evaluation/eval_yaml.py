@@ -56,7 +56,7 @@ def read_eval_yaml(path: Path) -> EvalYaml:
         found.notes.append(f"{path}: {per_gpu} videos on each of {gpus} GPUs are a step of {per_gpu * gpus} here")
     epochs = found.options["epochs"]
     found.notes.append(
-        f"{path}: the reference augments every video anew in each of the {epochs} epochs, which "
+        f"{path}: the reference augments every video again in each of the {epochs} epochs, which "
         f"--augmented {epochs} does here; without --augmented the plain clips are seen"
     )
     return found

@@ -302,7 +302,7 @@ class EmbedJob:
         if lost:
             raise UserError(
                 f"{self.folder} lacks {len(lost)} videos that were done, such as {lost[0]}: another "
-                "process writes there too, or parts were deleted. See to it that nobody does, and "
+                "process writes there too, or parts were deleted. Make sure that no other process does, and "
                 f"{AGAIN}"
             )
         first = next(iter(features.values()), None)

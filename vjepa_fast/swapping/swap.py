@@ -101,8 +101,7 @@ def _swap_tree(module: nn.Module, place: str) -> None:
             )
         if "forward" in vars(part):
             raise UserError(
-                f"swap: somebody has replaced the forward of the {place}'s {type(part).__name__}; swap "
-                "before that is done"
+                f"swap: the forward of the {place}'s {type(part).__name__} has been replaced; swap before that is done"
             )
         if not isinstance(part, Fast):
             make_fast(part, mixin)

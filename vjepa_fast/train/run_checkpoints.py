@@ -129,8 +129,8 @@ class RunCheckpoints:
             path = cfg.optimization.anneal_ckpt
             if not path.exists():
                 raise UserError(
-                    f"checkpoint {path} does not exist; this run starts from the weights of another, of "
-                    "which optimization.anneal_ckpt=FILE says where its checkpoint is"
+                    f"checkpoint {path} does not exist; this run starts from the weights of another run; name "
+                    "its checkpoint with optimization.anneal_ckpt=FILE"
                 )
         elif resume and of_v1.exists():
             path = of_v1
@@ -200,8 +200,8 @@ class RunCheckpoints:
         changed = [*changed_keys(own["config"], self.cfg.model_dump(mode="json")), *self.task.changes(own)]
         if changed:
             self._say(
-                f"changed since the checkpoint was written: {', '.join(changed)}; the run goes on, but not as it would "
-                "have without the change",
+                f"changed since the checkpoint was written: {', '.join(changed)}; the run continues, but "
+                "differently than without the change",
                 "yellow",
             )
 

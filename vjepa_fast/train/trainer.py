@@ -31,7 +31,7 @@ from vjepa_fast.train.speed.step_timer import StepTimer
 from vjepa_fast.train.task import RunContext, Samples, StepOutcome, Task
 
 _CLOSED, _NO_CLIPS = 1, 2
-"""What the processes agree on when nobody reads the output any more, or one of them cannot have clips."""
+"""What the processes agree on when the output was closed, or one of them cannot have clips."""
 
 
 class Trainer:
@@ -154,7 +154,7 @@ class Trainer:
             raise self._no_clips
         if self._stop_code == _CLOSED and self.processes.is_first:
             raise UserError(
-                f"nobody reads the output any more (a closed pipe): stopped at step {self.step}, after a "
+                f"the output was closed (a broken pipe): stopped at step {self.step}, after a "
                 "checkpoint was written; continue with --resume"
             )
         return summary

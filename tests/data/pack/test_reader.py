@@ -176,7 +176,7 @@ def test_rates_are_those_of_the_clips(folder: Path, own: float, fps: float, clip
     if abs(clips / fps - 1) < 0.1:
         pack.check_fps(fps)
         return
-    with pytest.raises(ConfigError, match=f"holds {own:g} frames a second, of which clips would show {clips:g};"):
+    with pytest.raises(ConfigError, match=f"holds {own:g} frames a second, and clips would show {clips:g};"):
         pack.check_fps(fps)
 
 
@@ -184,7 +184,7 @@ def test_rates_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for fps in (16.0, 6.0):
         with pytest.raises(
             ConfigError,
-            match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second, of which "
+            match=rf"data.fps is {fps:g}, but pack .* holds 8 frames a second, and "
             rf"clips would show 8; expected data.fps=8 .* --fps {fps:g}, or",
         ):
             build_loader(config(folder, fps=fps))

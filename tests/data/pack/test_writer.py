@@ -261,7 +261,7 @@ def test_what_is_done_is_not_done_again(
         return encode(path, *args)
 
     monkeypatch.setattr(writer, "encode_video", stop_after_six)
-    with pytest.raises(UserError, match="the disk is full; free some space and the same command goes on"):
+    with pytest.raises(UserError, match="the disk is full; free some space and run the same command to continue"):
         pack(video_folder / "list.csv", tmp_path / "out", num_workers=1)
     first = done.read_text()
     done.unlink()

@@ -212,7 +212,7 @@ def read_index(path: Path, name: str) -> PackIndex:
     if bytes(data[: len(_MAGIC)]) != _MAGIC:
         raise UserError(
             f"{path} is no index of a pack, or one of another version; expected it to begin with "
-            f"{_MAGIC.decode().strip()!r}. `vjepa-fast pack` of this version makes one anew"
+            f"{_MAGIC.decode().strip()!r}. `vjepa-fast pack` of this version makes a new one"
         )
     try:
         start = header_end(data)
@@ -229,7 +229,7 @@ def read_index(path: Path, name: str) -> PackIndex:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the index of pack {name!r} is damaged: its checksum does not fit. Copy it again from where "
-            "the pack was made, or make the pack anew"
+            "the pack was made, or make the pack again"
         ) from error
 
 

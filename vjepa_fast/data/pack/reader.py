@@ -63,8 +63,7 @@ class Pack:
             self._shards, path = LocalShards(name), Path(name) / INDEX_NAME
             if not path.exists():
                 raise UserError(
-                    f"pack {name!r} is unfinished; the `vjepa-fast pack` that began it, given once more, "
-                    "goes on where it stopped"
+                    f"pack {name!r} is unfinished; run the `vjepa-fast pack` command that began it again to finish it"
                 )
             self.index = read_index(path, name)
         self.index_file = path
@@ -105,7 +104,7 @@ class Pack:
         clips = own / clip_step(own, 1, fps=fps)
         if abs(clips / fps - 1) > _MAX_RATE_ERROR:
             raise ConfigError(
-                f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second, of which "
+                f"data.fps is {fps:g}, but pack {self.name!r} holds {own:g} frames a second, and "
                 f"clips would show {clips:g}; expected data.fps={own:g} or a whole fraction of it, a "
                 f"pack made with --fps {fps:g}, or data.frame_step in place of data.fps"
             )

@@ -28,7 +28,7 @@ from vjepa_fast.data.pack.encode import Encoded
 from vjepa_fast.data.pack.index import INDEX_NAME, shard_name
 from vjepa_fast.data.pack.reader import UNFINISHED
 
-ADVICE = "the same command goes on where it stopped"
+ADVICE = "run the same command to continue"
 # The workers of a command that was killed are gone within a second.
 _LOCK_SECONDS = 5.0
 # Two blocks of zeros end a tar file.

@@ -39,5 +39,5 @@ def explain(cfg: Config, batch_size: int, device: torch.device, step: int, num_p
         f"memory of the {'GPU' if on_gpu else 'machine'}{total} ran out in step {step}; predicted for this config: "
         f"{adviser.peak(cfg) / _GIB:.1f} GiB a process. "
         + (f"With {advice}" if advice else "Use fewer clips a process or a smaller model")
-        + ("; CUDA graphs, which train.cuda_graphs=false leaves out, hold memory beside that" if graphs else "")
+        + ("; CUDA graphs, which train.cuda_graphs=false leaves out, need more memory" if graphs else "")
     )

@@ -105,7 +105,7 @@ def body(folder: Path) -> Iterator[str]:
     yield from _going_on(run)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     again = f"python -m vjepa_fast.train.report {shlex.quote(str(folder))}"
-    yield html.paragraph(f"Made {made} from the files in the run folder; anew by: {again}", "note")
+    yield html.paragraph(f"Made {made} from the files in the run folder; rebuild with: {again}", "note")
 
 
 def _why_no_step(folder: Path) -> str:

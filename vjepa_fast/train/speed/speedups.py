@@ -78,7 +78,7 @@ class SpeedUps:
             return self.train_step
         why = refusal(self.train_step, num_groups)
         if why is None and profiled:
-            why = "a profile is of single operators, of which a replay has none"
+            why = "a profile shows single operators, and a replay has none"
         if why is not None:
             # `auto` is the default, and nobody has asked.
             if wanted is True:
@@ -133,7 +133,7 @@ class SpeedUps:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.say("train.cuda_graphs=auto: CUDA graphs are not used, memory does not hold them beside eager steps")
+            self.say("train.cuda_graphs=auto: CUDA graphs are not used, they do not fit in memory next to eager steps")
         # The trial graphs reference optimizer moments that were just restored; drop them.
         gc.collect()
         if self.device.type == "cuda":
