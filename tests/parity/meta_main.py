@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
     loader = Loader(first_epoch * OPTIMIZATION["ipe"])
     data_manager.init_data = lambda **_: (loader, sampler)  # type: ignore[attr-defined]
     transforms.make_transforms = lambda **_: None  # type: ignore[attr-defined]
-    with reference_v2.environment():
+    with reference_v2.CHECKOUT.environment():
         sys.modules["src.datasets.data_manager"] = data_manager
         sys.modules["app.vjepa.transforms"] = transforms
     torch.set_num_threads(1)
