@@ -50,12 +50,13 @@ clean:
 	rm -rf $(VENV)
 
 # torch comes first and alone: an index that offers a CPU build then decides the build, before anything asks for CUDA,
-# and the extension (csrc/) is built for it. Another torch than the pinned one brings its own triton.
+# and the extension (csrc/) is built for it. Another torch than the pinned one brings its own triton,
+# and setuptools as old as it asks for (torch 2.11: before 82).
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; install Python >= 3.10 or run make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$("$(PYTHON)" --version) is too old; Python >= 3.10 is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv "$(VENV)" || { echo "error: cannot make $(VENV); on Debian and Ubuntu install python3-venv first" >&2; exit 1; }
-	@grep -v $(if $(filter torch==2.13.0,$(TORCH)),'^#','^torch==\|^triton==') constraints.txt >$(CONSTRAINTS)
+	@grep -v $(if $(filter torch==2.13.0,$(TORCH)),'^#','^torch==\|^triton==\|^setuptools==') constraints.txt >$(CONSTRAINTS)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) '$(TORCH)'
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $(STAMP)
