@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from tests.helpers import forked
 from tests.helpers.comparing import column
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.checkpoints.meta_format import PREFIX
 from vjepa_fast.cli.main import app
 from vjepa_fast.common.errors import ConfigError, UserError
 from vjepa_fast.config import Config, load_recipe
-from vjepa_fast.distributed import processes
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.train.trainer import Trainer
 
@@ -238,7 +238,7 @@ def test_two_processes(released: Path, video_csv: Path, tmp_path: Path) -> None:
         for name, some in changes.items()
     }
     train_all(0, {"one": cfgs.pop("one")}, tmp_path)
-    assert processes.launch(partial(train_all, cfgs=cfgs, folder=tmp_path), 2) == 0
+    assert forked.launch(partial(train_all, cfgs=cfgs, folder=tmp_path), 2) == 0
     expected = column(tmp_path / "one" / "log_r0.csv")
     assert len(expected) == 1
     for name in cfgs:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers import forked
 from vjepa_fast.config.schema import Config
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.models.jepa import VJEPA
@@ -55,7 +55,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def test_gradients_of_the_masters_are_averaged(tmp_path: Path) -> None:
-    mp.start_processes(process, (str(tmp_path),), nprocs=2, start_method="spawn")
+    forked.start_processes(process, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for dtype, tolerance in TOLERANCES.items():
         whole = gradients(dtype, range(4), False)

@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import forked
 from tests.helpers.comparing import column, far
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.loader import Batch
-from vjepa_fast.distributed import processes
 from vjepa_fast.distributed.parallel import whole_copy
 from vjepa_fast.optim.dtensors import local_of
 from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 
-STEPS = 20
+STEPS = 8
 BASE = (
     "optimization.clip_grad=0.05",
     f"train.max_steps={STEPS}",
-    "train.checkpoint_every=20",
+    f"train.checkpoint_every={STEPS}",
     "train.checkpoint_format=meta",
 )
-BFLOAT16_STEPS = 6
+BFLOAT16_STEPS = 4
 BFLOAT16 = (
     f"train.max_steps={BFLOAT16_STEPS}",
     "train.dtype=bfloat16",
@@ -108,7 +108,7 @@ def spoil(rank: int, cfg: Config, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
-    assert processes.launch(partial(train_all, cfgs=configs(video_csv, folder / "cache"), folder=folder), 2) == 0
+    assert forked.launch(partial(train_all, cfgs=configs(video_csv, folder / "cache"), folder=folder), 2) == 0
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.comparing import column
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.common.errors import ConfigError, UserError
@@ -14,7 +15,7 @@ from vjepa_fast.config.schema import Config
 from vjepa_fast.distributed import processes
 from vjepa_fast.train.trainer import Trainer
 
-STEPS = {"no_truncation": 20, "mixed_frames": 20}
+STEPS = {"no_truncation": 10, "mixed_frames": 10}
 """Of the longer runs; the others have SHORT."""
 
 SHORT = 4
@@ -69,7 +70,8 @@ def folders(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     train_all(0, configs, found[1])
     for size in (2, 4):
         some = {name: configs[name] for name in NAMES[size]}
-        assert processes.launch(partial(train_all, configs=some, folder=found[size]), size) == 0
+        launch = processes.launch if size == 2 else forked.launch
+        assert launch(partial(train_all, configs=some, folder=found[size]), size) == 0
     return found
 
 

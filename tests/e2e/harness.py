@@ -7,7 +7,6 @@ it can be signalled as a terminal would and leaves nothing behind unseen.
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.helpers import forked
 
 Patch = Callable[..., None]
 TIMEOUT = 60.0
@@ -113,16 +114,7 @@ class Runner:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            [
-                "vjepa_fast.train.launch_run",
-                "vjepa_fast.cli.main",
-                "matplotlib.pyplot",
-                "tests.e2e.harness",
-                "torch.utils.tensorboard",
-            ]
-        )
+        self.context = forked.context()
 
     def start(self, *argv: object, patches: list[tuple[Patch, tuple[Any, ...]]] | None = None) -> Run:
         """`vjepa-fast train ARGV` with functions run before it in its process."""

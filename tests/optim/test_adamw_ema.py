@@ -42,11 +42,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
 
 
-def test_a_hundred_steps_equal_torch(path):
+def test_many_steps_equal_torch(path):
+    # A step takes the interpreter a third of a second.
+    num_steps = 20 if path == "triton" else 100
     ours, plain = make_model(), make_model()
     optimizer, oracle = AdamWEMA(ours, lr=1e-3), torch_adamw(plain)
     start = copy.deepcopy(plain)
-    for step in range(100):
+    for step in range(num_steps):
         grads = gradients_of_step(plain, step)
         give_gradients(ours, grads)
         give_gradients(plain, grads)
@@ -58,14 +60,14 @@ def test_a_hundred_steps_equal_torch(path):
     assert optimizer.skipped == 0
     if path == "triton":
         assert dispatch.launches == {
-            "_sum_of_squares_kernel": 400,
-            "_adamw_ema_factors_kernel": 100,
-            "_adamw_ema_kernel": 200,
+            "_sum_of_squares_kernel": 4 * num_steps,
+            "_adamw_ema_factors_kernel": num_steps,
+            "_adamw_ema_kernel": 2 * num_steps,
         }
     for (name, moved), before in zip(ours.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(moved, before) == (name == "predictor.mask_tokens.1"), name
     for a, b in zip(optimizer.state_dict()["state"].values(), oracle.state_dict()["state"].values(), strict=True):
-        assert a["step"] == b["step"] == 100
+        assert a["step"] == b["step"] == num_steps
         for key in ("exp_avg", "exp_avg_sq"):
             assert (a[key] - b[key]).norm() <= 1e-6 * b[key].norm()
 

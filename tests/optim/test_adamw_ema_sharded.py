@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from tests.helpers import forked
 from tests.optim.adamw_runs import give_gradients, gradients_of_step, make_model, our_step
 from vjepa_fast.models.jepa import VJEPA
 from vjepa_fast.ops.triton_support import dispatch
@@ -96,7 +96,7 @@ def test_shards_step_as_one(tmp_path: Path, path: str, monkeypatch: pytest.Monke
         give_gradients(whole, grads)
         our_step(optimizer, step)
         norms.append((float(optimizer.grad_norm), float(optimizer.skipped)))
-    mp.start_processes(sharded_process, (str(tmp_path), path), nprocs=2, start_method="spawn")
+    forked.start_processes(sharded_process, (str(tmp_path), path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in ranks:
         assert found["norms"] == [pytest.approx(pair, rel=1e-5, nan_ok=True) for pair in norms]

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import forked
 from tests.helpers.comparing import column, far
 from tests.helpers.tiny import tiny_config
 from vjepa_fast.config.schema import Config
 from vjepa_fast.data.loader import Batch
-from vjepa_fast.distributed import processes
 from vjepa_fast.train.step import StepResult
 from vjepa_fast.train.trainer import Trainer
 
-STEPS = 20
+STEPS = 8
 
 
 def configs(csv_path: Path, cache: Path) -> dict[str, Config]:
-    base = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", "train.checkpoint_every=20")
+    base = ("optimization.clip_grad=0.05", f"train.max_steps={STEPS}", f"train.checkpoint_every={STEPS}")
     changes = {
         "ddp": (),
         "zero": ("train.shard_optimizer=true",),
@@ -74,7 +74,7 @@ def go_on(cfg: Config, checkpoint: Path, out: Path) -> None:
 def folder(video_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     cfgs = configs(video_csv, folder / "cache")
-    assert processes.launch(partial(train_all, cfgs=cfgs, folder=folder), 2) == 0
+    assert forked.launch(partial(train_all, cfgs=cfgs, folder=folder), 2) == 0
     # One process goes on from shares too.
     go_on(cfgs["zero"], folder / "zero" / "latest.pt", folder / "zero_then_one")
     return folder

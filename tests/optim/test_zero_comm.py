@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tests.helpers import forked
 from vjepa_fast.config.schema import Config
-from vjepa_fast.distributed import parallel, processes
+from vjepa_fast.distributed import parallel
 from vjepa_fast.masking.batch import MaskBatch
 from vjepa_fast.masking.sampler import MaskSampler
 from vjepa_fast.models.jepa import VJEPA
@@ -26,7 +27,7 @@ from vjepa_fast.train.monitor.health import _weight_figures
 from vjepa_fast.train.speed.timing_trials import restoring_state
 from vjepa_fast.train.step import TrainStep
 
-STEPS = {"float32": 20, "bfloat16": 8, "accumulated": 4, "groups": 4, "outliers": 6, "rounded": 4}
+STEPS = {"float32": 8, "bfloat16": 4, "accumulated": 4, "groups": 4, "outliers": 6, "rounded": 4}
 SIZE, CLIPS = 4, 8
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -261,7 +262,7 @@ def tried(ids: range) -> dict[str, bool]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("exchange")
-    assert processes.launch(partial(process, folder=folder), SIZE) == 0
+    assert forked.launch(partial(process, folder=folder), SIZE) == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
 
 
