@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_run_table import as_table
 from vjepa_fast.bench.compare import ON_GPU, beside_reference, measure_graphed, step_figures
 from vjepa_fast.bench.steps import OurStep, interleave, kernels_of, profile_steps
 from vjepa_fast.bench.timing import (
@@ -49,7 +50,6 @@ from vjepa_fast.bench.timing import (
 from vjepa_fast.bench.workload import FEW, LARGE, TRIAL, Workload
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import Config
-from vjepa_fast.cost import check
 from vjepa_fast.cost.gpus import gpu_of_device, with_measured
 from vjepa_fast.cost.prediction import predict
 
@@ -335,72 +335,6 @@ def run_part(name: str, settings: Settings, log: Any) -> dict[str, Any]:
         _end(child)
     result = json.loads(result_file.read_text()) if result_file.exists() else None
     return {"seconds": time.monotonic() - began, "error": error, "result": result}
-
-
-def as_table(report: dict[str, Any]) -> str:
-    """A few lines for the end of the output."""
-    lines = [f"{name:20s} {part['seconds']:6.1f} s  {part['error'] or 'ok'}" for name, part in report.items()]
-    results = {name: part["result"] or {} for name, part in report.items()}
-    about = results["environment"]
-    lines += [
-        "",
-        f"{about.get('device')}, torch {about.get('torch')}, triton {about.get('triton')}, libnvcuvid "
-        f"{about.get('libnvcuvid')}, commit {about.get('commit')}",
-    ]
-    if "limits" in results["floors"]:
-        found = results["floors"]["limits"]
-        lines.append(
-            f"copy {found['bytes_per_s'] / 1e12:.3f} TB/s, {found['dtype']} matrix product "
-            f"{found['flops_per_s'] / 1e12:.1f} TFLOP/s"
-        )
-    for name, info in results["operations"].items():
-        cells = [
-            f"{info[key]:9.4g} {unit}"
-            for key, unit in (
-                ("ms_p50", "ms"),
-                ("gb_per_s", "GB/s"),
-                ("tflop_per_s", "TFLOP/s"),
-                ("percent_of_limit", "% of limit"),
-                ("clips_per_s", "clips/s"),
-            )
-            if key in info
-        ]
-        lines.append(f"{name:42s}" + "  ".join(cells))
-    for part in ("step", "options", "reference", "few", "reference_compiled"):
-        for name, info in results.get(part, {}).items():
-            if isinstance(info, dict) and "error" in info:
-                lines.append(f"{part}: {name:34s} {info['error'].splitlines()[0][:120]}")
-            if isinstance(info, dict) and "clips_per_s" in info:
-                ratio = info.get("over_ours", {}).get("p50")
-                free, unseen = info.get("free_running_clips_per_s"), info["unseen_shapes"]["p50"]
-                lines.append(
-                    f"{part}: {name:34s} {info['p50'] * 1e3:8.1f} ms (unseen shapes {unseen * 1e3:.1f})  "
-                    f"{info['clips_per_s']:7.1f} clips/s  {100 * info['share_of_matmul_rate']:5.1f} % of matmul"
-                    + (f"  {ratio:.2f} x our time" if ratio else "")
-                    + (f"  {free:.1f} clips/s running free" if free else "")
-                    + (f"  {info['peak_memory_gib']:.1f} GiB" if info.get("peak_memory_gib") else "")
-                    + (f"  first step {info['first_step_s']:.1f} s" if "first_step_s" in info else "")
-                )
-    graphed = results["graphed"]
-    if "error" in graphed:
-        lines.append(f"graphed: {graphed['error']}")
-    elif graphed:
-        lines.append(
-            f"graphed: {graphed['eager']['p50'] * 1e3:.1f} ms eagerly, {graphed['p50'] * 1e3:.1f} ms as "
-            f"{graphed['num_buckets']} CUDA graphs, {graphed['clips_per_s']:.1f} clips/s"
-        )
-    if "ms_by_kind" in results["profile"]:
-        lines.append(
-            "profile, ms a step: "
-            + ", ".join(f"{kind} {ms:.1f}" for kind, ms in results["profile"]["ms_by_kind"].items())
-        )
-        lines += [
-            f"  {op['ms']:8.2f} ms {op['calls']:6d} x {op['name']}" for op in results["profile"]["operators"][:12]
-        ]
-    if "predicted_ms_by_part" in results["profile"]:
-        found = results["profile"]
-        lines.append(check.as_table(check.compare(found["predicted_ms_by_part"], found["ms_by_part"])))
-    return "\n".join(lines)
 
 
 def main() -> int:
