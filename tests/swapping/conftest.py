@@ -1,5 +1,6 @@
-"""Fixtures: videos, and the trainer of a tiny run."""
+"""Fixtures: videos, the trainer of a tiny run, and what tests of swapping count."""
 
 from tests.helpers.trainer_fixtures import make, video_csv
+from tests.swapping.cases import calls, same_start
 
-__all__ = ["make", "video_csv"]
+__all__ = ["calls", "make", "same_start", "video_csv"]

@@ -4,142 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import vjepa_fast as vf
+from tests.swapping.cases import CASES, EVERY_CASE, Three, assert_same, flatten, run, v1, v2, v21
 from vjepa_fast.common.errors import UserError
-from vjepa_fast.models import layers
 
-from .stand_ins import DEPTH, PRED_DEPTH, V1, V2, V21, make_clips, make_masks, randomise
+from .stand_ins import DEPTH, PRED_DEPTH, V1, V2, V21, make_clips, make_masks
 
-Three = tuple[Any, Any, Any]
-
-
-@pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its own modules")
-        yield
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts how often our attention is called, in its only element."""
-    count, attention = [0], layers.attention
-
-    def counting(*args: Any) -> Tensor:
-        count[0] += 1
-        return attention(*args)
-
-    monkeypatch.setattr(layers, "attention", counting)
-    return count
-
-
-def v1(num_mask_tokens: int = 2) -> Three:
-    return _three(
-        V1.MultiMaskWrapper(V1.VisionTransformer()),
-        V1.PredictorMultiMaskWrapper(V1.VisionTransformerPredictor(num_mask_tokens)),
-    )
-
-
-def v2(**options: Any) -> Three:
-    predictor = V2.VisionTransformerPredictor(**{key: value for key, value in options.items() if key != "drop_path"})
-    return _three(V2.MultiSeqWrapper(V2.VisionTransformer(**options)), V2.PredictorMultiSeqWrapper(predictor))
-
-
-def _three(encoder: nn.Module, predictor: nn.Module) -> Three:
-    randomise(encoder, predictor)
-    target = copy.deepcopy(encoder).requires_grad_(False)
-    randomise(target)
-    return encoder, predictor, target
-
-
-def v21(return_all_tokens: bool = True) -> Three:
-    return _three(
-        V21.MultiSeqWrapper(V21.VisionTransformer()),
-        V21.PredictorMultiSeqWrapper(V21.VisionTransformerPredictor(return_all_tokens)),
-    )
-
-
-def run(modules: Three, frames: tuple[int, ...] = (8,), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Everything that a training step computes, under the names of what it is."""
-    encoder, predictor, target = modules
-    torch.manual_seed(1)
-    clips = [make_clips(3, count).to(dtype) for count in frames]
-    pairs = [make_masks(3, count, seed) for seed, count in enumerate(frames)]
-    masks_enc, masks_pred = [p[0] for p in pairs], [p[1] for p in pairs]
-    for parameter in encoder.parameters():
-        parameter.grad = None
-    for parameter in predictor.parameters():
-        parameter.grad = None
-    options = {"training_mode": True} if hasattr(_plain(encoder).backbone, "norms_block") else {}
-    with torch.no_grad():
-        h = target(clips[0] if "MultiMask" in type(_plain(encoder)).__name__ else clips, **options)
-    if isinstance(h, Tensor):
-        z = encoder(clips[0], masks_enc[0])
-        targets = [h[:, : ids.shape[1]] for ids in masks_pred[0]]
-        y = predictor(z, targets, masks_enc[0], masks_pred[0])
-    elif options:
-        z = encoder(clips, masks_enc, **options)
-        y = predictor(z, masks_enc, masks_pred, mod="image" if frames == (1,) else "video")
-    else:
-        z = encoder(clips, masks_enc)
-        y = predictor(z, masks_enc, masks_pred)
-    sum(out.square().mean() for out in flatten(y)).backward()
-    outputs = (("h", h), ("z", z), ("y", y))
-    found = {f"{name} {i}": out for name, value in outputs for i, out in enumerate(flatten(value))}
-    return found | {
-        name: parameter.grad
-        for part in modules[:2]
-        for name, parameter in part.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def _plain(module: Any) -> Any:
-    while hasattr(module, "_orig_mod") or isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
-    return module
-
-
-def flatten(value: Any) -> list[Tensor]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, Tensor) else [out for part in value for out in flatten(part)]
-
-
-def assert_same(found: dict[Any, Tensor], expected: dict[Any, Tensor], tolerance: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if str(name).endswith("qkv.bias"):
-            # Without RoPE a bias of the keys changes nothing: what is there is noise.
-            parts = [torch.cat([x[: len(x) // 3], x[2 * len(x) // 3 :]]) for x in (found[name], value)]
-        else:
-            parts = [found[name], value]
-        difference = (parts[0].double() - parts[1].double()).norm() / parts[1].double().norm()
-        assert difference <= tolerance, (name, difference)
-
-
-CASES: dict[str, tuple[Callable[[], Three], tuple[int, ...]]] = {
-    "v1": (v1, (8,)),
-    "v1 noised targets": (lambda: v1(0), (8,)),
-    "v2": (v2, (8,)),
-    "v2 two groups": (v2, (8, 4)),
-    "v2 sincos two groups": (lambda: v2(rope=False), (8, 4)),
-    "v2 swiglu": (lambda: v2(silu=True), (8,)),
-    "v2.1": (v21, (8,)),
-    "v2.1 images, one head": (lambda: v21(False), (1,)),
-}
-EVERY_CASE = pytest.mark.parametrize("case", CASES)
+pytestmark = pytest.mark.usefixtures("same_start")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -287,110 +165,6 @@ def test_copies_checkpoints_and_moves(calls: list[int]) -> None:
         module.double()
     assert_same(run(other, dtype=torch.float64), expected)
     assert calls == [6 * (2 * DEPTH + PRED_DEPTH)]
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["in place", "torch.compile"])
-@pytest.mark.parametrize("first", [False, True], ids=["swapped, then compiled", "compiled, then swapped"])
-def test_compiled(first: bool, whole: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whether the parts of our blocks would be compiled is asked, but compiling takes too long.
-    asked = []
-    monkeypatch.setattr(layers, "_may_compile", lambda *args: asked.append(args) or False)
-
-    def compiled(module: nn.Module) -> Any:
-        if whole:
-            return torch.compile(module, backend="eager")
-        module.compile(backend="eager")
-        return module
-
-    given = v2()
-    expected = run(given)
-    if first:
-        modules = vf.swap(*(compiled(module) for module in given))
-        assert all((type(module).__name__ == "OptimizedModule") == whole for module in modules)
-    else:
-        modules = tuple(compiled(module) for module in vf.swap(*given))
-    found = run(modules)
-    assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
-    assert calls == [2 * DEPTH + PRED_DEPTH]
-    assert len(asked) == (0 if whole else 2 * DEPTH + PRED_DEPTH)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("first", [False, True], ids=["swapped, then DDP", "DDP, then swapped"])
-def test_data_parallel(first: bool, calls: list[int]) -> None:
-    parallel = nn.parallel.DistributedDataParallel
-    given = v2()
-    expected = run(given)
-
-    def wrap(modules: Three) -> Three:
-        encoder, predictor, target = modules
-        target.requires_grad_(True)
-        wrapped = (
-            parallel(encoder, static_graph=True),
-            parallel(predictor, find_unused_parameters=True),
-            parallel(target),
-        )
-        target.requires_grad_(False)
-        return wrapped
-
-    if first:
-        wrapped = wrap(given)
-        modules = vf.swap(*wrapped)
-        assert all(one is other for one, other in zip(modules, wrapped, strict=True))
-        assert all(module.module is not inner for module, inner in zip(modules, given, strict=True))
-    else:
-        modules = wrap(vf.swap(*given))
-    for _ in range(2):
-        found = {name.removeprefix("module."): value for name, value in run(modules).items()}
-    assert_same(found, expected)
-    assert calls == [2 * (2 * DEPTH + PRED_DEPTH)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
-    """In the dtypes that theirs returns.
-
-    Our predictor's residual stream is in half precision, theirs is fp32; all errors together are a fifth larger.
-    """
-    modules = v2()
-    exact = run(modules)
-    with torch.autocast("cpu", dtype=dtype):
-        theirs, ours = run(modules), run(vf.swap(*modules))
-    assert theirs.keys() == ours.keys()
-    errors = torch.zeros(2, dtype=torch.float64)
-    for name, value in exact.items():
-        assert ours[name].dtype == theirs[name].dtype, name
-        pair = [((found[name].double() - value.double()).norm() / value.double().norm()) for found in (ours, theirs)]
-        errors += torch.stack(pair).detach()
-    assert errors[0] <= 1.4 * errors[1]
-
-
-def test_autocast_on_a_gpu() -> None:
-    """There norms return fp32 under autocast, and the branches of a residual stream its dtype."""
-    fast = vf.swap(v2()[0])[0].backbone
-    network, clips = vars(fast)["_vf_view"].network, make_clips(1)
-    exact = fast(clips)
-    was_on, was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    try:
-        with network.casting(torch.device("cuda")):
-            features = network(clips)
-    finally:
-        torch.set_autocast_enabled("cuda", was_on)
-        torch.set_autocast_dtype("cuda", was)
-    assert features.dtype == torch.float32
-    # They are not rounded to bf16 and back.
-    assert not torch.equal(features, features.bfloat16().float())
-    difference = ((features - exact).norm() / exact.norm()).item()
-    assert 1e-4 < difference < 2e-2
 
 
 def test_drop_path_and_modes() -> None:

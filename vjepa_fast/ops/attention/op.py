@@ -1,7 +1,7 @@
 """Self-attention over packed sequences: every sequence attends to itself only.
 
-On a GPU one variable-length call of a library serves all sequences (the table is in _attention_backends.py): which one
-is measured at the first use, see _attention_choice.py. Elsewhere, and in fp32 and fp64, scaled_dot_product_attention
+On a GPU one variable-length call of a library serves all sequences (the table is in backends.py): which one
+is measured at the first use, see choice.py. Elsewhere, and in fp32 and fp64, scaled_dot_product_attention
 does: neighbouring sequences of one length form a dense batch, so that a buffer with R distinct runs costs R calls and
 no padding.
 
@@ -334,7 +334,7 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, backend: str | None
         qkv: [L, 3 * H * D], the output of one projection: queries, keys, values, each head by head.
         packing: where the sequences lie; L may exceed its total, see the module docstring.
         num_heads: H.
-        backend: `auto` or None: by measurement; or `sdpa`, or one of BACKENDS of _attention_backends.py. The
+        backend: `auto` or None: by measurement; or `sdpa`, or one of BACKENDS of backends.py. The
             environment variable VJEPA_FAST_ATTENTION, of the same values, comes before it.
 
     Returns:
