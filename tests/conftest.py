@@ -35,7 +35,7 @@ def pytest_runtest_teardown() -> None:
 
 
 SLOW_FOLDERS = {"aot", "e2e", "parity"}
-STARTS_PROCESSES = {"subprocess", "multiprocessing"}
+STARTS_PROCESSES = {"subprocess", "multiprocessing", "forked"}
 
 
 def is_slow_file(item: pytest.Item) -> bool:

@@ -36,7 +36,7 @@ def test_extension_is_built_where_it_must_be() -> None:
 
 
 @needs_extension
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(cases(), st.integers(0, 5))
 def test_cpu_operators_equal_the_reference_to_the_bit(case: Case, spare: int) -> None:
     case.check(case.operators(spare=spare), spare)
