@@ -270,8 +270,7 @@ def versions() -> str:
     return f"python {platform.python_version()}, torch {torch.__version__}, vjepa_fast {vf.__version__}"
 
 
-def main() -> None:
-    """Train, probe, write."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What encoders know of physics.")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each objective and seed")
     parser.add_argument("--steps", type=int, help="in place of minutes")
@@ -289,7 +288,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
     parser.add_argument("--out", type=Path, help="without suffix; default benchmarks/results/physics_probes_...")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, probe, write."""
+    args = _arguments()
     length = f"{args.steps}_steps" if args.steps else f"{args.minutes:g}_min"
     out = args.out or RESULTS / f"physics_probes_{length}_cpu_{date.today()}"
     threads = max(1, torch.get_num_threads() // args.jobs)

@@ -25,7 +25,7 @@ import torch
 from experiments import RESULTS
 from experiments.physics_probes import Job, pack_videos, run, versions
 from vjepa_fast.common import markdown
-from vjepa_fast.data.generated import physics
+from vjepa_fast.data.generated import physics_scenes
 from vjepa_fast.data.generated.physics import make_physics
 
 BLOCKS = "{num_blocks: %d, spatial_scale: [%s, %s], temporal_scale: [1.0, 1.0], aspect_ratio: [0.75, 1.5]}"
@@ -86,8 +86,7 @@ def table(found: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]
     return "\n".join(markdown.table(["changed", "steps", *columns, "rank", "explained", "seconds a step"], rows))
 
 
-def main() -> None:
-    """Train all variants, write."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which settings let a small model learn.")
     parser.add_argument("--steps", type=int, default=360, help="of a run; some variants make a multiple of it")
     parser.add_argument("--seeds", type=int, default=3)
@@ -96,7 +95,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--work", type=Path, help="folder of videos and runs; the same command goes on there")
     parser.add_argument("--out", type=Path, help="without suffix; default benchmarks/results/small_scale_...")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train all variants, write."""
+    args = _arguments()
     out = args.out or RESULTS / f"small_scale_cpu_{date.today()}"
     threads = max(1, torch.get_num_threads() // args.jobs)
     names = args.only or list(VARIANTS)
@@ -104,7 +108,7 @@ def main() -> None:
         folder = args.work or Path(name)
         clips = {False: (make_physics(folder / "videos", *args.videos), folder / "pack")}
         if BRIGHT in names:
-            with mock.patch.object(physics, "_GREY", (110.0, 180.0)):
+            with mock.patch.object(physics_scenes, "_GREY", (110.0, 180.0)):
                 clips[True] = make_physics(folder / "bright", *args.videos), folder / "bright_pack"
         for made, pack in clips.values():
             pack_videos(made, pack)

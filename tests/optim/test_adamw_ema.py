@@ -268,11 +268,6 @@ def test_groups_may_be_added(path):
     torch.testing.assert_close(extra.detach(), torch.full((3,), 0.5))
 
 
-def test_it_is_not_copied():
-    with pytest.raises(TypeError, match="load.*state_dict"):
-        copy.deepcopy(AdamWEMA(make_model()))
-
-
 def test_options_it_does_not_have_are_refused():
     optimizer = AdamWEMA(make_model())
     saved = optimizer.state_dict()
@@ -386,17 +381,3 @@ def test_a_step_waits_for_nothing():
             our_step(optimizer, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_moments_that_were_thrown_away_begin_anew():
-    model, plain = make_model(), make_model()
-    optimizer, oracle = AdamWEMA(model, lr=1e-3), AdamWEMA(plain, lr=1e-3)
-    give_gradients(model, gradients_of_step(make_model(), 0))
-    optimizer.step()
-    optimizer.state.clear()
-    model.load_state_dict(plain.state_dict())
-    for step in range(2):
-        for some, own in ((model, optimizer), (plain, oracle)):
-            give_gradients(some, gradients_of_step(make_model(), step))
-            own.step()
-    assert_equal_runs(model, plain)

@@ -25,7 +25,7 @@ from vjepa_fast.data.decode.index import DecodeError, build_index
 from vjepa_fast.data.decode.pyav import decode_each
 from vjepa_fast.data.manifest import read_manifest
 from vjepa_fast.data.pack import state, writer
-from vjepa_fast.data.pack.encode import packed_frames, packed_size, rgb_frames
+from vjepa_fast.data.pack.encode import rgb_frames
 from vjepa_fast.data.pack.index import PackSettings, read_index
 from vjepa_fast.data.pack.writer import Summary, make_pack
 from vjepa_fast.data.sampling import Box
@@ -139,28 +139,6 @@ def test_psnr_and_sizes_are_true(video_folder: Path, tmp_path: Path) -> None:
     assert summary.psnr == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
     assert summary.num_bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert summary.source_bytes == source.stat().st_size
-
-
-def test_frames_and_sizes() -> None:
-    numbers, fps, phases = packed_frames(100, 30.0, PackSettings())
-    assert numbers[:6].tolist() == [0, 7, 15, 22, 30, 37] and (fps, phases) == (4.0, 1)
-    numbers, fps, phases = packed_frames(100, 30.0, PackSettings(two_phase=True))
-    assert numbers[:6].tolist() == [0, 4, 7, 11, 15, 19] and (fps, phases) == (4.0, 2)
-    # Never a frame twice: slow videos keep what they have.
-    for rate in (3.0, 4.0, 6.5, 7.99, 8.0, 8.01, 23.976):
-        for two in (False, True):
-            numbers, fps, phases = packed_frames(57, rate, PackSettings(two_phase=two))
-            assert (np.diff(numbers) > 0).all() and numbers[0] == 0 and numbers[-1] <= 56
-            # No frame is missing at the end.
-            assert numbers[-1] + rate / (fps * phases) > 55.5
-            assert (fps, phases) == (min(rate, 4.0), 2 if two and rate >= 8 else 1)
-    # Three frames at 24 a second are one at 8: too few for two phases.
-    for num_frames, kept, phases in ((3, [0], 1), (4, [0, 3], 2), (1, [0], 1)):
-        numbers, _, found = packed_frames(num_frames, 24.0, PackSettings(two_phase=True))
-        assert (numbers.tolist(), found) == (kept, phases)
-    assert packed_size(360, 640, 256) == (256, 448) and packed_size(1920, 1080, 256) == (448, 256)
-    assert packed_size(240, 320, 256) == (224, 320) and packed_size(30, 640, 256) == (30, 640)
-    assert packed_size(256, 256, 320) == (256, 256) and packed_size(480, 640, 256) == (256, 352)
 
 
 def test_images_labels_and_equal_names(video_folder: Path, tmp_path: Path, write_video: WriteVideo) -> None:

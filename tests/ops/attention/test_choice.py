@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ops.attention import stand_ins
 from tests.ops.attention.cases import by_loop, draw, ours, pack
+from tests.ops.attention.plain import plain_forward
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.config.schema import ModelConfig
 from vjepa_fast.ops.attention import backends, cache, choice
@@ -118,7 +119,7 @@ def test_a_folder_that_cannot_be_written(timed: dict[str, float], tmp_path: Path
 
 
 def wrong_scale(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
-    return stand_ins.plain_forward(q, k, v, cu, longest, 1.05 * scale)
+    return plain_forward(q, k, v, cu, longest, 1.05 * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
