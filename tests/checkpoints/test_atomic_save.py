@@ -107,7 +107,7 @@ def test_damaged_files_never_raise_anything_else(saved: Path, monkeypatch: pytes
 def test_code_is_not_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
     torch.save({"encoder": _Runs()}, saved)
-    with pytest.raises(UserError, match="nothing in it was run"):
+    with pytest.raises(UserError, match=r"latest\.pt\b.*mkdir\b"):
         meta_format.read(saved)
     assert not Path("ran").exists()
 
@@ -115,10 +115,10 @@ def test_code_is_not_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"opt": None}, "the optimizer state does not fit"),
-        ({"opt": {"state": {}, "param_groups": []}}, "the optimizer state does not fit"),
-        ({"epoch": "one"}, "epoch is not what"),
-        ({"predictor": 3}, "predictor is not what"),
+        ({"opt": None}, "optimizer"),
+        ({"opt": {"state": {}, "param_groups": []}}, "optimizer"),
+        ({"epoch": "one"}, r"\bepoch\b"),
+        ({"predictor": 3}, r"\bpredictor\b"),
     ],
 )
 def test_foreign_contents(change: dict[str, Any], said: str, saved: Path) -> None:
@@ -150,5 +150,5 @@ def test_missing_keys_are_named(saved: Path) -> None:
 
 
 def test_model_that_does_not_fit(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"the encoder .* patch_embed.proj.weight is \[32, .*expected \[64"):
+    with pytest.raises(UserError, match=r"\bencoder\b.* patch_embed\.proj\.weight\b.*\[32, .*\[64"):
         meta_format.load_checkpoint(saved, small_model("model.embed_dim=64"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_table_of_released_rope_models_is_not_taken_for_sincos(tokens: int) -> N
     encoder, predictor, _ = states({"model_name": "vit_large", "pred_num_heads": 12, "num_mask_tokens": 10})
     encoder["pos_embed"] = torch.zeros(1, tokens, 1024, device="meta")
     found, notes = infer_config.guess(encoder, predictor)
-    assert found.use_rope and "use_rope=true is assumed" in notes[0]
+    assert found.use_rope and "use_rope=true" in notes[0]
     assert found.crop_size == ((384, 384) if tokens == 18432 else (256, 256))
     assert infer_config.guess(encoder, predictor, overrides={"use_rope": False})[0].use_rope is False
 
@@ -67,8 +68,8 @@ def test_fields_come_back(changes: dict[str, Any]) -> None:
 def test_what_was_assumed_is_said() -> None:
     made = models.model()
     found, notes = infer_config.guess(made.encoder.state_dict(), made.predictor.state_dict())
-    assert any("num_heads is assumed to be 1: " in note for note in notes)
-    assert any("pred_num_heads is assumed" in note for note in notes)
+    assert any(re.search(r"(?<!pred_)num_heads\b.*\b1\b", note) for note in notes)
+    assert any("pred_num_heads" in note for note in notes)
     assert found.num_heads == 1
 
 
@@ -78,9 +79,9 @@ def test_an_override_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -
     with pytest.raises(UserError) as error:
         vf.load(tmp_path / "c.pt", **models.NOT_IN_SHAPES, depth=5, embed_dim=192)
     text = str(error.value)
-    assert "patch_embed.proj.weight is [96, 3, 2, 16, 16], expected [192, 3, 2, 16, 16]" in text
-    assert "missing blocks.3.norm1.weight" in text and "more of other shapes; missing" in text
-    assert "A config that fits it has model.model_name=vit_tiny model.embed_dim=96 model.depth=3" in text
+    assert re.search(r"patch_embed\.proj\.weight\b.*\[96, 3, 2, 16, 16\].*\[192, 3, 2, 16, 16\]", text)
+    assert re.search(r"\bmissing .*blocks\.3\.norm1\.weight", text)
+    assert "model.model_name=vit_tiny model.embed_dim=96 model.depth=3" in text
     with pytest.raises(ConfigError, match=r"\bnum_head\b"):
         vf.load(tmp_path / "c.pt", num_head=3)
     with pytest.raises(ConfigError, match="rope_style.*'round'"):
@@ -133,7 +134,7 @@ def test_v21_checkpoint_with_a_config_of_v2(tmp_path: Path) -> None:
         meta_format.load_checkpoint(tmp_path / "c.pt", models.model(depth=4))
     text = str(error.value)
     assert "missing norm.weight" in text and "unexpected " in text
-    assert "model.n_output_distillation=4" in text and "(it is of V-JEPA 2.1)" in text
+    assert "model.n_output_distillation=4" in text and "V-JEPA 2.1" in text
 
 
 def test_v21_has_no_counterpart_in_transformers() -> None:
@@ -171,5 +172,5 @@ def test_the_yaml_of_the_training_says_the_rest(tmp_path: Path) -> None:
     torch.save(models.contents(v21_model()), tmp_path / "v21.pt")
     with pytest.raises(UserError, match=r"not fit.*V-JEPA 2\.1"):
         vf.load(tmp_path / "v21.pt", config=tmp_path / "c.yaml", depth=4, pred_depth=4)
-    with pytest.raises(ConfigError, match="gone.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"gone\.yaml\b"):
         vf.load(tmp_path / "c.pt", config=tmp_path / "gone.yaml")

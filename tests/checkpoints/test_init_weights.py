@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_the_first_loss_is_that_of_these_weights(
 def test_resuming_goes_on_from_the_run(released: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     change = f"train.init_weights={released}"
     make(*BASE, change).fit()
-    assert "starting at step 0 with a new optimizer" in capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"\bstep 0\b.*\bvit\.pt\b", capsys.readouterr().out, re.S)
     released.unlink()
     for changes, resume in (((), True), (("train.auto_resume=true",), False)):
         again = make(*BASE, change, *changes, resume=resume)
@@ -89,7 +90,7 @@ def test_resuming_goes_on_from_the_run(released: Path, make: Make, capsys: pytes
         saved = torch.load(again.folder / "latest.pt", weights_only=True)
         assert same(again.model.encoder, {key.removeprefix(PREFIX): v for key, v in saved["encoder"].items()})
         assert "continuing" in capsys.readouterr().out
-    with pytest.raises(UserError, match="vit.pt does not exist"):
+    with pytest.raises(UserError, match=r"vit\.pt\b"):
         make(*BASE, change)
 
 
@@ -169,14 +170,10 @@ def test_a_new_predictor(states: dict[str, dict[str, Tensor]], make: Make, tmp_p
     [
         (
             "model.num_mask_tokens=2",
-            r"the predictor in the checkpoint does not fit .*unexpected mask_tokens.2.*A config "
-            r"that fits .*vit.pt has model.model_name=vit_tiny .*model.num_mask_tokens=10",
+            r"\bpredictor\b.*\bmask_tokens\.2\b.*vit\.pt\b.* model\.model_name=vit_tiny .*model\.num_mask_tokens=10",
         ),
-        ("model.embed_dim=64", r"the encoder in the checkpoint does not fit .* expected .*model.embed_dim=32"),
-        (
-            "model.use_rope=false",
-            "has rotary positions, the configured model tables of positions; set model.use_rope=true",
-        ),
+        ("model.embed_dim=64", r"\bencoder\b.* model\.embed_dim=32\b"),
+        ("model.use_rope=false", r" model\.use_rope=true\b"),
     ],
 )
 def test_what_does_not_fit(change: str, said: str, released: Path, make: Make) -> None:

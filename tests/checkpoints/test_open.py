@@ -76,7 +76,7 @@ def test_action_conditioned_predictor_is_recognised(made: vf.VJEPA, tmp_path: Pa
     assert "action_encoder.weight" in found.action_predictor
     with pytest.warns(UserWarning, match="action-conditioned predictor"):
         model = vf.load(tmp_path / "ac.pt", **models.NOT_IN_SHAPES)
-    with pytest.raises(UserError, match="has no predictor"):
+    with pytest.raises(UserError, match="no predictor"):
         model.predict(models.clips(), torch.tensor([1]))
 
 
@@ -131,7 +131,7 @@ class _Runs:
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"encoder": _Runs()}, "code.pt")
-    with pytest.raises(UserError, match=r"it asks for .*mkdir\); nothing in it was run"):
+    with pytest.raises(UserError, match=r"code\.pt\b.*mkdir\b"):
         vf.load("code.pt")
     assert not Path("ran").exists()
 
@@ -153,16 +153,16 @@ def test_a_truncated_file_is_refused(name: str, share: float, made: vf.VJEPA, tm
 
 def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
     for name, contents, said in (
-        ("a.pt", {"model": {"x": torch.zeros(1)}}, "holds nothing of V-JEPA: .* it has model"),
-        ("b.pt", {"x": torch.zeros(1)}, "holds nothing of V-JEPA"),
-        ("c.pt", [1], "holds a list; expected a dictionary"),
+        ("a.pt", {"model": {"x": torch.zeros(1)}}, r"a\.pt\b.* V-JEPA\b.*\bmodel\b"),
+        ("b.pt", {"x": torch.zeros(1)}, r"b\.pt\b.* V-JEPA\b"),
+        ("c.pt", [1], r"c\.pt\b.* list\b.* dictionary\b"),
     ):
         torch.save(contents, tmp_path / name)
         with pytest.raises(UserError, match=said):
             vf.load(tmp_path / name)
     with pytest.raises(UserError, match=r"no checkpoint.*\blatest\.pt\b"):
         vf.load(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"gone\.pt\b"):
         vf.load(tmp_path / "gone.pt")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match="'vit'.*'vjepa2'"):

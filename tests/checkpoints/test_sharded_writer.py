@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -88,29 +89,29 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     "change, name, said",
     [
-        (flip, "__0_0.distcp", "the checksum of its part __0_0.distcp is wrong"),
-        (cut, "__0_0.distcp", r"its part __0_0.distcp has \d+ bytes in place of \d+"),
-        (flip, ".metadata", "the checksum of its part .metadata is wrong"),
-        (flip, "run.pt", "the checksum of its part run.pt is wrong"),
-        (Path.unlink, "__0_0.distcp", "its part __0_0.distcp is gone"),
-        (cut, "manifest.json", "its manifest.json is damaged"),
-        (Path.unlink, "manifest.json", "it has no manifest.json"),
+        (flip, "__0_0.distcp", r"checksum\b.* __0_0\.distcp"),
+        (cut, "__0_0.distcp", r"__0_0\.distcp\b.* \d+ bytes\b.* \d+"),
+        (flip, ".metadata", r"checksum\b.* \.metadata"),
+        (flip, "run.pt", r"checksum\b.* run\.pt"),
+        (Path.unlink, "__0_0.distcp", r"__0_0\.distcp\b.* gone\b"),
+        (cut, "manifest.json", r"manifest\.json\b.* damaged\b"),
+        (Path.unlink, "manifest.json", r"\bno manifest\.json"),
     ],
 )
 def test_damage_is_named_and_the_newest_whole_one_taken(
     change: Callable[[Path], None], name: str, said: str, run: Path, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(run / "step6.dcp" / name)
-    with pytest.raises(UserError, match=f"step6.dcp cannot be read: {said}; the newest whole one beside it is .*step3"):
+    with pytest.raises(UserError, match=rf"step6\.dcp\b.*{said}.*step3\b"):
         vf.load(run)
     cfg = ("train.read_checkpoint=" + str(run / "step6.dcp"), "train.out=" + str(run.parent / "other"))
-    with pytest.raises(UserError, match=f"step6.dcp cannot be read: {said}"):
+    with pytest.raises(UserError, match=rf"step6\.dcp\b.*{said}"):
         Trainer(make(*ONE, *cfg).cfg)
     shutil.rmtree(run / "e1.dcp")
     capsys.readouterr()
     assert make(*ONE, resume=True).step == 3
     told = capsys.readouterr().out
-    assert "step6.dcp is left aside: " in told and "the newest whole one is step3.dcp" in told
+    assert re.search(r"step6\.dcp\b.*step3\.dcp\b", told, re.S)
 
 
 class Evil:
@@ -151,7 +152,7 @@ def test_nothing_of_a_hostile_folder_is_run(
     monkeypatch.chdir(tmp_path)
     rewrite_metadata(run / "step6.dcp", change)
     assert sharded_format.damage(run / "step6.dcp") is None
-    with pytest.raises(UserError, match="step6.dcp.*metadata is damaged"):
+    with pytest.raises(UserError, match=r"step6\.dcp\b.*metadata\b"):
         vf.load(run / "step6.dcp")
     assert not (tmp_path / "ran").exists()
 
@@ -159,7 +160,7 @@ def test_nothing_of_a_hostile_folder_is_run(
 def test_a_hostile_run_pt_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"epoch": Evil()}, run / "step6.dcp" / "run.pt")
-    with pytest.raises(UserError, match="nothing in it was run"):
+    with pytest.raises(UserError, match=r"run\.pt\b"):
         sharded_format.Folder(run / "step6.dcp")
     assert not (tmp_path / "ran").exists()
 
@@ -196,11 +197,7 @@ def test_a_full_disk_leaves_the_one_before(
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(Path, "write_text", full_text)
-    with pytest.raises(
-        UserError,
-        match=r"cannot write checkpoint .*/step6.dcp: the disk is full; .*--resume. The "
-        "checkpoint written before it is intact",
-    ):
+    with pytest.raises(UserError, match=r"/step6\.dcp: .*\bfull\b.*--resume\b.*\bintact\b"):
         going.fit()
     monkeypatch.undo()
     assert sharded_format.damage(tmp_path / "run" / "step3.dcp") is None and no_leftovers(tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def test_damage_of_any_kind_is_seen_and_the_checkpoint_before_is_taken(
     trainer = make("train.max_steps=6", resume=True)
     assert trainer.step == 3
     said = capsys.readouterr().out
-    assert "latest.pt is left aside: it is cut short or damaged" in said and "step3.pt at step 3" in said
+    assert re.search(r"latest\.pt\b.*\bdamaged\b", said, re.S) and re.search(r"step3\.pt\b.*\bstep 3\b", said, re.S)
     trainer.fit()
     networks = ("encoder", "predictor", "target_encoder", "opt")
     resumed = torch.load(run / "latest.pt", weights_only=True)
@@ -178,9 +179,9 @@ def test_latest_is_gone(run: Path, make: Make, capsys: pytest.CaptureFixture[str
     (run / "latest.pt").unlink()
     trainer = make(resume=True)
     trainer.cfg.train.out = run
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match=r"\brun\b.*--resume"):
         choose_folder(trainer.cfg, False)
-    assert "latest.pt is left aside: it is gone; the newest whole one is step3.pt" in capsys.readouterr().out
+    assert re.search(r"latest\.pt\b.*\bgone\b.*step3\.pt", capsys.readouterr().out, re.S)
     assert trainer.step == 3
 
 
@@ -218,12 +219,12 @@ def test_a_flipped_bit_in_another_checkpoint(run: Path, make: Make) -> None:
     with pytest.raises(UserError, match=r"other\.pt.*checksum"):
         check_whole(path)
     (run / "latest.pt").unlink()
-    with pytest.raises(UserError, match="other.pt cannot be read"):
+    with pytest.raises(UserError, match=r"other\.pt\b"):
         make(f"train.read_checkpoint={path}")
 
 
 def test_weights_to_start_from_are_missing(make: Make) -> None:
-    with pytest.raises(UserError, match=r"nowhere.pt does not exist; .* optimization.anneal_ckpt=FILE"):
+    with pytest.raises(UserError, match=r"nowhere\.pt\b.* optimization\.anneal_ckpt=FILE"):
         make("optimization.anneal_ckpt=nowhere.pt")
 
 

@@ -311,7 +311,7 @@ def test_beside_the_computation(ranks: list[dict[str, Any]]) -> None:
     assert seen["sent"] == seen["buckets"] == 7
     assert seen["waited"] == list(range(seen["gathers"]))
     assert seen["trained"] == [False] * 3 + [True] * 5
-    assert "a second backward before the optimizer's step" in seen["twice"]
+    assert "second backward" in seen["twice"]
 
 
 def test_nobody_reads_what_is_out_of_date(ranks: list[dict[str, Any]]) -> None:
@@ -319,7 +319,7 @@ def test_nobody_reads_what_is_out_of_date(ranks: list[dict[str, Any]]) -> None:
     for name in ("state_dict", "copy", "another dtype", "shadows"):
         assert "out of date" in said[name], name
         assert said[f"{name}, refreshed"] == "nothing"
-    assert "call collect() on all" in said["optimizer"]
+    assert "collect()" in said["optimizer"]
     for rank in ranks:
         said = rank["seen"]["raised"]
         assert said["health"] == said["health, refreshed"] and float(said["health"]["target_gap"]) > 0

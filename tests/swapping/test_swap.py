@@ -248,36 +248,29 @@ def _with(module: nn.Module, path: str, value: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: nn.Linear(2, 2),
-            r"the encoder is a torch\.nn\.modules\.linear\.Linear, which is not known; expected "
-            r"VisionTransformer",
-        ),
-        (
-            lambda: V2.VisionTransformerPredictor(),
-            "is a VisionTransformerPredictor, which is a predictor; expected an encoder",
-        ),
-        (lambda: "vit_large", "the encoder is a str; expected a torch.nn.Module"),
+        (lambda: nn.Linear(2, 2), r"encoder .*torch\.nn\.modules\.linear\.Linear.* VisionTransformer"),
+        (lambda: V2.VisionTransformerPredictor(), "VisionTransformerPredictor.* encoder"),
+        (lambda: "vit_large", r"encoder .*\bstr\b.* torch\.nn\.Module"),
         (
             lambda: _with(V2.VisionTransformer(), "blocks.1.attn.attn_drop.p", 0.1),
-            "this VisionTransformer has attn_drop=0.1, which",
+            r"VisionTransformer .*attn_drop=0\.1",
         ),
-        (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.is_causal", True), "has causal attention"),
-        (lambda: _with(V2.VisionTransformer(), "blocks.1.mlp.act", nn.GELU("tanh")), r"has GELU\(.*tanh"),
+        (lambda: _with(V2.VisionTransformer(), "blocks.1.attn.is_causal", True), "causal"),
+        (lambda: _with(V2.VisionTransformer(), "blocks.1.mlp.act", nn.GELU("tanh")), r"GELU\(.*tanh"),
         (
             lambda: _with(_with(V2.VisionTransformer(), "blocks.0.attn.scale", 0.1), "blocks.0.attn.use_sdpa", False),
-            "has qk_scale=0.1",
+            r"qk_scale=0\.1",
         ),
         (
             lambda: _with(V2.VisionTransformer(), "blocks.0.gate", nn.Linear(2, 2)),
-            r"swap: VisionTransformer has .* see blocks\.0\.gate",
+            r"VisionTransformer .*blocks\.0\.gate",
         ),
         (
             lambda: _with(V2.VisionTransformer(), "forward", lambda x, masks: x),
             "forward of the encoder.s VisionTransformer has been replaced",
         ),
-        (lambda: _with(V21.VisionTransformer(), "use_rope", False), "has use_rope=false"),
-        (lambda: _with(V21.VisionTransformer(), "img_temporal_dim_size", 2), "img_temporal_dim_size is 2; expected 1"),
+        (lambda: _with(V21.VisionTransformer(), "use_rope", False), "use_rope=false"),
+        (lambda: _with(V21.VisionTransformer(), "img_temporal_dim_size", 2), r"img_temporal_dim_size\b.*\b2\b.*\b1\b"),
     ],
 )
 def test_what_is_refused(make: Callable[[], Any], message: str) -> None:
