@@ -326,15 +326,15 @@ def full_disk_in_checkpoint(number: int) -> None:
 
 def signal_in_setup(number: int) -> None:
     """Patch: a signal arrives while the data is being looked at."""
-    from vjepa_fast.train import trainer
+    from vjepa_fast.train import pretraining
 
-    original = trainer.build_loader
+    original = pretraining.build_loader
 
     def build_loader(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
-    trainer.build_loader = build_loader
+    pretraining.build_loader = build_loader
 
 
 def signal_in_step(step: int, number: int, times: int = 1) -> None:

@@ -212,3 +212,17 @@ def test_a_model_with_another_loss_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss_exp.*1\.0.*2\.0.*reg_coeff.*0\.0.*0\.5"):
         TrainStep(VJEPA.from_config(cfg), squared)
     assert TrainStep(VJEPA.from_config(squared), squared).model.loss_options["reg_coeff"] == 0.5
+
+
+def test_weights_of_the_context_loss_stay_exact_when_a_model_is_cast_or_moved() -> None:
+    dense = {"predict_all": True, "lambda_value_vid": 0.3, "lambda_value_img": 0.7}
+    cfg = config().model_copy(deep=True).model_dump(mode="json")
+    cfg["model"] |= {"n_output_distillation": 4, "depth": 12}
+    cfg["loss"] |= dense
+    del cfg["model"]["return_all_tokens"]
+    model = VJEPA.from_config(Config.model_validate(cfg))
+    for cast in (model.to(torch.bfloat16), model.half(), model.to("meta").to_empty(device="cpu").float()):
+        assert cast.context_scale.dtype == torch.float64 and cast.context_scale.device.type == "cpu"
+    assert "context_scale" not in model.state_dict()
+    fresh = VJEPA.from_config(Config.model_validate(cfg)).to(torch.bfloat16)
+    assert fresh.context_scale.tolist() == [0.3, 0.7]

@@ -55,8 +55,7 @@ def _validated(section: type[OptionsT], given: dict[str, Any]) -> OptionsT:
         return section(**given)
     except ValidationError as error:
         # What typer lets pass, and a section does not.
-        for found in error.errors(include_url=False):
-            if found["type"] == "finite_number":
-                flag = str(found["loc"][0]).replace("_", "-")
-                raise ConfigError(f"--{flag} is {found['input']}; expected a finite number") from None
-        raise
+        found = error.errors(include_url=False)[0]
+        flag = str(found["loc"][0]).replace("_", "-") if found["loc"] else "options"
+        expected = "expected a finite number" if found["type"] == "finite_number" else found["msg"]
+        raise ConfigError(f"--{flag} is {found['input']}; {expected}") from None

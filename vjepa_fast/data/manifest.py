@@ -74,7 +74,7 @@ def load_datasets(cfg: DataConfig) -> list[Dataset]:
 
 
 def read_manifest(name: str) -> tuple[Sequence[str], list[Any]]:
-    """Paths and labels of an entry of `data.datasets`.
+    """Paths, a read-only sequence, and labels of an entry of `data.datasets`.
 
     Raises:
         UserError: missing, empty or unreadable.

@@ -156,9 +156,8 @@ def probe_scores(cfg: Config, model: VJEPA, clips: SyntheticSet) -> dict[str, di
 def probe_run(trainer: Trainer) -> None:
     """Probe what a run on the demo's clips has learned, if train.probe asks for it; all processes call it."""
     cfg, task = trainer.cfg, trainer.task
-    if not cfg.train.probe:
+    if not (cfg.train.probe and isinstance(task, Pretraining)):
         return
-    assert isinstance(task, Pretraining)
     model = whole_copy(task.model) if task.in_shards else task.model
     if trainer.processes.is_first and model is not None:
         probe_table(cfg, model.to(trainer.device), clips_of(task), trainer.folder, trainer.console)

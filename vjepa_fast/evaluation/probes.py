@@ -128,7 +128,7 @@ def register(name: str, summary: str, probe: str | Callable[[], Probe]) -> None:
     """
     if name in (BASELINE, *_known()):
         raise ValueError(f"there is a probe {name!r} already; expected a new name")
-    if not name or any(letter in ", \t\n" for letter in name):
+    if not _can_be_named(name):
         raise ValueError(f"the name of a probe is {name!r}; expected one without commas and spaces")
     _registered[name] = _Entry(summary, probe)
 
@@ -162,4 +162,13 @@ def _known() -> dict[str, _Entry]:
 def _installed() -> dict[str, _Entry]:
     """Entry points of other packages; none takes over a name of this one."""
     found = entry_points(group=ENTRY_POINTS)
-    return {entry.name: _Entry(f"of {entry.value}", entry.value) for entry in found if entry.name not in BUILT_IN}
+    return {
+        entry.name: _Entry(f"of {entry.value}", entry.value)
+        for entry in found
+        if entry.name not in (BASELINE, *BUILT_IN) and _can_be_named(entry.name)
+    }
+
+
+def _can_be_named(name: str) -> bool:
+    """Whether `--probe`, a list separated by commas, can name it."""
+    return bool(name) and not any(letter in ", \t\n" for letter in name)

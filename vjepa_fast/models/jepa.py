@@ -6,7 +6,7 @@ Legend: B clips, T frames, K predicted tokens, D encoder width, or in V-JEPA 2.1
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,18 @@ class VJEPA(nn.Module):
     def from_config(cls, cfg: Config) -> VJEPA:
         """The model of a config, freshly initialised, with the loss of its section `loss`."""
         return cls(cfg.model, **cfg.loss.model_options())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VJEPA:
+        # What casts or moves a module goes through here. The schedule's weights move, but stay in float64; Apple's GPUs
+        # have no float64, and take a scalar from the CPU.
+        scale = self._buffers.pop("context_scale", None)
+        super()._apply(fn, recurse)
+        if scale is not None:
+            device = next(self.parameters()).device
+            device = torch.device("cpu") if device.type == "mps" else device
+            moved = torch.empty(2, dtype=torch.float64, device=device) if scale.is_meta else scale.to(device)
+            self._buffers["context_scale"] = moved
+        return self
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -92,7 +92,8 @@ class Trainer:
         """Train to the end, or until SIGINT or SIGTERM; both write a checkpoint first.
 
         Args:
-            finish: called on all processes when the last step is done, before the report of the run is written.
+            finish: called on all processes when the last step is done, before the report of the run is written; the
+                command passes vjepa_fast.evaluation.demo.probe_run, which does what train.probe says.
 
         Raises:
             UserError: too many broken videos or decoding processes that keep dying, both after a checkpoint was

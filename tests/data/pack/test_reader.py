@@ -191,7 +191,7 @@ def test_rates_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     build_loader(config(folder, fps=4.0))
     build_loader(config(folder, fps=None, duration=1.0))
     (tmp_path / ".unfinished").mkdir()
-    with pytest.raises(UserError, match=r"is unfinished; the `vjepa-fast pack` that began it"):
+    with pytest.raises(UserError, match=r"is unfinished; run the `vjepa-fast pack` command"):
         build_loader(config(tmp_path))
 
 

@@ -127,4 +127,5 @@ class TrainConfig(Section):
     """Seconds that the processes of torchrun or srun wait for each other at the start."""
     tensorboard: bool = False
     probe: Switch = False
-    """At the end, fit linear probes on the labels of the synthetic clips (the demo); `auto`: where there are such."""
+    """At the end of `vjepa-fast train`, fit linear probes on the labels of the synthetic clips (the demo); `auto`:
+    where there are such. From Python: `Trainer.fit(vjepa_fast.evaluation.demo.probe_run)`."""
