@@ -34,20 +34,23 @@ def pytest_runtest_teardown() -> None:
                 os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
-SLOW_FOLDERS = {"aot", "e2e", "parity"}
+SLOW_FOLDERS = {"aot", "benchmarks", "e2e", "experiments", "parity"}
 STARTS_PROCESSES = {"subprocess", "multiprocessing", "forked"}
 
 
-def is_slow_file(item: pytest.Item) -> bool:
-    """Tests of these folders, and of files that import what starts processes: `make test-fast` leaves them out."""
+def is_slow(item: pytest.Item) -> bool:
+    """Tests of these folders, of files that import what starts processes, and of kernels in Triton's interpreter, which
+    PyTorch's definitions stand in for: `make test-fast` leaves them out."""
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    return folder in SLOW_FOLDERS or not STARTS_PROCESSES.isdisjoint(vars(getattr(item, "module", item)))
+    interpreted = "kernels" in getattr(item, "fixturenames", ()) and "TRITON_INTERPRET" in os.environ
+    starts_processes = not STARTS_PROCESSES.isdisjoint(vars(getattr(item, "module", item)))
+    return folder in SLOW_FOLDERS or starts_processes or interpreted
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Benchmarks are collected with this file's hooks too where both are named.
-        if item.path.is_relative_to(Path(__file__).parent) and is_slow_file(item):
+        if item.path.is_relative_to(Path(__file__).parent) and is_slow(item):
             item.add_marker("slow")
     if "TRITON_INTERPRET" not in os.environ:
         # Kernels then run on the GPU.

@@ -21,6 +21,9 @@ from vjepa_fast.models.layers import make_blocks, run_blocks, set_compiled
 from vjepa_fast.ops.packing import Packing
 from vjepa_fast.train.step import TrainStep
 
+# Compiling takes seconds each time.
+pytestmark = pytest.mark.slow
+
 
 def settings(dtype: str = "float32", **model) -> Config:
     return Config.model_validate(

@@ -18,6 +18,9 @@ from vjepa_fast.train.speed.timing_trials import race, restoring_state
 from vjepa_fast.train.step import TrainStep
 from vjepa_fast.train.trainer import Trainer
 
+# Measuring takes seconds each time.
+pytestmark = pytest.mark.slow
+
 
 def everything(step: TrainStep) -> dict[str, object]:
     """All that a step may write to."""
