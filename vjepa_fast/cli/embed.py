@@ -10,7 +10,17 @@ import typer
 
 from vjepa_fast.cli.console import say
 from vjepa_fast.cli.convert import ModelConfigOption, apply_config, fields
-from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption, usable_device
+from vjepa_fast.cli.model_options import (
+    CheckpointOption,
+    DeviceOption,
+    FpsOption,
+    FramesOption,
+    SetOption,
+    SizeOption,
+    WeightsOption,
+    WorkersOption,
+    usable_device,
+)
 from vjepa_fast.cli.options import command
 from vjepa_fast.common.errors import UserError
 from vjepa_fast.common.progress_bar import Bar
@@ -48,15 +58,7 @@ class EmbedOptions(Section):
             help="Videos and images: files, folders, globs, CSV or .npy manifests, packs.",
         ),
     ]
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            metavar="PATH",
-            show_default=False,
-            help="A run folder, a checkpoint or released weights of Meta's, a "
-            ".safetensors file, or a folder of Hugging Face.",
-        ),
-    ]
+    checkpoint: CheckpointOption
     out: Annotated[
         Path,
         typer.Option(
@@ -66,22 +68,9 @@ class EmbedOptions(Section):
     pool: Annotated[
         Literal["none", "mean"], typer.Option(help="none: all tokens, [N, D]; mean: their average, [D].")
     ] = "none"
-    frames: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
-    ] = None
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
-        ),
-    ] = None
-    size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
-        ),
-    ] = None
+    frames: FramesOption = None
+    fps: FpsOption = None
+    size: SizeOption = None
     clips: Annotated[
         int,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,6 +12,31 @@ from vjepa_fast.common.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+CheckpointOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="PATH",
+        show_default=False,
+        help="A run folder, a checkpoint or released weights of Meta's, a "
+        ".safetensors file, or a folder of Hugging Face.",
+    ),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
+]
+FpsOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
+    ),
+]
+SizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
+    ),
+]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")]
 WeightsOption = Annotated[
     str | None,

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from vjepa_fast.cli.convert import ModelConfigOption
-from vjepa_fast.cli.model_options import DeviceOption, SetOption, WeightsOption, WorkersOption
+from vjepa_fast.cli.model_options import (
+    CheckpointOption,
+    DeviceOption,
+    FpsOption,
+    FramesOption,
+    SetOption,
+    SizeOption,
+    WeightsOption,
+    WorkersOption,
+)
 from vjepa_fast.common.errors import ConfigError
 from vjepa_fast.config.messages import suggest
 from vjepa_fast.config.sections.base import Section
@@ -22,15 +31,7 @@ def _listed() -> str:
 class ProbeOptions(Section):
     """What is measured, on which videos, how. Each field is an option, with the help that it shows."""
 
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            metavar="PATH",
-            show_default=False,
-            help="A run folder, a checkpoint or released weights of Meta's, a "
-            ".safetensors file, or a folder of Hugging Face.",
-        ),
-    ]
+    checkpoint: CheckpointOption
     val: Annotated[str, typer.Option(metavar="CSV", show_default=False, help="Labelled videos to measure on.")]
     train: Annotated[
         str | None,
@@ -78,16 +79,8 @@ class ProbeOptions(Section):
             "epoch by epoch; 0: the plain clip.",
         ),
     ] = 0
-    frames: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Frames of a clip.", show_default="those of the checkpoint, else 16"),
-    ] = None
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            metavar="F", min=0.001, help="Frames a second of a clip.", show_default="that of the checkpoint, else 4"
-        ),
-    ] = None
+    frames: FramesOption = None
+    fps: FpsOption = None
     frame_step: Annotated[
         int | None,
         typer.Option(
@@ -122,12 +115,7 @@ class ProbeOptions(Section):
             help="For surprise: every two lines of the manifest are a possible and an impossible version of the same.",
         ),
     ] = False
-    size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PX", min=1, help="Height and width of a clip.", show_default="those of the checkpoint, else 256"
-        ),
-    ] = None
+    size: SizeOption = None
     out_layers: Annotated[
         str | None,
         typer.Option(
